@@ -1,0 +1,38 @@
+"""Teach a vision-language-action model new robot skills one after another, as LoRA adapters, without forgetting."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "InfoVLAConfig": "infovla_peft.config",
+    "InfoVLATrainer": "infovla_peft.trainer",
+    "OpenVLAConfig": "infovla_peft.models.openvla",
+    "OpenVLAForActionPrediction": "infovla_peft.models.openvla",
+    "OpenVLAImageProcessor": "infovla_peft.models.openvla",
+    "OpenVLAProcessor": "infovla_peft.models.openvla",
+    "load_policy": "infovla_peft.hub",
+}
+__all__ = [*_EXPORTS, "__version__"]
+
+if TYPE_CHECKING:
+    from .config import InfoVLAConfig
+    from .hub import load_policy
+    from .models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAImageProcessor, OpenVLAProcessor
+    from .trainer import InfoVLATrainer
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: `import infovla_peft` must stay free of torch, transformers and every side effect.
+    if name in _EXPORTS:
+        value = getattr(import_module(_EXPORTS[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

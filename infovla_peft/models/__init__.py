@@ -1,0 +1,1 @@
+"""Vision-language-action models written natively for transformers, without remote code."""
