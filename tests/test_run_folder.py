@@ -1,0 +1,108 @@
+"""The run folder: configuration, finished steps, locking."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from infovla_peft.run_folder import RunError, RunFolder
+
+CONFIG = {"suite": "libero_goal", "seed": 0, "rate": 1e-4, "tasks": (1, 2), "workers": 2}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[RunFolder]:
+    with RunFolder(tmp_path / "run").open(CONFIG) as opened:
+        yield opened
+
+
+def test_the_same_configuration_continues_a_run(folder: RunFolder) -> None:
+    folder.mark("base", 1.5, loss=0.25)
+    folder.close()
+    with RunFolder(folder.path).open(CONFIG) as again:
+        assert again.done("base")
+        assert again.state()["base"] == {"seconds": 1.5, "loss": 0.25}
+
+
+def test_a_changed_configuration_is_refused_with_the_changed_keys(folder: RunFolder) -> None:
+    folder.close()
+    before = (folder / "config.yaml").read_bytes()
+    with pytest.raises(RunError, match=r"(?s)seed: 0 -> 1.*--output_dir"):
+        RunFolder(folder.path).open({**CONFIG, "seed": 1})
+    assert (folder / "config.yaml").read_bytes() == before
+
+
+def test_harmless_keys_may_change(folder: RunFolder) -> None:
+    folder.close()
+    RunFolder(folder.path).open({**CONFIG, "workers": 8}, harmless=["workers"]).close()
+
+
+def test_two_processes_do_not_share_a_folder(folder: RunFolder) -> None:
+    with pytest.raises(RunError, match="another process is using"):
+        RunFolder(folder.path).open(CONFIG)
+
+
+def test_a_finished_step_is_not_repeated(folder: RunFolder) -> None:
+    calls: list[int] = []
+    product = folder / "product"
+
+    def work() -> None:
+        calls.append(1)
+        product.touch()
+
+    folder.once("step", work, products=[product])
+    folder.once("step", work, products=[product])
+    assert len(calls) == 1
+    product.unlink()
+    with pytest.raises(RunError, match="is missing"):
+        folder.once("step", work, products=[product])
+
+
+def test_a_step_that_fails_is_not_finished(folder: RunFolder) -> None:
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    folder.mark("earlier", 1.0)
+    with pytest.raises(OSError, match="No space"):
+        folder.once("step", fail)
+    assert list(folder.state()) == ["earlier"]
+
+
+def test_other_processes_wait_for_the_main_one(folder: RunFolder) -> None:
+    other = RunFolder(folder.path, main_process=False).open({"ignored": True})
+    waiting = threading.Thread(target=other.once, args=("step", lambda: pytest.fail("only rank 0 works")))
+    waiting.start()
+    folder.once("step", lambda: None)
+    waiting.join(timeout=5)
+    assert not waiting.is_alive()
+
+
+def test_a_file_in_the_way_and_a_missing_permission_are_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="--output_dir"):
+        RunFolder(tmp_path / "file" / "run").open(CONFIG)
+
+    def refuse(*_args: object, **_options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)  # the tests may run as root, whom no permission stops
+    with pytest.raises(RunError, match=r"cannot write to .*Permission denied.*--output_dir"):
+        RunFolder(tmp_path / "run").open(CONFIG)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"steps": {}}', '{"format_version": 99, "steps": {}}'])
+def test_a_damaged_state_is_refused(folder: RunFolder, content: str) -> None:
+    (folder / "state.json").write_text(content)
+    with pytest.raises(RunError, match=r"state\.json"):
+        folder.state()
+
+
+def test_the_state_is_strict_json(folder: RunFolder) -> None:
+    folder.mark("step", 1.0)
+    json.loads((folder / "state.json").read_text(), parse_constant=pytest.fail)
