@@ -1,0 +1,352 @@
+"""What can be chosen: the trainer's configuration, the stream's, and the recipe that holds both.
+
+A recipe is a YAML file whose keys are the fields of `StreamConfig` and `InfoVLAConfig`; the command line overrides it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+
+class StreamShape(NamedTuple):
+    """`Bi-kNm`: i base tasks learned together, then k steps of m new tasks each."""
+
+    base_tasks: int
+    steps: int
+    tasks_per_step: int
+
+    @property
+    def total_tasks(self) -> int:
+        return self.base_tasks + self.steps * self.tasks_per_step
+
+
+def parse_stream(notation: str) -> StreamShape:
+    """Read the paper's notation of a task stream.
+
+    Raises:
+        ValueError: the text is not of the form `Bi-kNm` with k, m ≥ 1.
+
+    >>> parse_stream("B5-5N1")
+    StreamShape(base_tasks=5, steps=5, tasks_per_step=1)
+    >>> parse_stream("B3-2N1").total_tasks
+    5
+    """
+    match = re.fullmatch(r"[Bb](\d+)-(\d+)[Nn](\d+)", notation.strip())
+    shape = StreamShape(*map(int, match.groups())) if match else None
+    if shape is None or shape.steps < 1 or shape.tasks_per_step < 1:
+        raise ValueError(
+            f"unknown stream {notation!r}: write Bi-kNm, i base tasks and then k ≥ 1 steps of m ≥ 1 new tasks each, "
+            "for example B3-2N1 (3 base tasks, then 2 steps of 1) or B0-5N1"
+        )
+    return shape
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class InfoVLAConfig(TrainingArguments):
+    r"""Configuration of [`InfoVLATrainer`]: everything of `TrainingArguments`, and the following.
+
+    > Parameters that control the method
+
+    Args:
+        method: what is added to plain fine-tuning (see `methods.py`). `sequential`: nothing. `er`: experience replay.
+            `infovla`: replay + RAC + CMI. `infovla_paper`: the same as the paper has it (teacher of the previous
+            stage, negatives of the mini-batch only, its own CMI estimator), on LoRA.
+        lambda_rac: weight λ1 of the replay-anchor contrastive term, ≥ 0; 0 leaves it out. Paper, §5.1.
+        lambda_cmi: weight λ2 of the cross-modal mutual information term, ≥ 0; 0 leaves it out. Paper, §5.1.
+        cmi_mode: `infonce`, `relational` or `paper`; see `losses.cross_modal_mi_from_summaries`. Unverified default.
+        temperature: τ > 0 of both terms. The paper states none; unverified.
+        teacher: `base` = the base model, adapters off; `previous` = the adapter of stage k−1, frozen (the paper's).
+        tap_layer: layer whose hidden states are the features, counted as in `hidden_states` (-1 = last, after the
+            final norm). The paper's "layer that fuses" has no counterpart in a causal language model; unverified.
+        anchor_bank: whether all stored anchors are negatives of RAC and of CMI, not only those of the mini-batch.
+        near_duplicate_window: frames of one trajectory at most this far apart are no negatives of each other.
+
+    > Parameters that control the replay memory
+
+    Args:
+        replay_fraction: share of each batch drawn from the memory, in [0, 1). Unverified.
+        anchor_views: shifted views of each memory frame for which anchors are kept, ≥ 1. The first is the frame
+            itself, so 1 means that replay samples are not augmented while their anchors are in use.
+
+    > Parameters that control augmentation
+
+    Args:
+        image_shift: random shift of the images by up to this many pixels of the model's input, edges repeated. Applied
+            to samples of the current task, and to replay samples that have no anchors in use.
+        proprio_noise: standard deviation of Gaussian noise on the normalised proprioception of the same samples.
+        cache_images: decode all frames once and keep them in memory as uint8, at the model's input size.
+
+    > Parameters that control the adapter
+
+    Args:
+        adapter_init: `continue` = start from the previous task's adapter; `fresh` = from zero.
+        lora_r: rank. OpenVLA's fine-tuning recipe.
+        lora_alpha: scale, the update being (alpha / r) · B·A. OpenVLA's fine-tuning recipe.
+        lora_dropout: in [0, 1). OpenVLA's fine-tuning recipe.
+        lora_targets: `all-linear` = every linear layer that receives a gradient, action head included, `lm_head` not;
+            otherwise names of modules, separated by commas.
+    """
+
+    _argument_group_name: ClassVar[str] = "training"
+
+    method: Literal["sequential", "er", "infovla", "infovla_paper"] = _option(
+        "infovla",
+        "What is added to plain fine-tuning: sequential (nothing), er (replay), infovla (replay, RAC, CMI), "
+        "infovla_paper (as in the paper).",
+    )
+    lambda_rac: float = _option(0.1, "Weight of the replay-anchor contrastive term; 0 leaves it out.")
+    lambda_cmi: float = _option(0.1, "Weight of the cross-modal mutual information term; 0 leaves it out.")
+    cmi_mode: Literal["infonce", "relational", "paper"] = _option("relational", "Estimator of the cross-modal term.")
+    temperature: float = _option(0.1, "Temperature of both terms.")
+    teacher: Literal["base", "previous"] = _option(
+        "base", "Frozen teacher: base (adapters off) or previous (the adapter of the stage before)."
+    )
+    tap_layer: int = _option(-1, "Layer whose hidden states are the features; -1 = last, after the final norm.")
+    anchor_bank: bool = _option(True, "Use all stored anchors as negatives, not only those of the mini-batch.")
+    near_duplicate_window: int = _option(
+        8, "Frames of one trajectory at most this far apart are no negatives of each other."
+    )
+
+    replay_fraction: float = _option(0.5, "Share of each batch drawn from the memory, in [0, 1).")
+    anchor_views: int = _option(
+        1, "Views of each memory frame that have anchors: the frame itself and anchor_views - 1 shifted ones."
+    )
+
+    image_shift: int = _option(4, "Random image shift in pixels of the model's input; 0 turns it off.")
+    proprio_noise: float = _option(0.0, "Standard deviation of noise on the normalised proprioception.")
+    cache_images: bool = _option(True, "Decode all frames once and keep them in memory.")
+
+    adapter_init: Literal["continue", "fresh"] = _option(
+        "continue", "Start a new adapter from the previous task's (continue) or from zero (fresh)."
+    )
+    lora_r: int = _option(32, "Rank of the adapter.")
+    lora_alpha: int = _option(16, "Scale of the adapter: its update is (alpha / r) B A.")
+    lora_dropout: float = _option(0.0, "Dropout in front of the adapter.")
+    lora_targets: str = _option("all-linear", "all-linear, or names of modules separated by commas.")
+
+    # Other defaults than TrainingArguments'.
+    learning_rate: float = _option(5e-4, "The initial learning rate. Default: OpenVLA's fine-tuning recipe.")
+    logging_steps: float = _option(10, "Log every so many steps; a number below 1 is a share of all steps.")
+    remove_unused_columns: bool = _option(False, "Must stay False: batches carry more than the model's arguments.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        _check_at_least(self, 0, "lambda_rac", "lambda_cmi", "near_duplicate_window", "image_shift", "proprio_noise")
+        _check_at_least(self, 1, "lora_r", "lora_alpha", "anchor_views")
+        _check_choices(self)
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be > 0, got {self.temperature}")
+        for name in ("replay_fraction", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must stay False: batches carry more than the model's arguments")
+        if self.tap_layer == 0:
+            raise ValueError("tap_layer 0 is the embeddings, which no adapter changes; use 1 … L, or -1 for the last")
+
+
+@dataclass
+class StreamConfig:
+    """The stream: which tasks in which order, their demonstrations, the base, and how the policy is evaluated.
+
+    The run's folder and seed are `InfoVLAConfig.output_dir` and `InfoVLAConfig.seed`; what is said there of optimising
+    holds for the adapter stages, and what is named `base_*` here replaces it in the base stage of a tiny base.
+    """
+
+    _argument_group_name: ClassVar[str] = "stream"
+
+    suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"] = _option(
+        "libero_goal", "LIBERO suite."
+    )
+    stream: str = _option("B3-2N1", "Bi-kNm: i base tasks, then k steps of m new tasks each.")
+    tasks: list[str] | None = field(
+        default=None, metadata={"help": "Tasks in the order of learning, by number or name; default: 0, 1, 2, ..."}
+    )
+    base_model: str = _option(
+        "tiny", "Hub id or folder of an OpenVLA checkpoint, or tiny: build a small one and train it on the base tasks."
+    )
+    unnorm_key: str | None = _option(None, "Key of the base's statistics to normalise with; default: the suite's.")
+
+    assets: Literal["auto", "official", "primitive"] = _option(
+        "auto", "LIBERO's own assets, the package's stand-ins, or official where they are found."
+    )
+    assets_folder: str | None = _option(None, "Folder of the official assets.")
+    image_size: int = _option(128, "Side of the rendered and recorded images in pixels.")
+    cameras: list[str] = field(
+        default_factory=lambda: ["agentview"],
+        metadata={"help": "Cameras the policy sees: agentview, robot0_eye_in_hand."},
+    )
+    renderer: Literal["fast", "exact"] = _option("fast", "fast: no reflections, no multisampling. exact: LIBERO's.")
+
+    demonstrations: int = _option(40, "Scripted demonstrations per task.")
+    demonstrations_folder: str | None = _option(None, "Where they are kept; default: inside the run's folder.")
+    demonstration_noise: float = _option(0.1, "Noise on the executed, not on the recorded, actions.")
+    demonstration_workers: int = _option(0, "Processes that record; 0 = one per core.")
+    memory_trajectories: int = _option(1, "Trajectories kept of each past task. Paper, section 4.1.")
+
+    base_steps: int = _option(2500, "Optimiser steps of the base stage (tiny base only).")
+    base_learning_rate: float = _option(6e-4, "Learning rate of the base stage.")
+    base_batch_size: int = _option(48, "Batch size per device of the base stage.")
+    stage_steps: int = _option(600, "Optimiser steps of each adapter stage. Paper, section 5.1.")
+
+    eval_episodes: int = _option(20, "Rollouts per task and stage, from the first of the 50 fixed initial states.")
+    eval_workers: int = _option(0, "Processes that simulate; 0 = one per core.")
+    open_loop_steps: int = _option(8, "Actions executed of each predicted chunk.")
+    rollout_max_steps: int | None = _option(None, "Step cap of a rollout; default: the suite's own.")
+    videos_per_task: int = _option(2, "MP4s per task and stage, failures first.")
+
+    tiny_image_size: int = _option(96, "Tiny base: side of its input images in pixels.")
+    tiny_patch_size: int = _option(12, "Tiny base: side of a patch in pixels.")
+    tiny_vision_width: int = _option(128, "Tiny base: width of its vision transformer.")
+    tiny_vision_depth: int = _option(4, "Tiny base: blocks of its vision transformer.")
+    tiny_hidden_size: int = _option(128, "Tiny base: width of its language model.")
+    tiny_layers: int = _option(4, "Tiny base: layers of its language model.")
+    tiny_heads: int = _option(4, "Tiny base: attention heads of both.")
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        shape = parse_stream(self.stream)
+        if self.base_model == "tiny" and shape.base_tasks == 0:
+            raise ValueError(
+                f"stream {self.stream} has no base tasks, but a tiny base must be trained on some; "
+                "use at least B1, or a checkpoint as base_model"
+            )
+        if self.tasks is not None and len(self.tasks) != shape.total_tasks:
+            raise ValueError(
+                f"stream {self.stream} needs {shape.total_tasks} tasks, but `tasks` names {len(self.tasks)}"
+            )
+        if self.tasks is not None and len(set(self.tasks)) != len(self.tasks):
+            raise ValueError(f"`tasks` names a task twice: {self.tasks}")
+        if self.tiny_image_size % self.tiny_patch_size:
+            raise ValueError(
+                f"tiny_image_size {self.tiny_image_size} is no multiple of tiny_patch_size {self.tiny_patch_size}"
+            )
+        _check_at_least(
+            self,
+            1,
+            "image_size",
+            "demonstrations",
+            "base_steps",
+            "base_batch_size",
+            "stage_steps",
+            "open_loop_steps",
+            "eval_episodes",
+        )
+        _check_at_least(
+            self,
+            0,
+            "demonstration_noise",
+            "demonstration_workers",
+            "memory_trajectories",
+            "eval_workers",
+            "videos_per_task",
+        )
+
+    @property
+    def shape(self) -> StreamShape:
+        return parse_stream(self.stream)
+
+
+def load_recipe(
+    path: str | Path | None, argv: Sequence[str] = (), *, prog: str | None = None, description: str | None = None
+) -> tuple[StreamConfig, InfoVLAConfig]:
+    """Read a recipe and the command-line arguments that override it.
+
+    Args:
+        path: YAML file with fields of `StreamConfig` and `InfoVLAConfig`; None for the defaults.
+        argv: arguments such as `["--lora_r", "8", "--no_anchor_bank"]`. `--help` prints every option and exits.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is no YAML mapping; an unknown or unusable option (the message names near ones).
+    """
+    types: list[Any] = [StreamConfig, InfoVLAConfig]
+    parser = _RecipeParser(types, prog=prog, description=description, allow_abbrev=False)
+    flags = _flags(_read_yaml(Path(path)), str(path)) if path is not None else []
+    stream, training, unknown = parser.parse_args_into_dataclasses(
+        [*flags, *argv], return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        option = unknown[0].split("=")[0]
+        raise ValueError(f"unknown option {option}{_near(option.lstrip('-').replace('-', '_'))}")
+    return stream, training
+
+
+def resolved_config(stream: StreamConfig, training: InfoVLAConfig) -> dict[str, Any]:
+    """Every field of both with its value, ready for YAML or JSON; secrets are masked."""
+    values: dict[str, Any] = {**asdict(stream), **training.to_dict()}  # type: ignore[no-untyped-call]
+    resolved: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return resolved
+
+
+class _RecipeParser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no recipe at {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if content is not None and not isinstance(content, dict):
+        raise ValueError(f"{path} must hold `option: value` lines, not a {type(content).__name__}")
+    return content or {}
+
+
+def _flags(recipe: Mapping[str, Any], source: str) -> list[str]:
+    """The recipe as command-line flags, so that both are parsed and checked in the same way."""
+    known = _option_names()
+    flags: list[str] = []
+    for name, value in recipe.items():
+        if name not in known:
+            raise ValueError(f"{source}: unknown option {name!r}{_near(str(name))}")
+        if value is None:
+            if known[name] is not None:
+                raise ValueError(f"{source}: {name} has no value; leave the line out to keep {known[name]!r}")
+        elif isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        else:  # one word, so that a value may begin with a dash
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return flags
+
+
+def _option_names() -> dict[str, Any]:
+    options = {}
+    for option in (*fields(StreamConfig), *fields(InfoVLAConfig)):
+        options[option.name] = option.default if option.default is not MISSING else ()
+    return options
+
+
+def _near(name: str) -> str:
+    near = difflib.get_close_matches(name, _option_names(), n=3)
+    return f"; did you mean {', '.join(near)}?" if near else "; --help lists all of them"
+
+
+def _check_at_least(config: Any, lowest: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not value >= lowest:
+            raise ValueError(f"{name} must be at least {lowest}, got {value}")
+
+
+def _check_choices(config: Any) -> None:
+    """What argparse does on the command line, for configurations that are made in Python."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, got {getattr(config, name)!r}")

@@ -1,0 +1,128 @@
+"""Stream notation, configuration checks, and recipes: YAML first, command line over it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from infovla_peft.config import InfoVLAConfig, StreamConfig, load_recipe, parse_stream, resolved_config
+
+
+def test_stream_notation() -> None:
+    assert parse_stream("B5-5N1") == (5, 5, 1)
+    assert parse_stream(" b0-2n3 ").total_tasks == 6
+
+
+@pytest.mark.parametrize("notation", ["", "B3", "3-2N1", "B3-0N1", "B3-2N0", "B3-2N", "B-1-2N1", "B3_2N1"])
+def test_unknown_stream_notation_says_how_to_write_it(notation: str) -> None:
+    with pytest.raises(ValueError, match="write Bi-kNm"):
+        parse_stream(notation)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lambda_rac": -0.1}, "lambda_rac must be at least 0"),
+        ({"temperature": 0.0}, "temperature must be > 0"),
+        ({"replay_fraction": 1.0}, r"replay_fraction must be in \[0, 1\)"),
+        ({"method": "magic"}, "method must be one of sequential, er"),
+        ({"teacher": "oracle"}, "teacher must be one of base, previous"),
+        ({"tap_layer": 0}, "tap_layer 0 is the embeddings"),
+        ({"lora_r": 0}, "lora_r must be at least 1"),
+        ({"remove_unused_columns": True}, "must stay False"),
+    ],
+)
+def test_training_options_are_checked(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        InfoVLAConfig(output_dir=str(tmp_path), **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"suite": "libero_gaol"}, "suite must be one of libero_spatial"),
+        ({"stream": "B3"}, "write Bi-kNm"),
+        ({"stream": "B0-2N1"}, "has no base tasks"),
+        ({"tasks": ["0", "1"]}, "needs 5 tasks, but `tasks` names 2"),
+        ({"tasks": ["0", "1", "2", "3", "3"]}, "names a task twice"),
+        ({"tiny_patch_size": 13}, "no multiple of tiny_patch_size"),
+        ({"eval_episodes": 0}, "eval_episodes must be at least 1"),
+    ],
+)
+def test_stream_options_are_checked(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StreamConfig(**change)  # type: ignore[arg-type]
+
+
+def recipe(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_command_line_overrides_the_recipe(tmp_path: Path) -> None:
+    path = recipe(
+        tmp_path,
+        f"output_dir: {tmp_path / 'run'}\nstream: B2-1N1\ntasks: [turn_on_the_stove, '4', 7]\nlearning_rate: 1e-3\n"
+        "anchor_bank: false\nlambda_rac: 0.5\ntap_layer: -2\ndemonstrations_folder: null\n"
+        "lr_scheduler_kwargs: {min_lr: 0.0}\n",
+    )
+    stream, training = load_recipe(path, ["--lambda_rac", "0.25", "--lora-r=8", "--activation_checkpointing"])
+    assert stream.shape == (2, 1, 1)
+    assert stream.tasks == ["turn_on_the_stove", "4", "7"]
+    assert stream.demonstrations_folder is None
+    assert (training.learning_rate, training.anchor_bank, training.tap_layer) == (1e-3, False, -2)
+    assert (training.lambda_rac, training.lora_r, training.activation_checkpointing) == (0.25, 8, True)
+    assert training.lr_scheduler_kwargs == {"min_lr": 0.0}
+
+
+def test_a_recipe_may_be_absent() -> None:
+    stream, training = load_recipe(None, ["--no_anchor_bank", "--cameras", "agentview", "robot0_eye_in_hand"])
+    assert stream.cameras == ["agentview", "robot0_eye_in_hand"]
+    assert training.anchor_bank is False
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "message"),
+    [
+        ("lambda_rak: 1\n", [], "unknown option 'lambda_rak'; did you mean lambda_rac"),
+        ("", ["--steam=B3-2N1"], "unknown option --steam; did you mean stream"),
+        ("", ["--lambda", "1"], "unknown option --lambda"),
+        ("- a\n- b\n", [], "must hold `option: value` lines"),
+        ("a: [\n", [], "not valid YAML"),
+        ("lora_r: eight\n", [], "invalid int value: 'eight'"),
+        ("teacher: oracle\n", [], "invalid choice: 'oracle'"),
+        ("lora_r:\n", [], "lora_r has no value"),
+        ("stream: B3\n", [], "write Bi-kNm"),
+    ],
+)
+def test_unusable_recipes_name_the_cure(tmp_path: Path, text: str, argv: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe(recipe(tmp_path, text), argv)
+
+
+def test_missing_recipe(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no recipe at"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        load_recipe(None, ["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--lambda_rac" in text
+    assert "Weight of the replay-anchor contrastive term" in " ".join(text.split())
+    assert "Bi-kNm: i base tasks" in " ".join(text.split())
+
+
+def test_a_resolved_configuration_is_plain_data_and_reads_back(tmp_path: Path) -> None:
+    stream, training = load_recipe(
+        None, [f"--output_dir={tmp_path}", "--lora_r=4", "--tasks", "a", "b", "c", "d", "e"]
+    )
+    values = resolved_config(stream, training)
+    assert json.loads(json.dumps(values)) == values == yaml.safe_load(yaml.safe_dump(values))
+    assert (values["lora_r"], values["tasks"]) == (4, ["a", "b", "c", "d", "e"])
