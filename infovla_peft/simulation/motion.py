@@ -1,0 +1,177 @@
+"""Moving the robot through LIBERO's own action space: 7 numbers in [-1, 1], twenty times a second.
+
+An action is what a person's demonstration would hold: the hand's displacement (0.05 m per unit) and rotation (0.5 rad
+per unit) for the OSC_POSE controller, and the gripper (-1 opens, +1 closes). The simulation is never touched otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .geometry import DOWNWARD, Array, Reach, Scene, rotation_vector
+
+METRES_PER_UNIT, RADIANS_PER_UNIT = 0.05, 0.5
+OPEN, CLOSED = -1.0, 1.0
+
+Act = Callable[[Array], None]
+"""Executes one clean action (7,); raises `EpisodeOver` when the episode has ended."""
+
+
+class SkillFailed(Exception):
+    """A skill saw that it cannot reach its aim in this layout."""
+
+
+class EpisodeOver(Exception):
+    """The goal holds and the steps after it are done, or the step limit is reached."""
+
+
+class Arm:
+    """Proportional control of the hand towards target poses.
+
+    Args:
+        scene: the scene that the arm moves in.
+        act: executes one action.
+
+    Attributes:
+        rotation: the hand's target rotation, (3, 3), held by every motion.
+        gripper: the gripper's command, `OPEN` or `CLOSED`.
+    """
+
+    def __init__(self, scene: Scene, act: Act) -> None:
+        self.scene, self.reach = scene, Reach(scene)
+        self.rotation, self.gripper = DOWNWARD, OPEN
+        self._act = act
+        robot: Any = scene.domain.robots[0]
+        self._grip_site = robot.eef_site_id
+        self._hand_body = scene.model.body(robot.robot_model.eef_name).id
+        self._finger_joints = robot._ref_gripper_joint_pos_indexes
+
+    @property
+    def position(self) -> Array:
+        """The grip point between the fingertips, (3,)."""
+        return np.array(self.scene.data.site_xpos[self._grip_site])
+
+    @property
+    def turn_left(self) -> Array:
+        """Rotation vector from the hand's rotation to its target, (3,)."""
+        return rotation_vector(self.rotation @ self.scene.data.xmat[self._hand_body].reshape(3, 3).T)
+
+    def step(self, shift: ArrayLike, turn: ArrayLike) -> None:
+        """One action: `shift` and `turn` in the controller's units, clipped to [-1, 1]."""
+        self._act(np.clip(np.concatenate([shift, turn, [self.gripper]]), -1.0, 1.0))
+
+    def steer(self, target: ArrayLike, *, speed: float = 1.0, turn_speed: float = 0.8) -> None:
+        """One step straight towards `target` (3,), no component faster than `speed` units."""
+        shift = 1.6 * (np.asarray(target) - self.position) / METRES_PER_UNIT
+        fastest = np.abs(shift).max()
+        if fastest > speed:
+            shift *= speed / fastest
+        self.step(shift, np.clip(1.2 * self.turn_left / RADIANS_PER_UNIT, -turn_speed, turn_speed))
+
+    def slide(self, shift: ArrayLike, *, turn_speed: float = 0.4) -> None:
+        """One step by `shift` units that keeps the hand's rotation."""
+        self.step(shift, np.clip(self.turn_left / RADIANS_PER_UNIT, -turn_speed, turn_speed))
+
+    def move_to(
+        self,
+        target: ArrayLike,
+        *,
+        tolerance: float = 0.008,
+        turn_tolerance: float = 0.06,
+        speed: float = 1.0,
+        max_steps: int = 90,
+        until: Callable[[], bool] | None = None,
+        stall: float | None = None,
+    ) -> None:
+        """Steer to `target` until it is reached, `until()` holds, nothing moves any more, or `max_steps` are over.
+
+        Args:
+            target: (3,) grip point.
+            tolerance: accepted distance (m).
+            turn_tolerance: accepted rotation from `self.rotation` (rad).
+            speed: fastest component in the controller's units.
+            until: checked before every step.
+            stall: stop when the hand has moved less than this (m) in four steps.
+        """
+        target = np.asarray(target, dtype=float)
+        path: list[Array] = []
+        for _ in range(max_steps):
+            close = np.linalg.norm(target - self.position) < tolerance
+            if (close and np.linalg.norm(self.turn_left) < turn_tolerance) or (until is not None and until()):
+                return
+            self.steer(target, speed=speed)
+            path.append(self.position)
+            if stall is not None and len(path) > 5 and np.linalg.norm(path[-1] - path[-5]) < stall:
+                return
+
+    def move_by(self, offset: ArrayLike, *, tolerance: float = 0.02, max_steps: int = 25, speed: float = 1.0) -> None:
+        """Move by `offset` (3,) without waiting for the hand's rotation."""
+        target = self.position + np.asarray(offset)
+        self.move_to(target, tolerance=tolerance, turn_tolerance=np.inf, max_steps=max_steps, speed=speed)
+
+    def hold(self, steps: int = 1) -> None:
+        """Stay where the hand is."""
+        target = self.position
+        for _ in range(steps):
+            shift = np.clip((target - self.position) / METRES_PER_UNIT, -0.3, 0.3)
+            self.slide(shift, turn_speed=0.3)
+
+    def _fingers_moved(self) -> float:
+        before = self.scene.data.qpos[self._finger_joints].copy()
+        self.hold()
+        return float(np.abs(self.scene.data.qpos[self._finger_joints] - before).max())
+
+    def close_gripper(self, max_steps: int = 14) -> None:
+        """Close until the fingers have stood still for three steps."""
+        self.gripper = CLOSED
+        still = 0
+        for step in range(max_steps):
+            still = still + 1 if self._fingers_moved() < 3e-4 else 0
+            if step >= 7 and still >= 3:
+                return
+
+    def open_gripper(self, max_steps: int = 8) -> None:
+        """Open until the fingers stand still."""
+        self.gripper = OPEN
+        for step in range(max_steps):
+            if self._fingers_moved() < 4e-4 and step >= 3:
+                return
+
+    def travel(
+        self, target: ArrayLike, *, ignore: Iterable[str] = (), below: float = 0.02, tolerance: float = 0.02
+    ) -> None:
+        """Lift to a height that clears everything on the way, go across, and come down to `target`.
+
+        Args:
+            target: (3,) grip point at the end.
+            ignore: objects that are no obstacles.
+            below: how far the hand, or what it holds, hangs below the grip point (m).
+            tolerance: accepted distance at the end (m).
+        """
+        target = np.asarray(target, dtype=float)
+        reach, here = self.reach, self.position
+        obstacles = self.scene.obstacles(ignore)
+        start = reach.within(here, here[2] + 0.03, reach.WAYPOINT)
+        end = reach.within(target, target[2], reach.WAYPOINT)
+        top = max(self._highest_between(start, end, obstacles), self._highest_between(end, target, obstacles))
+        height = min(max(target[2], top + below + 0.02), self.scene.table_height + 0.42)
+        if here[2] < height - 0.02:
+            self.move_to(reach.within(here, height), tolerance=0.03, turn_tolerance=np.inf, max_steps=40)
+        above = reach.within(target, height)
+        if np.linalg.norm(above[:2] - target[:2]) > 0.01 or height > target[2] + 0.03:
+            self.move_to(above, tolerance=0.035, turn_tolerance=0.3, max_steps=70)
+        self.move_to(target, tolerance=tolerance, max_steps=60)
+
+    def _highest_between(self, start: Array, end: Array, obstacles: Array, half_width: float = 0.09) -> float:
+        """Height of the highest obstacle in a corridor between two points."""
+        along = (end - start)[:2]
+        length = np.linalg.norm(along) + 1e-9
+        direction = along / length
+        offsets = obstacles[:, :2] - start[:2]
+        ahead, aside = offsets @ direction, np.abs(offsets @ np.array([-direction[1], direction[0]]))
+        inside = (ahead > -half_width) & (ahead < length + half_width) & (aside < half_width)
+        return float(obstacles[inside, 2].max()) if inside.any() else self.scene.table_height
