@@ -1,0 +1,1 @@
+"""Demonstrations on their way into a batch."""

@@ -1,0 +1,195 @@
+"""Frozen normalisation: LIBERO's actions and proprioception ↔ what the model is trained on.
+
+Statistics have the format of OpenVLA's `dataset_statistics.json`. They are computed once, at the base stage, and never
+again: statistics per task destroy a continual policy (93.5 → 23.7 % success is reported).
+
+Two action conventions meet here. LIBERO's: gripper -1 = open, +1 = close. The model's (OpenVLA's): gripper 1 = open,
+0 = close. The other dimensions are the same.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+Statistics = Mapping[str, Any]
+Array = TypeVar("Array", NDArray[Any], torch.Tensor)
+
+
+def to_model_action(action: Array) -> Array:
+    """LIBERO's action (..., dim), gripper last in [-1, 1] → the model's convention: 1 = open, 0 = close.
+
+    >>> to_model_action(np.array([0.1, -1.0])).tolist(), to_model_action(np.array([0.1, 1.0])).tolist()
+    ([0.1, 1.0], [0.1, 0.0])
+    """
+    gripper = ((1.0 - action[..., -1:]) / 2.0).clip(0.0, 1.0)
+    joined: Array = _join(action[..., :-1], gripper)
+    return joined
+
+
+def to_env_action(action: Array) -> Array:
+    """The model's un-normalised action (..., dim) → LIBERO's; the gripper becomes -1 (open) or +1 (close).
+
+    >>> to_env_action(np.array([0.1, 0.9])).tolist(), to_env_action(np.array([0.1, 0.5])).tolist()
+    ([0.1, -1.0], [0.1, 1.0])
+    """
+    opens = 2.0 * action[..., -1:] - 1.0 > 0
+    gripper = (1 - 2 * opens) if isinstance(opens, torch.Tensor) else np.where(opens, -1, 1)
+    joined: Array = _join(action[..., :-1], gripper)
+    return joined
+
+
+def _join(motion: Any, gripper: Any) -> Any:
+    if isinstance(motion, torch.Tensor):
+        return torch.cat((motion, gripper.to(motion.dtype)), dim=-1)
+    return np.concatenate((motion, gripper.astype(motion.dtype)), axis=-1)
+
+
+def compute_statistics(actions: ArrayLike, states: ArrayLike, trajectories: int) -> dict[str, Any]:
+    """Statistics of demonstrations, in OpenVLA's format.
+
+    Args:
+        actions: (N, 7), LIBERO's convention.
+        states: (N, 8), proprioception.
+        trajectories: number of episodes.
+
+    Returns:
+        {"action": {mean, std, min, max, q01, q99, mask}, "proprio": the same without mask, "num_transitions",
+        "num_trajectories"}, plain lists and numbers. Those of the action are of the model's convention; its mask is
+        False for the gripper, which is left as it is.
+
+    Raises:
+        ValueError: no frames, shapes that are no matrices of equal length, or values that are not finite.
+    """
+    action, state = np.asarray(actions, dtype=np.float64), np.asarray(states, dtype=np.float64)
+    if action.ndim != 2 or state.ndim != 2 or len(action) != len(state) or not len(action):
+        raise ValueError(f"expected actions (N, A) and states (N, P), N ≥ 1, got {action.shape} and {state.shape}")
+    if not (np.isfinite(action).all() and np.isfinite(state).all()):
+        raise ValueError("the demonstrations hold NaN or infinite actions or states; record them again")
+    mask = [True] * (action.shape[1] - 1) + [False]
+    return {
+        "action": {**_describe(to_model_action(action)), "mask": mask},
+        "proprio": _describe(state),
+        "num_transitions": len(action),
+        "num_trajectories": trajectories,
+    }
+
+
+def _describe(values: NDArray[np.float64]) -> dict[str, list[float]]:
+    q01, q99 = np.quantile(values, (0.01, 0.99), axis=0)
+    simple = {name: getattr(values, name)(axis=0) for name in ("mean", "std", "min", "max")}
+    return {name: value.tolist() for name, value in {**simple, "q01": q01, "q99": q99}.items()}
+
+
+class Normaliser:
+    """Normalises by the 1st and 99th percentile, to [-1, 1]; what the mask leaves out (the gripper) passes unchanged.
+
+    NumPy arrays and tensors alike, any number of leading dimensions. A dimension that never varied normalises to 0.
+
+    Args:
+        statistics: {key: statistics of one data set}, as in `dataset_statistics.json` or `config.norm_stats`.
+        key: which data set; may be None where there is only one. `X` also finds `X_no_noops`.
+
+    Raises:
+        KeyError: no such key, or None although there are several.
+    """
+
+    def __init__(self, statistics: Statistics, key: str | None = None) -> None:
+        self.key = _find_key(statistics, key)
+        self.statistics: dict[str, Any] = dict(statistics[self.key])
+        action, proprio = self.statistics["action"], self.statistics.get("proprio")
+        self._action = _bounds(action)
+        self._mask = np.asarray(action.get("mask", [True] * len(action["q01"])), dtype=bool)
+        self._proprio = _bounds(proprio) if proprio else None
+
+    @property
+    def action_dim(self) -> int:
+        return len(self._mask)
+
+    @property
+    def proprio_dim(self) -> int:
+        """0 where the statistics have none."""
+        return len(self._proprio[0]) if self._proprio else 0
+
+    def normalise_actions(self, actions: Array) -> Array:
+        """The model's un-normalised actions (..., A) → [-1, 1], clipped; the gripper stays in [0, 1]."""
+        return _where(self._mask, _normalise(actions, self._action), actions)
+
+    def unnormalise_actions(self, actions: Array) -> Array:
+        """The inverse of `normalise_actions`, up to its clipping."""
+        return _where(self._mask, _unnormalise(actions, self._action), actions)
+
+    def normalise_proprio(self, state: Array) -> Array:
+        """Proprioception (..., P) → [-1, 1], clipped."""
+        return _normalise(state, self._need_proprio())
+
+    def unnormalise_proprio(self, state: Array) -> Array:
+        return _unnormalise(state, self._need_proprio())
+
+    def to_env_action(self, actions: Array) -> Array:
+        """What `policy.act` returns (..., A) → LIBERO's actions."""
+        return to_env_action(actions)
+
+    def as_statistics(self) -> dict[str, Any]:
+        """{key: statistics}, what is saved with an adapter."""
+        return {self.key: self.statistics}
+
+    def _need_proprio(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        if self._proprio is None:
+            raise ValueError(
+                f"the statistics of {self.key!r} have no proprioception; this base was trained without it, "
+                "so use it without (proprio_dim = 0)"
+            )
+        return self._proprio
+
+
+def _find_key(statistics: Statistics, key: str | None) -> str:
+    if not statistics:
+        raise KeyError("the base model has no action statistics (norm_stats, dataset_statistics.json)")
+    if key is None and len(statistics) == 1:
+        return next(iter(statistics))
+    for candidate in (key, f"{key}_no_noops"):
+        if candidate in statistics:
+            return str(candidate)
+    near = difflib.get_close_matches(str(key), statistics, n=5, cutoff=0.3) or sorted(statistics)[:5]
+    asked = "several data sets have statistics here" if key is None else f"no statistics for {key!r}"
+    raise KeyError(f"{asked}; set unnorm_key to one of: {', '.join(near)}")
+
+
+def _bounds(described: Mapping[str, Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    return np.asarray(described["q01"], dtype=np.float64), np.asarray(described["q99"], dtype=np.float64)
+
+
+def _like(values: Array, constant: NDArray[Any]) -> Array:
+    moved: Any = torch.as_tensor(constant, device=values.device) if isinstance(values, torch.Tensor) else constant
+    return moved  # type: ignore[no-any-return]
+
+
+def _normalise(values: Array, bounds: tuple[NDArray[Any], NDArray[Any]]) -> Array:
+    span = bounds[1] - bounds[0]
+    scale, varies = _like(values, np.where(span > 0, span, 1.0)), _like(values, span > 0)
+    normalised: Array = _cast(
+        (2.0 * (values - _like(values, bounds[0])) / scale - 1.0).clip(-1.0, 1.0) * varies, values
+    )
+    return normalised
+
+
+def _unnormalise(values: Array, bounds: tuple[NDArray[Any], NDArray[Any]]) -> Array:
+    low, high = (_like(values, bound) for bound in bounds)
+    raw: Array = _cast(0.5 * (values + 1.0) * (high - low) + low, values)
+    return raw
+
+
+def _where(mask: NDArray[Any], one: Array, other: Array) -> Array:
+    if isinstance(one, torch.Tensor):
+        return torch.where(torch.as_tensor(mask, device=one.device), one, other)
+    return np.where(mask, one, other)
+
+
+def _cast(values: Any, like: Any) -> Any:
+    return values.to(like.dtype) if isinstance(values, torch.Tensor) else values.astype(like.dtype)
