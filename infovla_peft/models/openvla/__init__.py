@@ -1,0 +1,54 @@
+"""OpenVLA and OpenVLA-OFT, native: the hub's parameter names, no remote code, no timm, no torchvision.
+
+Importing this package registers the classes with transformers' Auto classes under the model type "openvla".
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+
+from .action_tokenizer import ActionTokenizer
+from .configuration_openvla import OpenVLAConfig
+from .modeling_openvla import OpenVLAForActionPrediction, OpenVLAOutput
+from .processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor, build_prompt
+from .tiny import build_tiny_openvla
+
+__all__ = [
+    "ActionTokenizer",
+    "OpenVLAConfig",
+    "OpenVLAForActionPrediction",
+    "OpenVLAImageProcessor",
+    "OpenVLAOutput",
+    "OpenVLAProcessor",
+    "build_prompt",
+    "build_tiny_openvla",
+    "load_openvla",
+]
+
+AutoConfig.register(OpenVLAConfig.model_type, OpenVLAConfig, exist_ok=True)
+AutoModelForImageTextToText.register(OpenVLAConfig, OpenVLAForActionPrediction, exist_ok=True)
+AutoImageProcessor.register(OpenVLAConfig, slow_image_processor_class=OpenVLAImageProcessor, exist_ok=True)
+AutoProcessor.register(OpenVLAConfig, OpenVLAProcessor, exist_ok=True)
+
+
+def load_openvla(
+    path_or_id: str | os.PathLike[str], *, dtype: Any = None, device: Any = None, **kwargs: Any
+) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
+    """Load a checkpoint and its processor, ready to act (evaluation mode).
+
+    Args:
+        path_or_id: folder or hub id of OpenVLA, OpenVLA-OFT or a base that this package has trained.
+        dtype: of the weights, None for the checkpoint's own.
+        device: where the model goes, None for the CPU.
+        kwargs: fields of the configuration to change, and `revision`, `cache_dir`, `token` … of the hub.
+
+    Raises:
+        ValueError, FileNotFoundError: see `OpenVLAForActionPrediction.from_pretrained`.
+    """
+    model = OpenVLAForActionPrediction.from_pretrained(path_or_id, **{"dtype": dtype} if dtype else {}, **kwargs)
+    hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in kwargs}
+    processor = OpenVLAProcessor.from_pretrained(path_or_id, **hub)
+    return (model if device is None else model.to(device)).eval(), processor

@@ -1,0 +1,154 @@
+"""What a checkpoint folder of OpenVLA or OpenVLA-OFT holds beside the weights that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import cached_file
+
+from .configuration_openvla import OpenVLAConfig
+
+# File of OpenVLA-OFT -> submodule that it fills.
+COMPONENTS = {
+    "action_head": "action_head",
+    "proprio_projector": "proprio_projector",
+    "vision_backbone": "vision_backbone",
+}
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+
+
+def read_config(path: str, kwargs: dict[str, Any]) -> tuple[OpenVLAConfig, dict[str, Any]]:
+    """The configuration of a checkpoint and the arguments that are none of its fields.
+
+    Where `config.json` does not say how the model decodes, it is a file of the original code; the separate files of
+    OpenVLA-OFT then say it.
+
+    Raises:
+        FileNotFoundError: a folder without `config.json`.
+        ValueError: the checkpoint is of another model type.
+    """
+    if Path(path).is_dir() and not (Path(path) / kwargs.get("subfolder", "") / "config.json").is_file():
+        raise FileNotFoundError(f"'{path}' holds no config.json, so it is no OpenVLA checkpoint folder.")
+    raw, _ = OpenVLAConfig.get_config_dict(path, **_hub_arguments(kwargs))
+    if raw.get("model_type") != "openvla":
+        raise ValueError(
+            f"'{path}' is no OpenVLA checkpoint: its config.json says model_type {raw.get('model_type')!r}, not 'openvla'."
+        )
+    if "decoding" not in raw and "decoding" not in kwargs:
+        kwargs = {**_fields_of_components(find_components(path, kwargs)), **kwargs}
+    config, unused = OpenVLAConfig.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+    config.check()
+    return config, {**_hub_arguments(kwargs), **unused}
+
+
+def _fields_of_components(files: dict[str, Path]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    if "action_head" in files:
+        head = _load_component(files["action_head"])
+        if "model.fc2.weight" not in head:
+            raise ValueError(f"'{files['action_head']}' is no L1 regression head; diffusion heads are not supported.")
+        fields |= {"decoding": "parallel", "action_head": "l1", "action_dim": len(head["model.fc2.weight"])}
+    if "proprio_projector" in files:
+        projector = _load_component(files["proprio_projector"])
+        fields |= {"decoding": "parallel", "proprio_dim": projector["fc1.weight"].shape[1]}
+    if "vision_backbone" in files:
+        fields |= {"decoding": "parallel", "use_film": True}
+    return fields
+
+
+def find_components(path: str, kwargs: dict[str, Any]) -> dict[str, Path]:
+    """The files `<component>--<step>_checkpoint.pt` of a checkpoint, by component.
+
+    Raises:
+        ValueError: several files of one component.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        hub = _hub_arguments(kwargs)
+        hub.pop("subfolder", None)
+        folder = Path(snapshot_download(path, allow_patterns=["*--*checkpoint.pt"], **hub))
+    found: dict[str, Path] = {}
+    for component in COMPONENTS:
+        files = sorted(folder.glob(f"{component}--*checkpoint.pt"))
+        if len(files) > 1:
+            raise ValueError(
+                f"'{path}' holds several {component} files ({', '.join(file.name for file in files)}); keep one."
+            )
+        if files:
+            found[component] = files[0]
+    return found
+
+
+def _load_component(file: Path) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = torch.load(file, weights_only=True, map_location="cpu")
+    # Saved out of DistributedDataParallel, every name starts with "module.".
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def load_components(model: Any, path: str, kwargs: dict[str, Any]) -> set[str]:
+    """Fill the submodules that the files of OpenVLA-OFT hold; names of the parameters that were filled."""
+    config: OpenVLAConfig = model.config
+    wanted = {
+        "action_head": config.action_head == "l1",
+        "proprio_projector": config.proprio_dim > 0,
+        "vision_backbone": config.use_film,
+    }
+    if not any(wanted.values()):
+        return set()
+    loaded: set[str] = set()
+    for component, file in find_components(path, kwargs).items():
+        if not wanted[component]:
+            continue
+        state = _load_component(file)
+        if component == "vision_backbone":
+            state = _plain_vision_state(state)
+        module: nn.Module = getattr(model, component)
+        try:
+            module.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"'{file}' does not fit the configuration: {error}") from error
+        loaded |= {f"{component}.{name}" for name in state}
+    return loaded
+
+
+def _plain_vision_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names and weights of OpenVLA-OFT's FiLM file as this package's: wrappers peeled off, LoRA merged.
+
+    The original's LoRA has rank r and alpha min(r, 16).
+    """
+    state = {name.removeprefix("vision_backbone.").replace(".block.", "."): value for name, value in state.items()}
+    plain = {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
+    for name, down in state.items():
+        if ".lora_A." not in name:
+            continue
+        up = state[name.replace(".lora_A.", ".lora_B.")]
+        target = f"{name.split('.lora_A.')[0]}.weight"
+        rank = len(down)
+        delta = up.flatten(1).float() @ down.flatten(1).float() * (min(rank, 16) / rank)
+        plain[target] = (plain[target].float() + delta.view_as(plain[target])).to(plain[target].dtype)
+    return plain
+
+
+def read_statistics(path: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """`dataset_statistics.json` of a checkpoint, None if it has none."""
+    file = cached_file(
+        path,
+        "dataset_statistics.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **_hub_arguments(kwargs),
+    )
+    if file is None or not os.path.isfile(file):
+        return None
+    return json.loads(Path(file).read_text(encoding="utf-8"))  # type: ignore[no-any-return]

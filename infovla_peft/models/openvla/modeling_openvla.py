@@ -1,0 +1,532 @@
+"""OpenVLA and OpenVLA-OFT as one native model, with the hub's own parameter names."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from ...files import write_json
+from ...policy import TokenRoles
+from .action_head import L1ActionHead, ProprioProjector
+from .action_tokenizer import ActionBins
+from .checkpoint import load_components, read_config, read_statistics
+from .configuration_openvla import OpenVLAConfig
+from .sequence import (
+    IGNORE_INDEX,
+    TextSequence,
+    append_tokens,
+    insert_after_bos,
+    locate_slots,
+    multimodal_mask,
+    token_roles,
+    true_lengths,
+)
+from .statistics import unnormalize_actions
+from .vision import Projector, VisionBackbone, init_vision_weights
+
+
+@dataclass
+class OpenVLAOutput(ModelOutput):
+    """What one forward pass gives; entries that were not asked for are None.
+
+    Attributes:
+        loss: scalar. Labels: mean cross-entropy over labels other than -100; targets `actions` with the L1 head: mean
+            absolute error over all numbers of the chunks.
+        logits: autoregressive, or parallel with labels: (batch, sequence, vocabulary); parallel with the discrete
+            head and without labels: (batch, chunk * dim + 1, vocabulary) at the action positions and the one that
+            predicts the stop token.
+        predicted_actions: parallel decoding, (batch, chunk, dim), normalised.
+        hidden_states: embeddings and the output of each decoder layer, the last one after the final norm.
+        projector_features: (batch, images * patches, hidden), the visual tokens of the language model.
+        past_key_values: the cache, with `use_cache=True`.
+        token_roles: role of each position of the multimodal sequence.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    predicted_actions: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    projector_features: Tensor | None = None
+    past_key_values: Any = None
+    token_roles: TokenRoles | None = None
+
+
+class OpenVLAForActionPrediction(PreTrainedModel):
+    """A language model that reads image patches and an instruction and writes robot actions.
+
+    One class for plain OpenVLA (`decoding="autoregressive"`) and OpenVLA-OFT (`decoding="parallel"`, with
+    `action_head`, `proprio_projector` and FiLM as the configuration says).
+
+    Example:
+        >>> from infovla_peft.models.openvla import build_tiny_openvla
+        >>> model, processor = build_tiny_openvla(instructions=["open the drawer"], image_size=32, proprio_dim=0)
+        >>> import numpy as np
+        >>> image = np.zeros((32, 32, 3), np.uint8)
+        >>> inputs = processor("In: What action should the robot take to open the drawer?\\nOut:", image)
+        >>> model.predict_action(**inputs).shape
+        (8, 7)
+    """
+
+    config_class = OpenVLAConfig
+    config: OpenVLAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["ViTBlock", "Projector"]  # type: ignore[misc]
+    _skip_keys_device_placement = "past_key_values"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_emb\.inv_freq"]  # type: ignore[misc]
+
+    def __init__(self, config: OpenVLAConfig) -> None:
+        super().__init__(config)
+        config.check()
+        hidden_size = int(config.text_config.hidden_size)
+        self.vision_backbone = VisionBackbone(config)
+        self.projector = Projector(
+            self.vision_backbone.embed_dim, hidden_size, fused=bool(config.use_fused_vision_backbone)
+        )
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        if config.action_head == "l1":
+            self.action_head = L1ActionHead(hidden_size, config.action_dim)
+        if config.proprio_dim:
+            self.proprio_projector = ProprioProjector(hidden_size, config.proprio_dim)
+        self.bins = ActionBins(config.action_vocab_size, config.n_action_bins)
+        self.post_init()
+
+    # ---- what transformers asks for -------------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()  # type: ignore[no-any-return]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()  # type: ignore[no-any-return]
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_vision_weights(module)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *model_args: Any,
+        config: OpenVLAConfig | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a checkpoint of OpenVLA, OpenVLA-OFT or this package, from a folder or the hub.
+
+        The separate files of an OpenVLA-OFT folder (`action_head--*_checkpoint.pt` …) switch on what they hold;
+        fields of the configuration given as arguments (for example `use_film=False`) have the last word.
+        `dataset_statistics.json` beside the weights replaces `config.norm_stats`.
+
+        Raises:
+            ValueError: the folder is no OpenVLA checkpoint, or lacks weights, or has weights the model does not know;
+                the message names them.
+            FileNotFoundError: the folder has no `config.json`.
+        """
+        path = os.fspath(pretrained_model_name_or_path)
+        if config is None:
+            config, kwargs = read_config(path, kwargs)
+        statistics = read_statistics(path, kwargs)
+        if statistics is not None:
+            config.norm_stats = statistics
+        model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
+        loaded = load_components(model, path, kwargs)
+        missing = sorted(set(info["missing_keys"]) - loaded)
+        unexpected = sorted(info["unexpected_keys"])
+        for problem, names in (("lacks", missing), ("holds, beyond what its configuration asks for,", unexpected)):
+            if names:
+                raise ValueError(
+                    f"The checkpoint '{path}' {problem} {len(names)} weight(s): {', '.join(names)}. Check that the "
+                    "folder is complete and that its config.json belongs to it."
+                )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
+        """Save weights, configuration and, beside them, `dataset_statistics.json`."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.config.norm_stats is not None and kwargs.get("is_main_process", True):
+            write_json(os.path.join(save_directory, "dataset_statistics.json"), self.config.norm_stats)
+
+    # ---- forward --------------------------------------------------------------------------------------------------
+
+    def tap_module(self, layer: int) -> nn.Module:
+        """The module whose output is `hidden_states[layer]`: 1 … L (L after the final norm), negative from the end."""
+        decoder = self.language_model.model
+        count = len(decoder.layers)
+        index = layer + count + 1 if layer < 0 else layer
+        if not 1 <= index <= count:
+            raise ValueError(f"Layer {layer} cannot be tapped: choose 1 to {count}, or -{count} to -1.")
+        return decoder.norm if index == count else decoder.layers[index - 1]  # type: ignore[no-any-return]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        proprio: Tensor | None = None,
+        actions: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_logits: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> OpenVLAOutput | tuple[Any, ...]:
+        """Run the model once.
+
+        Args:
+            input_ids: (batch, length), padded on the right. Autoregressive: the whole sequence. Parallel: the prompt
+                alone (the model appends '▁', empty action slots and the stop token), or, with `labels`, the whole
+                training sequence of the original code.
+            attention_mask: (batch, length), 0 at padding; None where nothing is padded.
+            pixel_values: (batch, images * channels, height, width), normalised; None for text alone.
+            labels: (batch, length), -100 where no loss is taken. They are shifted inside.
+            proprio: (batch, proprio_dim), normalised; needed if the configuration has `proprio_dim`.
+            actions: (batch, chunk, dim), normalised targets (parallel decoding).
+            past_key_values, use_cache: the cache of autoregressive decoding.
+            output_hidden_states: also give all hidden states.
+            return_logits: False computes no logits beyond those that the loss needs; None (default) gives logits,
+                except with the L1 head without labels, where nobody needs them.
+            return_dict: False gives a tuple.
+
+        Raises:
+            ValueError: inputs that do not fit each other or the configuration.
+        """
+        if self.config.decoding == "parallel":
+            output = self._forward_parallel(
+                input_ids, attention_mask, pixel_values, labels, proprio, actions, output_hidden_states, return_logits
+            )
+        else:
+            if actions is not None or proprio is not None:
+                raise ValueError("`actions` and `proprio` need a model with `decoding='parallel'`.")
+            output = self._forward_autoregressive(
+                input_ids,
+                attention_mask,
+                pixel_values,
+                labels,
+                past_key_values,
+                bool(use_cache) and not self.training,
+                output_hidden_states,
+                return_logits,
+            )
+        return output.to_tuple() if return_dict is False else output
+
+    def _forward_autoregressive(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        pixel_values: Tensor | None,
+        labels: Tensor | None,
+        past_key_values: Any,
+        use_cache: bool,
+        output_hidden_states: bool | None,
+        return_logits: bool | None,
+    ) -> OpenVLAOutput:
+        embeddings = self.get_input_embeddings()(input_ids)
+        features = None
+        patches = 0
+        if pixel_values is not None:
+            _check_batch(pixel_values, input_ids)
+            features = self.projector(self.vision_backbone(pixel_values))
+            patches = features.shape[1]
+            embeddings = insert_after_bos(embeddings, features)
+        decoded = self.language_model.model(
+            inputs_embeds=embeddings,
+            attention_mask=multimodal_mask(attention_mask, patches),
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        hidden = decoded.last_hidden_state
+        if labels is not None and patches:
+            labels = insert_after_bos(labels, labels.new_full((len(labels), patches), IGNORE_INDEX))
+        logits = self.language_model.lm_head(hidden) if return_logits is not False or labels is None else None
+        roles = None
+        if past_key_values is None:
+            lengths, _, _ = true_lengths(input_ids, attention_mask)
+            if labels is None:
+                roles = token_roles(lengths, hidden.shape[1], patches, False, 1)
+            else:
+                predicts = F.pad(labels[:, 1:] > self.config.action_token_begin_id, (0, 1))
+                prompt = predicts.int().argmax(1) + 1 - patches
+                roles = token_roles(prompt, hidden.shape[1], patches, False, predicts)
+        return OpenVLAOutput(
+            loss=None if labels is None else self._cross_entropy(hidden, labels, logits),
+            logits=logits,
+            hidden_states=decoded.hidden_states,
+            projector_features=features,
+            past_key_values=decoded.past_key_values,
+            token_roles=roles,
+        )
+
+    def _cross_entropy(self, hidden: Tensor, labels: Tensor, logits: Tensor | None) -> Tensor:
+        """Mean negative log-likelihood of labels (batch, sequence), each predicted one position before."""
+        targets = labels[:, 1:]
+        predicted = targets != IGNORE_INDEX
+        if logits is None:
+            logits = self.language_model.lm_head(hidden[:, :-1][predicted])
+        else:
+            logits = logits[:, :-1][predicted]
+        return F.cross_entropy(logits.float(), targets[predicted])
+
+    def _forward_parallel(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        pixel_values: Tensor | None,
+        labels: Tensor | None,
+        proprio: Tensor | None,
+        actions: Tensor | None,
+        output_hidden_states: bool | None,
+        return_logits: bool | None,
+    ) -> OpenVLAOutput:
+        config = self.config
+        if pixel_values is None:
+            raise ValueError("Parallel decoding needs `pixel_values`.")
+        _check_batch(pixel_values, input_ids)
+        slots = config.num_actions_chunk * config.action_dim
+        if labels is not None:
+            sequence = locate_slots(input_ids, attention_mask, labels, config)
+        else:
+            sequence = append_tokens(
+                input_ids,
+                attention_mask,
+                empty_id=config.empty_token_id,
+                slots=slots,
+                stop_id=config.text_config.eos_token_id,
+            )
+        assert sequence.slots is not None
+        text = self.get_input_embeddings()(sequence.input_ids)
+        language = _mean_language(text, sequence, include_padding=labels is not None) if config.use_film else None
+        features = self.projector(self.vision_backbone(pixel_values, language))
+        inserted = features
+        if config.proprio_dim:
+            inserted = torch.cat([features, self._proprio_token(proprio, features)], dim=1)
+        elif proprio is not None:
+            raise ValueError("`proprio` was given, but the configuration has `proprio_dim=0`.")
+        extra = inserted.shape[1]
+        embeddings = insert_after_bos(text.masked_fill(sequence.slots[..., None], 0), inserted)
+        mask = multimodal_mask(sequence.attention_mask, extra)
+        hidden, hidden_states = self._decode_bidirectional(embeddings, mask, output_hidden_states)
+
+        first = extra - 1 + (sequence.prompt_length if sequence.uniform is None else sequence.uniform)
+        action_hidden = _take(hidden, first, slots)  # (batch, chunk * dim, hidden)
+        output = OpenVLAOutput(
+            hidden_states=hidden_states,
+            projector_features=features,
+            token_roles=token_roles(
+                sequence.prompt_length, hidden.shape[1], features.shape[1], bool(config.proprio_dim), slots
+            ),
+        )
+        if config.action_head == "l1":
+            output.predicted_actions = self.action_head(action_hidden)
+            if actions is not None:
+                output.loss = F.l1_loss(output.predicted_actions.float(), actions.float())
+        if labels is not None:
+            if return_logits is not False:
+                output.logits = self.language_model.lm_head(hidden)
+            if output.loss is None:
+                labels = insert_after_bos(labels, labels.new_full((len(labels), extra), IGNORE_INDEX))
+                output.loss = self._cross_entropy(hidden, labels, output.logits)
+        if config.action_head == "discrete":
+            logits = self.language_model.lm_head(_take(hidden, first, slots + 1))
+            if labels is None and return_logits is not False:
+                output.logits = logits
+            index = self.bins.decode_tensor(logits[:, :slots].argmax(-1))
+            output.predicted_actions = index.float().view(len(index), -1, config.action_dim)
+            if actions is not None and output.loss is None:
+                targets = F.pad(self.bins.encode_tensor(actions.flatten(1)), (0, 1), value=self._stop_id)
+                output.loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return output
+
+    @property
+    def _stop_id(self) -> int:
+        return int(self.config.text_config.eos_token_id)
+
+    def _proprio_token(self, proprio: Tensor | None, features: Tensor) -> Tensor:
+        if proprio is None:
+            raise ValueError(f"This model needs `proprio`, normalised, (batch, {self.config.proprio_dim}).")
+        proprio = proprio.to(features.device, features.dtype).reshape(len(features), -1)
+        if proprio.shape[1] != self.config.proprio_dim:
+            raise ValueError(f"`proprio` has {proprio.shape[1]} numbers per sample, not {self.config.proprio_dim}.")
+        return self.proprio_projector(proprio)[:, None]  # type: ignore[no-any-return]
+
+    def _decode_bidirectional(
+        self, embeddings: Tensor, mask: Tensor | None, output_hidden_states: bool | None
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Hidden states (batch, sequence, hidden) where every position sees every position that is no padding."""
+        from transformers.masking_utils import create_bidirectional_mask
+
+        decoded = self.language_model.model(
+            inputs_embeds=embeddings,
+            attention_mask=create_bidirectional_mask(self.config.text_config, embeddings, mask),
+            use_cache=False,
+            output_hidden_states=output_hidden_states,
+            is_causal=False,
+        )
+        return decoded.last_hidden_state, decoded.hidden_states
+
+    # ---- acting ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def predict_action(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        unnorm_key: str | None = None,
+        do_sample: bool = False,
+        proprio: Tensor | NDArray[Any] | None = None,
+        temperature: float = 1.0,
+    ) -> NDArray[Any]:
+        """Un-normalised actions of a batch of prompts.
+
+        Args:
+            input_ids: (batch, length) prompts ending in "Out:", padded on the right; '▁' is appended where missing.
+            attention_mask: (batch, length); None where nothing is padded.
+            pixel_values: (batch, images * channels, height, width), normalised.
+            unnorm_key: data set whose statistics un-normalise; may be left out if there is one alone.
+            do_sample: draw action tokens at `temperature` instead of taking the likeliest (autoregressive).
+            proprio: (batch, proprio_dim), **normalised**, as in OpenVLA-OFT.
+
+        Returns:
+            Autoregressive: (dim,) for a batch of one, as the original, else (batch, dim). Parallel: (chunk, dim) or
+            (batch, chunk, dim). The original stops at an early end-of-sequence token and then reads prompt ids as
+            actions; here `dim` tokens are always decoded.
+        """
+        statistics = self.get_action_stats(unnorm_key)
+        if self.config.decoding == "parallel":
+            if proprio is not None and not isinstance(proprio, Tensor):
+                proprio = torch.as_tensor(np.asarray(proprio, dtype=np.float32))
+            predicted = self(input_ids, attention_mask, pixel_values, proprio=proprio).predicted_actions
+            normalized: NDArray[Any] = predicted.float().cpu().numpy()
+        else:
+            dim = len(statistics["q01"])
+            ids = self._decode_tokens(input_ids, attention_mask, pixel_values, dim, temperature if do_sample else 0.0)
+            normalized = self.bins.decode(ids.cpu().numpy())
+        actions = unnormalize_actions(normalized, statistics, self.config)
+        return actions[0] if len(actions) == 1 else actions
+
+    def _decode_tokens(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        pixel_values: Tensor | None,
+        count: int,
+        temperature: float,
+    ) -> Tensor:
+        """(batch, count) token ids after the prompts, with a key-value cache; temperature 0 takes the likeliest."""
+        prompt = append_tokens(input_ids, attention_mask, empty_id=self.config.empty_token_id, slots=0, stop_id=None)
+        mask = prompt.attention_mask
+        output = self._forward_prompt(prompt, pixel_values)
+        cache = output.past_key_values
+        length = cache.get_seq_length()
+        patches = length - prompt.input_ids.shape[1]
+        position = (prompt.prompt_length + patches)[:, None]  # of the next token; padding is not counted
+        mask = multimodal_mask(mask, patches)
+        hidden = output.last_hidden_state.gather(1, (position - 1)[..., None].expand(-1, -1, self._hidden_size))
+        ids: list[Tensor] = []
+        for step in range(count):
+            logits = self.language_model.lm_head(hidden)[:, -1].float()
+            if temperature > 0:
+                token = torch.multinomial((logits / temperature).softmax(-1), 1)
+            else:
+                token = logits.argmax(-1, keepdim=True)
+            ids.append(token)
+            if step == count - 1:
+                break
+            if mask is not None:
+                mask = F.pad(mask, (0, 1), value=True)
+            hidden = self.language_model.model(
+                input_ids=token,
+                attention_mask=mask,
+                position_ids=position + step,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        return torch.cat(ids, dim=1)
+
+    def _forward_prompt(self, prompt: TextSequence, pixel_values: Tensor | None) -> Any:
+        embeddings = self.get_input_embeddings()(prompt.input_ids)
+        patches = 0
+        if pixel_values is not None:
+            _check_batch(pixel_values, prompt.input_ids)
+            features = self.projector(self.vision_backbone(pixel_values))
+            embeddings, patches = insert_after_bos(embeddings, features), features.shape[1]
+        mask = multimodal_mask(prompt.attention_mask, patches)
+        return self.language_model.model(inputs_embeds=embeddings, attention_mask=mask, use_cache=True)
+
+    @property
+    def _hidden_size(self) -> int:
+        return int(self.config.text_config.hidden_size)
+
+    @property
+    def norm_stats(self) -> dict[str, Any]:
+        """Statistics per data set, as in `dataset_statistics.json`."""
+        return self.config.norm_stats or {}
+
+    def get_action_dim(self, unnorm_key: str | None = None) -> int:
+        """Numbers of one action of a data set."""
+        return len(self.get_action_stats(unnorm_key)["q01"])
+
+    def get_action_stats(self, unnorm_key: str | None = None) -> dict[str, Any]:
+        """Action statistics of a data set; LIBERO's keys may carry the suffix `_no_noops`.
+
+        Raises:
+            ValueError: the key is unknown, or missing although there are several data sets.
+        """
+        known = self.norm_stats
+        names = ", ".join(known) or "none; save `dataset_statistics.json` beside the weights"
+        if unnorm_key is None:
+            if len(known) != 1:
+                raise ValueError(f"Pass `unnorm_key`, one of the data sets that the model knows: {names}.")
+            return next(iter(known.values()))["action"]  # type: ignore[no-any-return]
+        for key in (unnorm_key, f"{unnorm_key}_no_noops"):
+            if key in known:
+                return known[key]["action"]  # type: ignore[no-any-return]
+        raise ValueError(f"`unnorm_key='{unnorm_key}'` is unknown; the model knows: {names}.")
+
+
+def _check_batch(pixel_values: Tensor, input_ids: Tensor) -> None:
+    if len(pixel_values) != len(input_ids):
+        raise ValueError(f"As many images as prompts are needed, got {len(pixel_values)} and {len(input_ids)}.")
+
+
+def _take(hidden: Tensor, first: Tensor | int, count: int) -> Tensor:
+    """`count` positions of hidden (batch, sequence, dim) from `first` on, which is one number or one per row."""
+    if isinstance(first, int):
+        return hidden[:, first : first + count]
+    index = first[:, None] + torch.arange(count, device=hidden.device)
+    return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def _mean_language(text: Tensor, sequence: TextSequence, *, include_padding: bool) -> Tensor:
+    """Mean embedding (batch, dim) of all tokens but the action slots, for FiLM.
+
+    The original's training code counts padding in. With its whole sequences that is done here too; prompts alone are
+    averaged without padding, so that a row does not depend on the others of its batch.
+    """
+    assert sequence.slots is not None
+    keep = ~sequence.slots
+    if sequence.attention_mask is not None and not include_padding:
+        keep = keep & sequence.attention_mask
+    return (text * keep[..., None]).sum(1) / keep.sum(1, keepdim=True)
