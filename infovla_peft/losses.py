@@ -402,8 +402,10 @@ def _similarities(x: Tensor, y: Tensor, temperature: float, normalize: bool) -> 
 
 def _contrast(student: Tensor, anchors: Tensor, temperature: float, bank: Tensor | None, normalize: bool) -> Tensor:
     """Student against anchors and bank: (B, B + N), gradient to the student only."""
-    if student.shape != anchors.shape:
-        raise ValueError(f"student and anchors differ in shape: {tuple(student.shape)} and {tuple(anchors.shape)}")
+    if student.ndim != 2 or student.shape != anchors.shape:
+        raise ValueError(f"expected student and anchors (B, D), got {tuple(student.shape)} and {tuple(anchors.shape)}")
+    if bank is not None and (bank.ndim != 2 or bank.shape[1] != anchors.shape[1]):
+        raise ValueError(f"bank must have the shape (N, {anchors.shape[1]}), got {tuple(bank.shape)}")
     keys = anchors.detach() if bank is None else torch.cat((_full(anchors.detach()), _full(bank.detach())))
     return _similarities(student, keys, temperature, normalize)
 

@@ -13,8 +13,8 @@ Strict JSON (UTF-8, no NaN), these keys and no others::
     renderer        "fast" or "exact"
     step_cap        actions after which a rollout has failed
     open_loop_steps actions executed of each predicted chunk
-    tasks           [{"name", "instruction", "learned_at"}], in the order they are learned; learned_at: stage, 0 = base, none left
-                    out (only the base may be empty)
+    tasks           [{"name", "instruction", "learned_at"}] in the order they are learned; learned_at is a stage,
+                    0 = base, and none is left out (only the base may be empty)
     successes       [task][stage] rollouts that reached the goal; null where the task was not evaluated
     episodes        [task][stage] rollouts; null in the same places
     metrics         the seven of `metrics.py`, in [0, 1] (transfer: [-1, 1]), null where undefined; checked on load
