@@ -7,19 +7,18 @@ set: the pictures differ, and so does the physics in detail.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
 from infovla_peft.files import atomic_folder
+from infovla_peft.simulation.headless import cache_folder
 from infovla_peft.simulation.primitive.arenas import ARENAS
 from infovla_peft.simulation.primitive.fixtures import FIXTURES
 from infovla_peft.simulation.primitive.objects import OBJECTS
 from infovla_peft.simulation.primitive.writer import thing_xml
 
-__all__ = ["VERSION", "build_primitive_assets", "primitive_asset_files"]
-
-VERSION = 1
-"""Raised with every change of the files, so that a cached folder is never stale."""
+__all__ = ["build_primitive_assets", "primitive_asset_files"]
 
 _MARKER = "PRIMITIVE_ASSETS_VERSION"
 
@@ -27,34 +26,45 @@ _MARKER = "PRIMITIVE_ASSETS_VERSION"
 def primitive_asset_files() -> dict[str, str]:
     """Path inside the folder -> XML text, for every file of the set. Equal on every machine."""
     files = {thing.file: thing_xml(thing) for thing in (*FIXTURES, *OBJECTS)}
-    files |= {path: arena() for path, arena in ARENAS.items()}
-    return files
+    return files | {path: arena() for path, arena in ARENAS.items()}
+
+
+def _digest(files: dict[str, str]) -> str:
+    return hashlib.sha256("\0".join(f"{path}\0{text}" for path, text in sorted(files.items())).encode()).hexdigest()[
+        :12
+    ]
 
 
 def build_primitive_assets(folder: str | os.PathLike[str] | None = None) -> Path:
-    """Write the asset folder if it is not there yet; return its absolute path.
+    """Write the asset folder, unless it is there and up to date; return its absolute path.
 
     Args:
-        folder: where to write. Default: `primitive-assets-v<VERSION>` in the package's cache, that is
-            `INFOVLA_CACHE` or `~/.cache/infovla_peft`.
+        folder: where to write. Default: `primitive-assets-<digest of the files>` in the package's cache folder, so
+            that two versions of the package never write the same one.
 
     Raises:
         FileExistsError: the folder holds something else.
         OSError: the folder cannot be written.
     """
-    if folder is None:
-        cache = os.environ.get("INFOVLA_CACHE") or Path.home() / ".cache" / "infovla_peft"
-        folder = Path(cache) / f"primitive-assets-v{VERSION}"
-    target = Path(folder).resolve()
-    marker = f"{VERSION}\n"
-    if (target / _MARKER).is_file():
-        if (target / _MARKER).read_text(encoding="utf-8") == marker:
-            return target
-    elif target.is_dir() and any(target.iterdir()):
-        raise FileExistsError(f"{target} exists and holds no primitive assets; name another or an empty folder")
-    with atomic_folder(target) as temporary:
-        for path, text in {**primitive_asset_files(), _MARKER: marker}.items():
-            file = temporary / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, encoding="utf-8")
+    files = primitive_asset_files()
+    digest = _digest(files)
+    target = Path(folder or cache_folder() / f"primitive-assets-{digest}").resolve()
+    marker = target / _MARKER
+
+    def is_built() -> bool:
+        return marker.is_file() and marker.read_text(encoding="utf-8").strip() == digest
+
+    if is_built():
+        return target
+    if target.exists() and not marker.is_file() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{target} is there and holds no primitive assets; name a new or an empty folder")
+    try:
+        with atomic_folder(target) as temporary:
+            for path, text in {**files, _MARKER: f"{digest}\n"}.items():
+                file = temporary / path
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(text, encoding="utf-8")
+    except OSError:
+        if not is_built():  # else another process was faster
+            raise
     return target

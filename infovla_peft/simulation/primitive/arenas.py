@@ -8,8 +8,8 @@ from infovla_peft.simulation.primitive.shapes import Colour, Part, about, box
 from infovla_peft.simulation.primitive.writer import add_geom, numbers, picture, render
 
 _WALL: Colour = (0.60, 0.61, 0.63)
-_TABLE: Colour = (0.83, 0.76, 0.66)
-_FLOOR: tuple[Colour, Colour] = ((0.62, 0.61, 0.60), (0.54, 0.53, 0.52))
+_TABLE: Colour = (0.90, 0.82, 0.70)
+_FLOOR: tuple[Colour, Colour] = ((0.82, 0.80, 0.77), (0.76, 0.74, 0.71))
 _FLOOR_MATERIAL = "floorplane"
 _WALL_MATERIAL = "walls_mat"
 
@@ -30,10 +30,10 @@ def _assets(root: Element) -> None:
     SubElement(asset, "texture", {**checker, "rgb1": numbers(*_FLOOR[0]), "rgb2": numbers(*_FLOOR[1])})
     flat = {"name": "tex-wall", "type": "2d", "builtin": "flat", "file": "none.png", "width": "2", "height": "2"}
     SubElement(asset, "texture", {**flat, "rgb1": numbers(*_WALL), "rgb2": numbers(*_WALL)})
-    floor = {"name": _FLOOR_MATERIAL, "texture": "texplane", "texrepeat": "2 2", "texuniform": "true"}
+    floor = {"name": _FLOOR_MATERIAL, "texture": "texplane", "texrepeat": "3 3", "texuniform": "true"}
     SubElement(asset, "material", {**floor, "specular": "0", "shininess": "0", "reflectance": "0"})
     # Walls face away from the lights: without emission the room is dark.
-    SubElement(asset, "material", {"name": _WALL_MATERIAL, "rgba": numbers(*_WALL, 1.0), "emission": "0.5"})
+    SubElement(asset, "material", {"name": _WALL_MATERIAL, "rgba": numbers(*_WALL, 1.0), "emission": "0.6"})
 
 
 def _walls(world: Element) -> None:

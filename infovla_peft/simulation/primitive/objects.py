@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from infovla_peft.simulation.primitive.shapes import (
     Body,
     Colour,
     Part,
+    Site,
     Thing,
+    about,
     box,
     cylinder,
     drum,
     painted,
+    placed,
     ring,
 )
 
@@ -25,11 +30,12 @@ def _object(
     mass: float,
     *,
     folder: str = "stable_hope_objects",
+    sites: Sequence[Site] = (),
     bottom: float = -0.06,
     top: float = 0.04,
     radius: float = 0.025,
 ) -> Thing:
-    return Thing(f"{folder}/{name}/{name}.xml", Body("object", parts), bottom, top, radius, mass)
+    return Thing(f"{folder}/{name}/{name}.xml", Body("object", parts, sites), bottom, top, radius, mass)
 
 
 def _bowl() -> list[Part]:
@@ -71,6 +77,82 @@ def _carton(size: tuple[float, float, float], colour: Colour, band: Colour) -> l
     ]
 
 
+def _upright(parts: list[Part]) -> list[Part]:
+    """The parts, built around z, for a thing whose own y axis points up (LIBERO's cans, cartons and most bottles)."""
+    return placed(parts, rotation=about("x", -90.0))
+
+
+def _can(label: Colour, band: Colour) -> list[Part]:
+    tin = (0.72, 0.73, 0.75)
+    return placed(
+        _upright(
+            [
+                *drum(0.0310, -0.0382, 0.0372, tin),
+                *painted([cylinder(0.0314, -0.0330, 0.0320, label), cylinder(0.0317, -0.0080, 0.0060, band)]),
+            ]
+        ),
+        (0.0, 0.0, -0.0035),
+    )
+
+
+def _gable_carton(colour: Colour, roof: Colour, panel: Colour) -> list[Part]:
+    slope = Part("box", (0.0263, 0.0022, 0.0138), roof)
+    face = box((-0.0165, -0.0268, -0.0450), (0.0165, 0.0268, 0.0150), panel)
+    return [
+        box((-0.0262, -0.0698, -0.0262), (0.0262, 0.0398, 0.0262), colour),
+        *placed([slope], (0.0, 0.0478, 0.0134), about("x", 42.0)),
+        *placed([slope], (0.0, 0.0478, -0.0134), about("x", -42.0)),
+        box((-0.0264, 0.0555, -0.0035), (0.0264, 0.0614, 0.0035), roof),
+        *painted(_upright([face])),
+    ]
+
+
+def _ketchup() -> list[Part]:
+    red = (0.80, 0.05, 0.04)
+    bottle = [
+        box((-0.0280, -0.0172, -0.0724), (0.0280, 0.0172, -0.0060), red),
+        box((-0.0238, -0.0180, -0.0060), (0.0238, 0.0180, 0.0150), red),
+        box((-0.0186, -0.0180, 0.0150), (0.0186, 0.0180, 0.0362), red),
+        *drum(0.0162, 0.0362, 0.0732, _WHITE, sides=8),
+        *painted([box((-0.0180, -0.0176, -0.0600), (0.0180, 0.0176, -0.0180), _WHITE)]),
+    ]
+    return placed(_upright(bottle), (0.0004, 0.0, 0.0008))
+
+
+def _salad_dressing() -> list[Part]:
+    glass, cap, label = (0.72, 0.84, 0.60), (0.03, 0.36, 0.14), (0.95, 0.93, 0.80)
+    bottle = [
+        box((-0.0264, -0.0173, -0.0630), (0.0264, 0.0173, -0.0104), glass),
+        box((-0.0180, -0.0173, -0.0727), (0.0180, 0.0173, -0.0630), glass),
+        box((-0.0200, -0.0173, -0.0104), (0.0200, 0.0173, 0.0070), glass),
+        box((-0.0130, -0.0150, 0.0070), (0.0130, 0.0150, 0.0358), glass),
+        *drum(0.0165, 0.0358, 0.0728, cap, sides=8),
+        *painted([box((-0.0190, -0.0178, -0.0540), (0.0190, 0.0178, -0.0220), label)]),
+    ]
+    return _upright(bottle)
+
+
+def _bbq_sauce() -> list[Part]:
+    brown, label, cap = (0.22, 0.08, 0.03), (0.95, 0.62, 0.10), (0.55, 0.30, 0.06)
+    return [
+        box((-0.0235, -0.0145, -0.0546), (0.0235, 0.0145, -0.0010), brown),
+        box((-0.0181, -0.0143, -0.0010), (0.0181, 0.0143, 0.0262), brown),
+        *drum(0.0135, 0.0262, 0.0525, cap, sides=8),
+        *painted([box((-0.0238, -0.0149, -0.0400), (0.0238, 0.0149, -0.0150), label)]),
+    ]
+
+
+def _basket() -> list[Part]:
+    straw, rim = (0.76, 0.62, 0.40), (0.55, 0.40, 0.22)
+    wall = Part("box", (0.0067, 0.0724, 0.0640), straw)
+    edge = Part("box", (0.0071, 0.0745, 0.0060), rim, (0.0, 0.0, 0.0590), solid=False)
+    side = placed([wall, edge], (0.0735, 0.0, 0.0785), about("y", 3.0))
+    floor = box((-0.0745, -0.0724, 0.0042), (0.0745, 0.0724, 0.0216), (0.62, 0.48, 0.30))
+    return [floor, *(part for k in range(4) for part in placed(side, rotation=about("z", 90.0 * k)))]
+
+
+_CONTAIN = Site("contain_region", (0.0, 0.0, 0.07185), (0.06108, 0.06108, 0.06949), about("z", 180.0))
+
 OBJECTS = (
     _object("akita_black_bowl", _bowl(), 0.0056, folder="stable_scanned_objects"),
     _object("plate", _plate(), 0.0115, folder="stable_scanned_objects"),
@@ -83,4 +165,21 @@ OBJECTS = (
         top=0.025,
         radius=0.03,
     ),
+    _object("alphabet_soup", _can((0.10, 0.20, 0.60), (0.90, 0.88, 0.80)), 0.0259, bottom=-0.04),
+    _object("tomato_sauce", _can((0.80, 0.10, 0.07), (0.12, 0.48, 0.18)), 0.0266),
+    _object("milk", _gable_carton(_WHITE, (0.80, 0.14, 0.14), (0.80, 0.14, 0.14)), 0.0317, radius=0.03),
+    _object("orange_juice", _gable_carton((0.96, 0.72, 0.08), (0.20, 0.55, 0.15), (0.96, 0.45, 0.05)), 0.0317),
+    _object("ketchup", _ketchup(), 0.0232),
+    _object("salad_dressing", _salad_dressing(), 0.0218),
+    _object("bbq_sauce", _bbq_sauce(), 0.0122, top=0.06, radius=0.015),
+    _object(
+        "butter",
+        _carton((0.0381, 0.0198, 0.0087), (0.95, 0.78, 0.10), (0.98, 0.94, 0.70)),
+        0.0053,
+        bottom=-0.02,
+        top=0.02,
+        radius=0.02,
+    ),
+    _object("chocolate_pudding", _carton((0.0401, 0.0232, 0.0137), (0.30, 0.12, 0.07), (0.80, 0.45, 0.50)), 0.0102),
+    _object("basket", _basket(), 0.1361, folder="stable_scanned_objects", sites=[_CONTAIN]),
 )
