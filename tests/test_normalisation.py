@@ -109,6 +109,13 @@ def test_keys(statistics: dict[str, object]) -> None:
         Normaliser({})
 
 
+def test_minimum_and_maximum_as_bounds(statistics: dict[str, object]) -> None:
+    normaliser = Normaliser({"aloha": statistics}, bounds="bounds")
+    action = statistics["action"]
+    assert isinstance(action, dict)
+    np.testing.assert_allclose(normaliser.unnormalise_actions(np.ones(7))[:3], action["max"][:3])
+
+
 def test_a_base_without_proprioception_says_so(statistics: dict[str, object]) -> None:
     normaliser = Normaliser({"bridge": {"action": statistics["action"]}})
     assert normaliser.proprio_dim == 0

@@ -87,25 +87,26 @@ def _describe(values: NDArray[np.float64]) -> dict[str, list[float]]:
 
 
 class Normaliser:
-    """Normalises by the 1st and 99th percentile, to [-1, 1]; what the mask leaves out (the gripper) passes unchanged.
+    """Maps the 1st and 99th percentile to -1 and 1; what the mask leaves out (the gripper) passes unchanged.
 
     NumPy arrays and tensors alike, any number of leading dimensions. A dimension that never varied normalises to 0.
 
     Args:
         statistics: {key: statistics of one data set}, as in `dataset_statistics.json` or `config.norm_stats`.
         key: which data set; may be None where there is only one. `X` also finds `X_no_noops`.
+        bounds: the model's `config.action_normalization`: `bounds_q99`, or `bounds` for minimum and maximum.
 
     Raises:
         KeyError: no such key, or None although there are several.
     """
 
-    def __init__(self, statistics: Statistics, key: str | None = None) -> None:
+    def __init__(self, statistics: Statistics, key: str | None = None, *, bounds: str = "bounds_q99") -> None:
         self.key = _find_key(statistics, key)
         self.statistics: dict[str, Any] = dict(statistics[self.key])
         action, proprio = self.statistics["action"], self.statistics.get("proprio")
-        self._action = _bounds(action)
-        self._mask = np.asarray(action.get("mask", [True] * len(action["q01"])), dtype=bool)
-        self._proprio = _bounds(proprio) if proprio else None
+        self._action = _bounds(action, bounds)
+        self._mask = np.asarray(action.get("mask", [True] * len(self._action[0])), dtype=bool)
+        self._proprio = _bounds(proprio, bounds) if proprio else None
 
     @property
     def action_dim(self) -> int:
@@ -161,8 +162,9 @@ def _find_key(statistics: Statistics, key: str | None) -> str:
     raise KeyError(f"{asked}; set unnorm_key to one of: {', '.join(near)}")
 
 
-def _bounds(described: Mapping[str, Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    return np.asarray(described["q01"], dtype=np.float64), np.asarray(described["q99"], dtype=np.float64)
+def _bounds(described: Mapping[str, Any], bounds: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    low, high = ("min", "max") if bounds == "bounds" else ("q01", "q99")
+    return np.asarray(described[low], dtype=np.float64), np.asarray(described[high], dtype=np.float64)
 
 
 def _like(values: Array, constant: NDArray[Any]) -> Array:

@@ -1,0 +1,91 @@
+"""Vision, language and action features out of the one forward pass that training needs anyway."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .policy import TokenRoles, VLAModel
+
+
+class Features(NamedTuple):
+    """Hidden states of one layer, by role.
+
+    Attributes:
+        action: (B, D), mean over the positions that predict actions: where vision, language and proprioception have
+            been attended to, the counterpart of the paper's fused embedding.
+        vision: (B, Nv, D), all patches.
+        language: (B, Nl, D), the instruction's tokens, 0 where a row has fewer than Nl.
+        language_mask: (B, Nl) bool.
+    """
+
+    action: Tensor
+    vision: Tensor
+    language: Tensor
+    language_mask: Tensor
+
+
+class FeatureTap:
+    """Catches the hidden state of one layer while a model runs; nothing is computed or kept elsewhere.
+
+        with FeatureTap(model, -1) as tap:
+            output = model(**batch)
+        features = extract_features(tap.hidden, output.token_roles)
+
+    Args:
+        model: offers `tap_module` (see `policy.VLAModel`); not wrapped by DistributedDataParallel.
+        layer: counted as in `hidden_states`, -1 = the last one, after the final norm.
+    """
+
+    def __init__(self, model: VLAModel, layer: int) -> None:
+        self._module = model.tap_module(layer)
+        self._hidden: Tensor | None = None
+        self._handle: Any = None
+
+    @property
+    def hidden(self) -> Tensor:
+        """(batch, sequence, dim), of the forward pass inside the `with`.
+
+        Raises:
+            RuntimeError: there was none.
+        """
+        if self._hidden is None:
+            raise RuntimeError("the tapped layer did not run: call the model inside `with FeatureTap(...)`")
+        return self._hidden
+
+    def __enter__(self) -> FeatureTap:
+        self._handle = self._module.register_forward_hook(self._keep)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Removed before the backward pass, in which gradient checkpointing runs the layer once more.
+        self._handle.remove()
+
+    def _keep(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        self._hidden = output[0] if isinstance(output, tuple) else output
+
+
+def extract_features(hidden: Tensor, roles: TokenRoles, rows: slice = slice(None)) -> Features:
+    """Sort the hidden states of some samples by role.
+
+    Args:
+        hidden: (B, S, D).
+        roles: of the same forward pass.
+        rows: which samples; the others cost nothing.
+    """
+    hidden = hidden[rows]
+    batch, _, width = hidden.shape
+    action = roles.action[rows].to(hidden.dtype)  # (B, S)
+    pooled = torch.einsum("bs,bsd->bd", action, hidden) / action.sum(1, keepdim=True).clamp(min=1)
+    vision = hidden[roles.vision[rows]].view(batch, -1, width) if batch else hidden[:, :0]  # all rows have as many
+    mask = roles.language[rows]
+    longest = int(mask.sum(1).max()) if batch else 0
+    order = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :longest]  # (B, Nl), tokens first
+    language_mask = mask.gather(1, order)
+    language = hidden.gather(1, order[..., None].expand(-1, -1, width)) * language_mask[..., None]
+    return Features(pooled, vision, language, language_mask)
