@@ -37,6 +37,10 @@ TERMS = ["rac", "infonce", "relational", "paper"]
 MODES = TERMS[1:]
 
 
+def number(value: Tensor) -> float:
+    return float(value.detach())
+
+
 class Features(NamedTuple):
     """What the losses take of a mini-batch: one embedding, and the tokens with their masks."""
 
@@ -169,7 +173,7 @@ def naive(term: str, student: Features, teacher: Features, bank: Features, exclu
                 for a, x in enumerate(p_new):
                     for b, y in enumerate(p_old):
                         pair = torch.tensor([x, y], dtype=torch.float64)
-                        joint[a, b] = math.exp(float(network.layers(pair).detach()))
+                        joint[a, b] = math.exp(number(network.layers(pair)))
                 normaliser = sum(joint.values())
                 information = 0.0
                 for (a, b), weight in joint.items():
@@ -188,7 +192,7 @@ def test_equals_the_naive_loop(term: str) -> None:
     exclude = torch.rand(5, 9, generator=torch.Generator().manual_seed(3)) < 0.3
     exclude[0] = True  # also a positive that the caller excluded by mistake, and a row left without negatives
     expected = naive(term, student, teacher, bank, exclude)
-    assert float(compute(term, student, teacher, bank, exclude).detach()) == pytest.approx(expected, rel=1e-10)
+    assert number(compute(term, student, teacher, bank, exclude)) == pytest.approx(expected, rel=1e-10)
 
 
 def test_rac_closed_forms() -> None:
@@ -197,10 +201,10 @@ def test_rac_closed_forms() -> None:
     expected = math.log(1 + 6 * math.exp(-1 / 0.5))
     bank = torch.cat((torch.zeros(3, 4), torch.eye(3)), dim=1).double()
     wide = torch.cat((eye, torch.zeros(4, 3)), dim=1).double()
-    assert float(replay_anchor_contrastive_loss(wide, wide, temperature=0.5, bank=bank)) == pytest.approx(expected)
-    assert float(replay_anchor_contrastive_loss(wide, wide[:1].expand(4, 7))) == pytest.approx(math.log(4))
+    assert number(replay_anchor_contrastive_loss(wide, wide, temperature=0.5, bank=bank)) == pytest.approx(expected)
+    assert number(replay_anchor_contrastive_loss(wide, wide[:1].expand(4, 7))) == pytest.approx(math.log(4))
     scaled = replay_anchor_contrastive_loss(3 * wide, 5 * wide, temperature=15.0, normalize=False)
-    assert float(scaled) == pytest.approx(math.log(1 + 3 / math.e))
+    assert number(scaled) == pytest.approx(math.log(1 + 3 / math.e))
 
 
 def test_cross_modal_closed_forms() -> None:
@@ -212,7 +216,7 @@ def test_cross_modal_closed_forms() -> None:
     between = (2 * p - 1) * logit  # KL((p, 1 − p) ‖ (1 − p, p))
     for mode, expected in (("relational", between / 2), ("infonce", 0.0)):
         loss = cross_modal_mi_loss(student, words, teacher, words, mode=mode, temperature=TEMPERATURE)  # type: ignore[arg-type]
-        assert float(loss) == pytest.approx(expected, abs=1e-12)
+        assert number(loss) == pytest.approx(expected, abs=1e-12)
     # A constant network gives the uniform joint, whose divergence from p_new p_old is −log 4 − mean log p_new p_old.
     uniform = cross_modal_mi_loss(
         student,
@@ -223,9 +227,9 @@ def test_cross_modal_closed_forms() -> None:
         temperature=TEMPERATURE,
         joint_network=lambda new, old: torch.zeros(*new.shape, 2).double(),
     )
-    assert float(uniform) == pytest.approx(between + 2 * math.log(2) + math.log(p) + math.log(1 - p))
+    assert number(uniform) == pytest.approx(between + 2 * math.log(2) + math.log(p) + math.log(1 - p))
     equal = features(0)
-    assert float(compute("relational", equal, equal)) == pytest.approx(0.0, abs=1e-12)
+    assert number(compute("relational", equal, equal)) == pytest.approx(0.0, abs=1e-12)
 
 
 @pytest.mark.parametrize("term", TERMS)
@@ -353,7 +357,7 @@ def test_bound_is_tight_for_the_best_critic(estimator: str, correlation: float, 
         (scale * y, -scale * correlation / 2 * square, torch.full_like(square, -scale * correlation / 2)), 1
     )
     bound = mutual_information_lower_bound(left, right, temperature=1.0, estimator=estimator, normalize=False)  # type: ignore[arg-type]
-    assert float(bound) == pytest.approx(truth, abs=0.05)
+    assert number(bound) == pytest.approx(truth, abs=0.05)
 
 
 @pytest.mark.parametrize("estimator", ["infonce", "donsker_varadhan"])
@@ -362,7 +366,7 @@ def test_bound_stays_below_the_truth_for_other_critics(estimator: str, normalize
     x, y, truth = gaussian_pairs(0.8, 2048, 8)
     for temperature in (0.1, 0.5, 5.0) if normalize else (2.0, 10.0):
         bound = mutual_information_lower_bound(x, y, temperature=temperature, estimator=estimator, normalize=normalize)  # type: ignore[arg-type]
-        assert float(bound) < truth
+        assert number(bound) < truth
     assert truth > 4
 
 
@@ -372,9 +376,9 @@ def test_bound_equals_the_naive_loop() -> None:
     infonce = math.log(5) + sum(scores[i][i] - math.log(sum(map(math.exp, scores[i]))) for i in range(5)) / 5
     apart = [math.exp(scores[i][j]) for i in range(5) for j in range(5) if i != j]
     donsker_varadhan = sum(scores[i][i] for i in range(5)) / 5 - math.log(sum(apart) / 20)
-    assert float(mutual_information_lower_bound(x, y, temperature=TEMPERATURE)) == pytest.approx(infonce)
+    assert number(mutual_information_lower_bound(x, y, temperature=TEMPERATURE)) == pytest.approx(infonce)
     bound = mutual_information_lower_bound(x, y, temperature=TEMPERATURE, estimator="donsker_varadhan")
-    assert float(bound) == pytest.approx(donsker_varadhan)
+    assert number(bound) == pytest.approx(donsker_varadhan)
 
 
 def test_bound_moves_both_and_is_capped() -> None:
@@ -383,8 +387,8 @@ def test_bound_moves_both_and_is_capped() -> None:
     assert x.grad is not None
     assert y.grad is not None
     same = torch.eye(16)
-    assert float(mutual_information_lower_bound(same, same, temperature=1e-3)) == pytest.approx(math.log(16))
-    assert float(mutual_information_lower_bound(same[:1], same[:1])) == 0
+    assert number(mutual_information_lower_bound(same, same, temperature=1e-3)) == pytest.approx(math.log(16))
+    assert number(mutual_information_lower_bound(same[:1], same[:1])) == 0
 
 
 def test_infonce_term_is_the_bound_turned_round() -> None:
@@ -392,7 +396,7 @@ def test_infonce_term_is_the_bound_turned_round() -> None:
     student, teacher = summary(features(0)), summary(features(1))
     bound = mutual_information_lower_bound(student.fused, teacher.fused, temperature=TEMPERATURE)
     loss = cross_modal_mi_from_summaries(student, teacher, mode="infonce", temperature=TEMPERATURE)
-    assert float(loss) == pytest.approx(math.log(5) - float(bound))
+    assert number(loss) == pytest.approx(math.log(5) - number(bound))
 
 
 # --- numerics --------------------------------------------------------------------------------------------------------
@@ -444,7 +448,7 @@ def test_samples_without_tokens_count_as_zero(term: str, which: str) -> None:
     student.vision_mask[:], teacher.vision_mask[:] = False, False
     student.language_mask[:], teacher.language_mask[:] = False, False
     if term in ("relational", "paper"):
-        assert float(compute(term, student, teacher)) == 0
+        assert number(compute(term, student, teacher)) == 0
     assert_finite_with_gradient(compute(term, student, teacher), *student.floats())
 
 
@@ -453,12 +457,12 @@ def test_one_sample_without_a_bank_is_exactly_zero(term: str) -> None:
     student = features(0, samples=1)
     inputs = tuple(tensor.requires_grad_() for tensor in student.floats())
     loss = compute(term, student, features(1, samples=1))
-    assert float(loss.detach()) == 0
+    assert number(loss) == 0
     loss.backward()
     assert all(tensor.grad is None or tensor.grad.abs().max() == 0 for tensor in inputs)
     assert not rac_is_informative(1)
     assert rac_is_informative(1, bank=1)
-    assert float(compute(term, features(0, samples=1), features(1, samples=1), features(2))) > 0
+    assert number(compute(term, features(0, samples=1), features(1, samples=1), features(2))) > 0
 
 
 @pytest.mark.parametrize("term", TERMS)
@@ -467,7 +471,7 @@ def test_no_sample_is_exactly_zero_with_a_graph(term: str) -> None:
         *(tensor[:0].requires_grad_() for tensor in features(0).floats()), *features(0).take(slice(0))[3:]
     )
     loss = compute(term, student, features(1).take(slice(0)), features(2))
-    assert float(loss.detach()) == 0
+    assert number(loss) == 0
     loss.backward()
 
 
@@ -478,7 +482,7 @@ def test_ten_thousand_negatives() -> None:
     loss = replay_anchor_contrastive_loss(student, student.detach(), temperature=0.01, bank=bank)
     assert_finite_with_gradient(loss, student)
     uniform = replay_anchor_contrastive_loss(student, torch.ones(8, 32), bank=torch.ones(10_000, 32))
-    assert float(uniform.detach()) == pytest.approx(math.log(10_008), rel=1e-5)
+    assert number(uniform) == pytest.approx(math.log(10_008), rel=1e-5)
 
 
 @pytest.mark.parametrize("term", TERMS)
@@ -511,7 +515,7 @@ def test_rac_is_between_zero_and_its_cap(samples: int, bank: int, temperature: f
     student, anchors = features(seed, samples).embedding, features(seed + 1, samples).embedding
     rows = features(seed + 2, bank).embedding if bank else None
     loss = replay_anchor_contrastive_loss(student, anchors, temperature=temperature, bank=rows)
-    assert -1e-12 <= float(loss) <= math.log(samples + bank) + 2 / temperature + 1e-9
+    assert -1e-12 <= number(loss) <= math.log(samples + bank) + 2 / temperature + 1e-9
     scaled = replay_anchor_contrastive_loss(scale * student, anchors, temperature=temperature, bank=rows)
     torch.testing.assert_close(scaled, loss)
 
