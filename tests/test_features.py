@@ -21,7 +21,7 @@ def test_the_tap_gives_the_hidden_state_of_its_layer(policy: TinyPolicy, layer: 
     with FeatureTap(policy.model, layer) as tap:
         output = policy.model(**batch, output_hidden_states=True)
     assert torch.equal(tap.hidden, output.hidden_states[layer])
-    assert not policy.model.tap_module(layer)._forward_hooks
+    assert tap._keep not in policy.model.tap_module(layer)._forward_hooks.values()
 
 
 def test_features_by_role_equal_a_loop_over_positions(policy: TinyPolicy) -> None:

@@ -1,0 +1,199 @@
+"""The replay memory: a few trajectories of each past task, and what the frozen teacher makes of their frames.
+
+memory/
+  frames/               Arrow: the kept rows of the demonstrations, images included
+  anchors.safetensors   the teacher's features of each frame, written once per stage
+  memory.json           tasks, episodes, and a checksum of each file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .files import atomic_file, atomic_folder, write_json
+from .losses import CrossModalSummary
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """The teacher's features of N memory frames, each in V views (view 0 is the frame itself, the others are shifted).
+
+    Attributes:
+        action: (V, N, D) float32, the anchors of RAC.
+        affinity: (V, N, Nv, Nl) float32, vision-language affinities, 0 beyond the instruction.
+        fused: (V, N, F) float32, vision-language latents.
+        words: (N,) number of language tokens.
+        shifts: (V, N, 2) pixels.
+        spec: what they were computed with; other values mean other anchors.
+    """
+
+    action: Tensor
+    affinity: Tensor
+    fused: Tensor
+    words: Tensor
+    shifts: Tensor
+    spec: Mapping[str, str]
+
+    def __len__(self) -> int:
+        return self.action.shape[1]
+
+    def summary(self, rows: Tensor, longest: int) -> CrossModalSummary:
+        """What CMI compares with, of frames given as (view, row) (B, 2), their instructions padded to `longest`."""
+        view, row = rows.unbind(1)
+        mask = torch.arange(longest, device=rows.device) < self.words[row][:, None]  # (B, Nl)
+        affinity = self.affinity[view, row, :, :longest]
+        patches = torch.ones(affinity.shape[:2], dtype=torch.bool, device=rows.device)
+        return CrossModalSummary(affinity, self.fused[view, row], patches, mask)
+
+    def to(self, device: torch.device | str) -> Anchors:
+        return Anchors(**{name: tensor.to(device) for name, tensor in self.tensors().items()}, spec=self.spec)
+
+    def tensors(self) -> dict[str, Tensor]:
+        names = ("action", "affinity", "fused", "words", "shifts")
+        return {name: getattr(self, name) for name in names}
+
+    def save(self, path: Path) -> None:
+        with atomic_file(path) as temporary:
+            metadata = {"spec": json.dumps(dict(self.spec), sort_keys=True)}
+            save_file({name: tensor.contiguous() for name, tensor in self.tensors().items()}, temporary, metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> Anchors:
+        with safe_open(path, framework="pt") as file:
+            spec = json.loads(file.metadata()["spec"])
+            return cls(**{name: file.get_tensor(name) for name in file.keys()}, spec=spec)  # noqa: SIM118
+
+
+class ReplayMemory:
+    """Rows of the kept demonstrations, oldest task first, and their anchors.
+
+    Args:
+        frames: rows as `data.chunks.ChunkDataset` wants them; None for an empty memory.
+        anchors: of the same rows; None until a stage has computed them.
+        folder: where it is kept; set by `save` and `load`.
+
+    Example:
+        >>> memory = ReplayMemory()
+        >>> len(memory), memory.tasks
+        (0, [])
+    """
+
+    def __init__(
+        self, frames: datasets.Dataset | None = None, anchors: Anchors | None = None, folder: Path | None = None
+    ) -> None:
+        if anchors is not None and len(anchors) != (0 if frames is None else len(frames)):
+            raise ValueError(f"{len(anchors)} anchors do not belong to {0 if frames is None else len(frames)} frames")
+        self.frames, self.anchors, self.folder = frames, anchors, folder
+
+    def __len__(self) -> int:
+        """Number of frames."""
+        return 0 if self.frames is None else len(self.frames)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The past tasks, oldest first."""
+        return list(dict.fromkeys(self.frames["task"])) if self.frames is not None else []
+
+    def add(self, demonstrations: datasets.Dataset, *, trajectories: int = 1, seed: int = 0) -> ReplayMemory:
+        """A memory that also holds some random trajectories of each task in `demonstrations`. Paper, §4.1: one.
+
+        The choice depends on the seed and the task's name alone. The anchors are gone, because rows are added.
+
+        Raises:
+            ValueError: a task is in the memory already.
+        """
+        task, episode = np.array(demonstrations["task"]), np.array(demonstrations["episode_index"])
+        again = sorted(set(task) & set(self.tasks))
+        if again:
+            raise ValueError(f"the memory already holds {', '.join(again)}")
+        rows: list[NDArray[np.int64]] = []
+        for name in dict.fromkeys(task.tolist()):
+            known = np.unique(episode[task == name])
+            random = np.random.default_rng([seed, *name.encode()])
+            kept = np.sort(random.permutation(known)[:trajectories])
+            rows.append(np.flatnonzero((task == name) & np.isin(episode, kept)))
+        chosen = demonstrations.select(np.concatenate(rows))
+        if not len(chosen):
+            return self
+        return ReplayMemory(chosen if self.frames is None else datasets.concatenate_datasets([self.frames, chosen]))
+
+    def with_anchors(self, anchors: Anchors, *, save: bool = True) -> ReplayMemory:
+        """The same memory with anchors; written into its folder, if it has one, unless `save` is False."""
+        if save and self.folder is not None:
+            anchors.save(self.folder / "anchors.safetensors")
+        return ReplayMemory(self.frames, anchors, self.folder)
+
+    def save(self, folder: str | os.PathLike[str]) -> ReplayMemory:
+        """Write everything, replacing what is there at once. Gives the memory as it lies there."""
+        path = Path(folder)
+        with atomic_folder(path) as temporary:
+            if self.frames is not None:
+                self.frames.save_to_disk(str(temporary / "frames"))
+            if self.anchors is not None:
+                self.anchors.save(temporary / "anchors.safetensors")
+            files = sorted(file for file in (temporary / "frames").rglob("*") if file.is_file())
+            content = {
+                "format_version": FORMAT_VERSION,
+                "tasks": self.tasks,
+                "frames": len(self),
+                "sha256": {str(file.relative_to(temporary)): _sha256(file) for file in files},
+            }
+            write_json(temporary / "memory.json", content)
+        return ReplayMemory.load(path)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> ReplayMemory:
+        """Read a memory.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is damaged, or of another format.
+        """
+        path = Path(folder)
+        content = _read_manifest(path / "memory.json")
+        for name, checksum in content["sha256"].items():
+            if not (path / name).is_file() or _sha256(path / name) != checksum:
+                raise ValueError(f"{path / name} is damaged; repeat the stage that wrote it")
+        frames = datasets.load_from_disk(str(path / "frames")) if content["frames"] else None
+        file = path / "anchors.safetensors"
+        try:
+            return cls(frames, Anchors.load(file) if file.exists() else None, path)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} is damaged; delete it, and the next run computes it again") from error
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"no replay memory at {file.parent}; it is written at the end of the base stage")
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        version = content["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged; repeat the stage that wrote it") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{file} has format {version!r}, this version reads {FORMAT_VERSION}; update infovla-peft")
+    return content
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

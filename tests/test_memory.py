@@ -1,0 +1,229 @@
+"""Replay memory: what is kept, how it is stored; stratified batches as a pure function of seed and number."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toy_demonstrations import TASKS, toy_demonstrations
+
+from infovla_peft.data.chunks import ChunkDataset
+from infovla_peft.data.images import ImagePipeline
+from infovla_peft.data.sampling import Augmentation, Draw, ReplayMixture, StratifiedBatchSampler
+from infovla_peft.memory import Anchors, ReplayMemory
+from infovla_peft.models.openvla import OpenVLAImageProcessor
+
+DRAWER, STOVE, BOWL = TASKS
+
+
+def some_anchors(frames: int) -> Anchors:
+    return Anchors(
+        action=torch.randn(2, frames, 3),
+        affinity=torch.randn(2, frames, 4, 5),
+        fused=torch.randn(2, frames, 6),
+        words=torch.arange(frames) % 5 + 1,
+        shifts=torch.zeros(2, frames, 2, dtype=torch.long),
+        spec={"teacher": "base", "base": "abc"},
+    )
+
+
+# --- what is kept ---------------------------------------------------------------------------------------------------
+
+
+def test_one_trajectory_per_task() -> None:
+    memory = ReplayMemory().add(toy_demonstrations([DRAWER, STOVE], episodes=5))
+    assert memory.tasks == [DRAWER, STOVE]
+    assert len(memory) == 24
+    assert memory.frames is not None
+    assert memory.frames["frame_index"] == [*range(12), *range(12)]
+    later = memory.add(toy_demonstrations([BOWL], episodes=5), trajectories=2)
+    assert later.tasks == [DRAWER, STOVE, BOWL]
+    assert len(later) == 48
+    assert len(memory) == 24
+
+
+def test_the_choice_depends_on_seed_and_task_alone() -> None:
+    def kept(seed: int, tasks: list[str]) -> set[int]:
+        memory = ReplayMemory().add(toy_demonstrations(tasks, episodes=8, frames=2), seed=seed)
+        assert memory.frames is not None
+        return {row["episode_index"] for row in memory.frames if row["task"] == STOVE}
+
+    assert kept(0, [STOVE]) == kept(0, [DRAWER, STOVE])
+    assert len({frozenset(kept(seed, [STOVE])) for seed in range(8)}) > 1
+
+
+def test_nothing_may_be_kept_and_nothing_twice() -> None:
+    demonstrations = toy_demonstrations([DRAWER])
+    assert len(ReplayMemory().add(demonstrations, trajectories=0)) == 0
+    with pytest.raises(ValueError, match=f"already holds {DRAWER}"):
+        ReplayMemory().add(demonstrations).add(demonstrations)
+
+
+def test_it_reads_back(tmp_path: Path) -> None:
+    memory = ReplayMemory().add(toy_demonstrations([DRAWER]))
+    memory = memory.with_anchors(some_anchors(12)).save(tmp_path / "memory")
+    again = ReplayMemory.load(tmp_path / "memory")
+    assert again.tasks == [DRAWER]
+    assert memory.frames is not None
+    assert again.frames is not None
+    assert again.frames[3] == memory.frames[3]
+    assert again.anchors is not None
+    assert again.anchors.spec == {"teacher": "base", "base": "abc"}
+    for name, tensor in again.anchors.tensors().items():
+        assert torch.equal(tensor, memory.anchors.tensors()[name])  # type: ignore[union-attr]
+    assert ReplayMemory().save(tmp_path / "empty").tasks == []
+
+
+def test_anchors_are_replaced_in_the_folder(tmp_path: Path) -> None:
+    memory = ReplayMemory().add(toy_demonstrations([DRAWER])).save(tmp_path)
+    assert memory.anchors is None
+    anchors = some_anchors(12)
+    memory.with_anchors(anchors)
+    stored = ReplayMemory.load(tmp_path).anchors
+    assert stored is not None
+    assert torch.equal(stored.action, anchors.action)
+    with pytest.raises(ValueError, match="11 anchors do not belong to 12 frames"):
+        memory.with_anchors(some_anchors(11), save=False)
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no replay memory"):
+        ReplayMemory.load(tmp_path / "none")
+    ReplayMemory().add(toy_demonstrations([DRAWER])).with_anchors(some_anchors(12)).save(tmp_path / "m")
+    anchors = tmp_path / "m" / "anchors.safetensors"
+    anchors.write_bytes(anchors.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"anchors.safetensors is damaged; delete it"):
+        ReplayMemory.load(tmp_path / "m")
+    anchors.unlink()
+    arrow = next((tmp_path / "m" / "frames").glob("*.arrow"))
+    arrow.write_bytes(arrow.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"arrow is damaged; repeat the stage"):
+        ReplayMemory.load(tmp_path / "m")
+    (tmp_path / "m" / "memory.json").write_text(json.dumps({"format_version": 99}))
+    with pytest.raises(ValueError, match="format 99"):
+        ReplayMemory.load(tmp_path / "m")
+
+
+def test_a_summary_is_padded_like_the_batch() -> None:
+    anchors = some_anchors(6)
+    summary = anchors.summary(torch.tensor([[0, 1], [1, 2]]), longest=3)
+    assert torch.equal(summary.affinity[1], anchors.affinity[1, 2, :, :3])
+    assert torch.equal(summary.fused[0], anchors.fused[0, 1])
+    assert summary.language_mask.tolist() == [[True, True, False], [True, True, True]]
+    assert summary.vision_mask.shape == (2, 4)
+
+
+# --- stratified batches ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def current() -> ChunkDataset:
+    pipeline = ImagePipeline(OpenVLAImageProcessor(input_sizes=[(3, 32, 32)]))
+    return ChunkDataset(toy_demonstrations([BOWL], episodes=3), pipeline)
+
+
+@pytest.fixture(scope="module")
+def memory(current: ChunkDataset) -> ChunkDataset:
+    return current.like(toy_demonstrations([DRAWER, STOVE], episodes=1))
+
+
+def test_a_fixed_share_of_replay_spread_over_the_tasks(current: ChunkDataset, memory: ChunkDataset) -> None:
+    sampler = StratifiedBatchSampler(current, memory, batch_size=8, replay_fraction=0.5, batches=50, seed=0)
+    draws = list(sampler)
+    assert len(draws) == len(sampler) == 50
+    for draw in draws:
+        assert (len(draw.current), len(draw.replay.own), len(draw.replay.peers)) == (4, 4, 0)
+        tasks = memory.task[draw.replay.own[:, 1]]
+        assert np.bincount(tasks, minlength=2).tolist() == [2, 2]
+    assert {row for draw in draws for row in draw.replay.own[:, 1]} == set(range(len(memory)))
+
+
+def test_current_samples_are_used_equally_often(current: ChunkDataset, memory: ChunkDataset) -> None:
+    sampler = StratifiedBatchSampler(current, memory, batch_size=8, replay_fraction=0.5, batches=27, seed=0)
+    rows = np.concatenate([draw.current for draw in sampler])  # 108 = three times 36
+    assert np.bincount(rows).tolist() == [3] * 36
+    assert sorted(rows[:36]) == list(range(36))
+    assert rows[:36].tolist() != rows[36:72].tolist()
+
+
+def same(first: Draw, second: Draw) -> bool:
+    return all(
+        np.array_equal(one, other)
+        for one, other in (
+            (first.current, second.current),
+            (first.replay.own, second.replay.own),
+            (first.shifts, second.shifts),
+        )
+    )
+
+
+def test_a_batch_depends_on_seed_and_number_alone(current: ChunkDataset, memory: ChunkDataset) -> None:
+    def sampler(seed: int) -> StratifiedBatchSampler:
+        return StratifiedBatchSampler(
+            current, memory, batch_size=8, replay_fraction=0.5, batches=20, seed=seed, augmentation=Augmentation(4)
+        )
+
+    draws = list(sampler(1))
+    assert same(sampler(1).draw(17), draws[17])
+    assert not same(sampler(2).draw(17), draws[17])
+    assert not same(draws[16], draws[17])
+
+
+@pytest.mark.parametrize("batch_size", [3, 4])
+def test_two_processes_share_the_batch_of_one(current: ChunkDataset, memory: ChunkDataset, batch_size: int) -> None:
+    def draw(size: int, processes: int, rank: int) -> Draw:
+        return StratifiedBatchSampler(
+            current, memory, batch_size=size, replay_fraction=0.5, batches=9, seed=3, processes=processes, rank=rank,
+            augmentation=Augmentation(4, 0.1),
+        ).draw(7)  # fmt: skip
+
+    one, parts = draw(2 * batch_size, 1, 0), [draw(batch_size, 2, rank) for rank in (0, 1)]
+    assert sorted(one.current) == sorted(np.concatenate([part.current for part in parts]))
+    for part, other in (parts, parts[::-1]):
+        assert len(part.shifts) == len(part.current) + len(part.replay.own) == batch_size
+        np.testing.assert_array_equal(part.replay.peers, other.replay.own)
+    replayed = np.concatenate([part.replay.own for part in parts])
+    assert sorted(replayed.tolist()) == sorted(one.replay.own.tolist())
+    pairs = [(*shift, *noise) for draw in parts for shift, noise in zip(draw.shifts, draw.proprio_noise, strict=True)]
+    assert sorted(pairs) == sorted((*s, *n) for s, n in zip(one.shifts, one.proprio_noise, strict=True))
+
+
+def test_samples_with_anchors_show_the_views_that_have_them(current: ChunkDataset, memory: ChunkDataset) -> None:
+    views = np.zeros((2, len(memory), 2), dtype=np.int64)
+    views[1] = np.random.default_rng(0).integers(-4, 5, (len(memory), 2))
+    sampler = StratifiedBatchSampler(
+        current, memory, batch_size=8, replay_fraction=0.5, batches=20, seed=0,
+        augmentation=Augmentation(4, 0.1), view_shifts=views,
+    )  # fmt: skip
+    for draw in sampler:
+        np.testing.assert_array_equal(draw.shifts[4:], views[draw.replay.own[:, 0], draw.replay.own[:, 1]])
+        assert draw.proprio_noise is not None
+        assert not draw.proprio_noise[4:].any()
+        assert draw.proprio_noise[:4].all()
+
+
+def test_few_replay_samples(current: ChunkDataset, memory: ChunkDataset) -> None:
+    def sampler(batch_size: int, fraction: float, memory: ChunkDataset | None = memory) -> StratifiedBatchSampler:
+        return StratifiedBatchSampler(
+            current, memory, batch_size=batch_size, replay_fraction=fraction, batches=2, seed=0
+        )
+
+    assert sampler(8, 0.01).replay_size == 2  # two tasks are remembered
+    assert sampler(8, 0.0).replay_size == 0
+    assert sampler(8, 0.5, None).replay_size == 0
+    with pytest.raises(ValueError, match="larger batches or a smaller replay_fraction"):
+        sampler(2, 0.5)
+
+
+def test_a_mixture_puts_replay_last(current: ChunkDataset, memory: ChunkDataset) -> None:
+    sampler = StratifiedBatchSampler(current, memory, batch_size=6, replay_fraction=0.5, batches=1, seed=0)
+    draw = sampler.draw(0)
+    samples = ReplayMixture(current, memory).__getitems__(draw)
+    np.testing.assert_array_equal(samples.states[:3], current.states[draw.current])
+    np.testing.assert_array_equal(samples.states[3:], memory.states[draw.replay.own[:, 1]])
+    assert samples.instructions[:3] == [TASKS[BOWL]] * 3
+    assert samples.replay is draw.replay
+    assert samples.shifts is None
