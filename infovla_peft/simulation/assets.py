@@ -91,6 +91,4 @@ def find_assets(requested: str = "auto", folder: str | os.PathLike[str] | None =
             return AssetSet("official", _download().resolve())
     from .primitive import build_primitive_assets
 
-    return AssetSet(
-        "primitive", build_primitive_assets(Path(folder) if folder else cache_folder() / "assets").resolve()
-    )
+    return AssetSet("primitive", build_primitive_assets(folder))

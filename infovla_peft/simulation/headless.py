@@ -61,7 +61,7 @@ def choose_gl() -> str:
         SimulatorNotFoundError: no library could be loaded; the message names the apt packages.
     """
     if platform.system() != "Linux":
-        return os.environ.get("MUJOCO_GL", "")
+        return "cgl" if platform.system() == "Darwin" else "glfw"
     libraries = {"osmesa": ("libOSMesa.so.8", "OSMesa"), "egl": ("libEGL.so.1", "EGL")}
     wanted = os.environ.get("MUJOCO_GL", "").lower()
     if wanted and wanted not in libraries:
@@ -129,9 +129,7 @@ def load_libero() -> None:
         SimulatorNotFoundError: something is missing; the message names it and the cure.
     """
     libero_folder()
-    backend = choose_gl()
-    if backend:
-        os.environ["MUJOCO_GL"] = backend
+    backend = os.environ["MUJOCO_GL"] = choose_gl()
     if backend in ("osmesa", "egl"):
         os.environ.setdefault("PYOPENGL_PLATFORM", backend)
     try:

@@ -46,17 +46,17 @@ class ControlStep:
         """Execute one action: (7,), six OSC_POSE deltas in [-1, 1], gripper -1 opens and +1 closes."""
         mujoco, model, data = self._mujoco, self._model, self._data
         controller, gripper = self._controller, self._robot.gripper
-        low, high = self._torque_range
+        (low, high), control = self._torque_range, data.ctrl
         change = np.array([-1.0, 1.0]) * gripper.speed * np.sign(action[6:])
         opening = gripper.current_action
         for substep in range(self._substeps):
             mujoco.mj_forward(model, data)
             if substep == 0:
                 controller.set_goal(action[:6])
-            torques = np.clip(controller.run_controller(), low, high)
-            opening = np.clip(opening + change, -1.0, 1.0)
-            data.ctrl[self._gripper] = self._gripper_middle + self._gripper_scale * opening
-            data.ctrl[self._arm] = torques
+            torques = controller.run_controller()
+            opening = np.minimum(np.maximum(opening + change, -1.0), 1.0)
+            control[self._arm] = np.minimum(np.maximum(torques, low), high)
+            control[self._gripper] = self._gripper_middle + self._gripper_scale * opening
             mujoco.mj_step2(model, data)
         gripper.current_action = opening
 
