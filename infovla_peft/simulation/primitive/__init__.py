@@ -13,20 +13,24 @@ from pathlib import Path
 
 from infovla_peft.files import atomic_folder
 from infovla_peft.simulation.headless import cache_folder
-from infovla_peft.simulation.primitive.arenas import ARENAS
+from infovla_peft.simulation.primitive.arenas import ARENAS, arena_xml
 from infovla_peft.simulation.primitive.fixtures import FIXTURES
-from infovla_peft.simulation.primitive.objects import OBJECTS
+from infovla_peft.simulation.primitive.groceries import GROCERIES
+from infovla_peft.simulation.primitive.kitchenware import KITCHENWARE
 from infovla_peft.simulation.primitive.writer import thing_xml
 
-__all__ = ["build_primitive_assets", "primitive_asset_files"]
+__all__ = ["SUITES", "build_primitive_assets", "primitive_asset_files"]
+
+SUITES = ("libero_goal", "libero_object", "libero_spatial", "libero_10")
+"""The suites that every task of which can be built with these assets."""
 
 _MARKER = "PRIMITIVE_ASSETS_VERSION"
 
 
 def primitive_asset_files() -> dict[str, str]:
     """Path inside the folder -> XML text, for every file of the set. Equal on every machine."""
-    files = {thing.file: thing_xml(thing) for thing in (*FIXTURES, *OBJECTS)}
-    return files | {path: arena() for path, arena in ARENAS.items()}
+    files = {thing.file: thing_xml(thing) for thing in (*FIXTURES, *KITCHENWARE, *GROCERIES)}
+    return files | {arena.file: arena_xml(arena) for arena in ARENAS}
 
 
 def _digest(files: dict[str, str]) -> str:

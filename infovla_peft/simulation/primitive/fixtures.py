@@ -113,8 +113,39 @@ def _wine_rack() -> Thing:
     return Thing("turbosquid_objects/wine_rack/wine_rack.xml", Body("object", parts, [region]), -0.06, 0.04, 0.025)
 
 
+def _microwave() -> Thing:
+    """An open-fronted box whose door hangs on the left; the control panel stands beside the door."""
+    shell, panel, glass = (0.16, 0.16, 0.18), (0.30, 0.31, 0.34), (0.42, 0.48, 0.55)
+    case = [
+        box((-0.1725, -0.088, 0.0), (-0.1435, 0.111, 0.187), shell),
+        box((0.0635, -0.088, 0.0), (0.1725, 0.111, 0.187), shell),
+        box((-0.1435, 0.0805, 0.0), (0.0635, 0.1105, 0.187), shell),
+        box((-0.1435, -0.088, 0.168), (0.0635, 0.081, 0.187), shell),
+        box((-0.1435, -0.088, 0.0), (0.0635, 0.080, 0.024), shell),
+        box((0.0875, -0.1105, 0.0), (0.1725, -0.088, 0.187), panel),
+        *painted([box((0.105, -0.1110, 0.120), (0.155, -0.1100, 0.160), (0.15, 0.55, 0.35))]),
+    ]
+    door = [
+        box((0.0, -0.025, -0.0925), (0.259, -0.001, 0.0925), panel),
+        box((0.2275, -0.064, -0.075), (0.2475, -0.044, 0.075), _STEEL),
+        box((0.2275, -0.045, 0.055), (0.2475, -0.025, 0.075), _STEEL),
+        box((0.2275, -0.045, -0.075), (0.2475, -0.025, -0.055), _STEEL),
+        *painted([box((0.030, -0.0255, -0.060), (0.200, -0.0005, 0.060), glass)]),
+    ]
+    sites = [
+        Site("top_side", (0.0, 0.01, 0.20), (0.12, 0.0835, 0.005)),
+        Site("heating_region", (0.0, 0.01, 0.096), (0.12, 0.0835, 0.08)),
+    ]
+    joint = Joint("microjoint", "hinge", (0.0, 0.0, 1.0), (-2.094, 0.0), damping=0.5)
+    hanging = Body("microdoorroot", door, joint=joint, position=(-0.1725, -0.088, 0.096))
+    body = Body("object", case, sites, bodies=[hanging])
+    return Thing("articulated_objects/microwave.xml", body, -0.06, 0.06, 0.015, density=212.0)
+
+
 FIXTURES = (
     _cabinet("wooden_cabinet", _DARK_WOOD, _DRAWER_WOOD, _STEEL),
+    _cabinet("white_cabinet", (0.86, 0.87, 0.88), (0.95, 0.95, 0.96), _SILVER),
     _stove(),
     _wine_rack(),
+    _microwave(),
 )

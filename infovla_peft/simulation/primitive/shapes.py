@@ -83,7 +83,8 @@ class Thing:
     """An object or a fixture: one XML file.
 
     `bottom`, `top` and `radius` place LIBERO's three bounding sites, from which its samplers compute where a thing
-    stands and how much room it needs. `mass` (kg) is spread over the solid parts by volume; None for fixtures.
+    stands and how much room it needs. `mass` (kg) is spread over the solid parts by volume; without it they have
+    `density` (kg/m³; for fixtures, where it matters to what moves on a joint).
     """
 
     file: str
@@ -92,6 +93,7 @@ class Thing:
     top: float
     radius: float
     mass: float | None = None
+    density: float = 100.0
 
 
 def about(axis: str, degrees: float) -> Quaternion:

@@ -48,7 +48,8 @@ def _add_site(parent: Element, site: Site) -> None:
     SubElement(parent, "site", {**attributes, "quat": numbers(*site.rotation), "group": "0", "rgba": numbers(*colour)})
 
 
-def _add_body(parent: Element, body: Body, density: float) -> None:
+def add_body(parent: Element, body: Body, density: float) -> None:
+    """Append a body and what hangs on it; `density` (kg/m³) of its solid parts."""
     element = SubElement(parent, "body", {"name": body.name, "pos": numbers(*body.position)})
     if body.rotation != IDENTITY:
         element.set("quat", numbers(*body.rotation))
@@ -69,7 +70,7 @@ def _add_body(parent: Element, body: Body, density: float) -> None:
         if part.shown:
             add_geom(element, part, picture(part))
     for child in body.bodies:
-        _add_body(element, child, density)
+        add_body(element, child, density)
 
 
 def thing_xml(thing: Thing) -> str:
@@ -80,7 +81,7 @@ def thing_xml(thing: Thing) -> str:
     SubElement(root, "asset")
     outer = SubElement(SubElement(root, "worldbody"), "body")
     volume = sum(part.volume() for part in _parts(thing.body) if part.solid)
-    _add_body(outer, thing.body, 100.0 if thing.mass is None else thing.mass / volume)
+    add_body(outer, thing.body, thing.density if thing.mass is None else thing.mass / volume)
     for site, position in (
         ("bottom_site", (0.0, 0.0, thing.bottom)),
         ("top_site", (0.0, 0.0, thing.top)),

@@ -1,8 +1,6 @@
-"""Objects that a robot can move. Sizes are those of LIBERO's things, rounded; shapes and colours are our own."""
+"""Groceries: cans, cartons, bottles and packets, and the basket they go into. Sizes are LIBERO's, rounded."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from infovla_peft.simulation.primitive.shapes import (
     Body,
@@ -16,65 +14,32 @@ from infovla_peft.simulation.primitive.shapes import (
     drum,
     painted,
     placed,
-    ring,
 )
 
-_BLACK: Colour = (0.07, 0.07, 0.08)
 _WHITE: Colour = (0.94, 0.94, 0.92)
-_CREAM: Colour = (0.93, 0.88, 0.74)
 
 
-def _object(
-    name: str,
-    parts: list[Part],
-    mass: float,
-    *,
-    folder: str = "stable_hope_objects",
-    sites: Sequence[Site] = (),
-    bottom: float = -0.06,
-    top: float = 0.04,
-    radius: float = 0.025,
+def _grocery(
+    name: str, parts: list[Part], mass: float, bottom: float = -0.06, top: float = 0.04, radius: float = 0.025
 ) -> Thing:
-    return Thing(f"{folder}/{name}/{name}.xml", Body("object", parts, sites), bottom, top, radius, mass)
+    return Thing(f"stable_hope_objects/{name}/{name}.xml", Body("object", parts), bottom, top, radius, mass)
 
 
-def _bowl() -> list[Part]:
-    rim = (0.30, 0.30, 0.32)
-    return [
-        *drum(0.024, 0.0016, 0.0068, _BLACK),
-        *ring((0.023, 0.0045), (0.0425, 0.0160), 0.003, _BLACK),
-        *ring((0.0425, 0.0155), (0.0515, 0.0515), 0.003, _BLACK),
-        *painted(ring((0.0511, 0.0480), (0.0520, 0.0520), 0.0034, rim)),
-    ]
-
-
-def _plate() -> list[Part]:
-    pink = (0.85, 0.42, 0.42)
-    return [
-        *drum(0.032, -0.0025, 0.0045, _WHITE),
-        *ring((0.030, 0.0010), (0.0665, 0.0137), 0.0045, _WHITE, segments=12),
-        *painted(ring((0.0575, 0.0108), (0.0668, 0.0140), 0.0050, pink, segments=12)),
-    ]
-
-
-def _wine_bottle() -> list[Part]:
-    glass, label, foil = (0.05, 0.13, 0.07), _CREAM, (0.50, 0.06, 0.10)
-    return [
-        *drum(0.0205, 0.0011, 0.0690, glass),
-        *drum(0.0150, 0.0690, 0.0810, glass, sides=8),
-        *drum(0.0105, 0.0810, 0.0950, glass, sides=8),
-        *drum(0.0073, 0.0950, 0.1580, foil, sides=8),
-        *painted([cylinder(0.0209, 0.0170, 0.0520, label)]),
-    ]
-
-
-def _carton(size: tuple[float, float, float], colour: Colour, band: Colour) -> list[Part]:
+def _packet(size: tuple[float, float, float], colour: Colour, band: Colour) -> list[Part]:
     """A flat packet with a band of another colour across its middle."""
     x, y, z = size
     return [
         box((-x, -y, -z), (x, y, z), colour),
         *painted([box((-x * 0.45, -y - 0.0003, -z - 0.0003), (x * 0.45, y + 0.0003, z + 0.0003), band)]),
     ]
+
+
+def _butter() -> list[Part]:
+    return _packet((0.0381, 0.0198, 0.0087), (0.95, 0.78, 0.10), (0.98, 0.94, 0.70))
+
+
+def _cream_cheese() -> list[Part]:
+    return _packet((0.0406, 0.0213, 0.0089), (0.16, 0.33, 0.75), (0.88, 0.92, 0.97))
 
 
 def _upright(parts: list[Part]) -> list[Part]:
@@ -142,44 +107,28 @@ def _bbq_sauce() -> list[Part]:
     ]
 
 
-def _basket() -> list[Part]:
+def _basket() -> Body:
     straw, rim = (0.76, 0.62, 0.40), (0.55, 0.40, 0.22)
     wall = Part("box", (0.0067, 0.0724, 0.0640), straw)
     edge = Part("box", (0.0071, 0.0745, 0.0060), rim, (0.0, 0.0, 0.0590), solid=False)
     side = placed([wall, edge], (0.0735, 0.0, 0.0785), about("y", 3.0))
     floor = box((-0.0745, -0.0724, 0.0042), (0.0745, 0.0724, 0.0216), (0.62, 0.48, 0.30))
-    return [floor, *(part for k in range(4) for part in placed(side, rotation=about("z", 90.0 * k)))]
+    sides = [part for k in range(4) for part in placed(side, rotation=about("z", 90.0 * k))]
+    inside = Site("contain_region", (0.0, 0.0, 0.07185), (0.06108, 0.06108, 0.06949), about("z", 180.0))
+    return Body("object", [floor, *sides], [inside])
 
 
-_CONTAIN = Site("contain_region", (0.0, 0.0, 0.07185), (0.06108, 0.06108, 0.06949), about("z", 180.0))
-
-OBJECTS = (
-    _object("akita_black_bowl", _bowl(), 0.0056, folder="stable_scanned_objects"),
-    _object("plate", _plate(), 0.0115, folder="stable_scanned_objects"),
-    _object("wine_bottle", _wine_bottle(), 0.0154, folder="turbosquid_objects"),
-    _object(
-        "cream_cheese",
-        _carton((0.0406, 0.0213, 0.0089), (0.16, 0.33, 0.75), (0.88, 0.92, 0.97)),
-        0.0062,
-        bottom=-0.025,
-        top=0.025,
-        radius=0.03,
-    ),
-    _object("alphabet_soup", _can((0.10, 0.20, 0.60), (0.90, 0.88, 0.80)), 0.0259, bottom=-0.04),
-    _object("tomato_sauce", _can((0.80, 0.10, 0.07), (0.12, 0.48, 0.18)), 0.0266),
-    _object("milk", _gable_carton(_WHITE, (0.80, 0.14, 0.14), (0.80, 0.14, 0.14)), 0.0317, radius=0.03),
-    _object("orange_juice", _gable_carton((0.96, 0.72, 0.08), (0.20, 0.55, 0.15), (0.96, 0.45, 0.05)), 0.0317),
-    _object("ketchup", _ketchup(), 0.0232),
-    _object("salad_dressing", _salad_dressing(), 0.0218),
-    _object("bbq_sauce", _bbq_sauce(), 0.0122, top=0.06, radius=0.015),
-    _object(
-        "butter",
-        _carton((0.0381, 0.0198, 0.0087), (0.95, 0.78, 0.10), (0.98, 0.94, 0.70)),
-        0.0053,
-        bottom=-0.02,
-        top=0.02,
-        radius=0.02,
-    ),
-    _object("chocolate_pudding", _carton((0.0401, 0.0232, 0.0137), (0.30, 0.12, 0.07), (0.80, 0.45, 0.50)), 0.0102),
-    _object("basket", _basket(), 0.1361, folder="stable_scanned_objects", sites=[_CONTAIN]),
+GROCERIES = (
+    _grocery("alphabet_soup", _can((0.10, 0.20, 0.60), (0.90, 0.88, 0.80)), 0.0259, bottom=-0.04),
+    _grocery("tomato_sauce", _can((0.80, 0.10, 0.07), (0.12, 0.48, 0.18)), 0.0266),
+    _grocery("milk", _gable_carton(_WHITE, (0.80, 0.14, 0.14), (0.80, 0.14, 0.14)), 0.0317, radius=0.03),
+    _grocery("orange_juice", _gable_carton((0.96, 0.72, 0.08), (0.20, 0.55, 0.15), (0.96, 0.45, 0.05)), 0.0317),
+    _grocery("ketchup", _ketchup(), 0.0232),
+    _grocery("salad_dressing", _salad_dressing(), 0.0218),
+    _grocery("bbq_sauce", _bbq_sauce(), 0.0122, top=0.06, radius=0.015),
+    _grocery("butter", _butter(), 0.0053, bottom=-0.02, top=0.02, radius=0.02),
+    _grocery("cream_cheese", _cream_cheese(), 0.0062, bottom=-0.025, top=0.025, radius=0.03),
+    _grocery("chocolate_pudding", _packet((0.0401, 0.0232, 0.0137), (0.30, 0.12, 0.07), (0.80, 0.45, 0.50)), 0.0102),
+    _grocery("cookies", _packet((0.0310, 0.0413, 0.0094), (0.72, 0.12, 0.35), (0.95, 0.80, 0.45)), 0.0096),
+    Thing("stable_scanned_objects/basket/basket.xml", _basket(), -0.06, 0.04, 0.025, 0.1361),
 )
