@@ -11,13 +11,13 @@ import hashlib
 import os
 from pathlib import Path
 
-from infovla_peft.files import atomic_folder
-from infovla_peft.simulation.headless import cache_folder
-from infovla_peft.simulation.primitive.arenas import ARENAS, arena_xml
-from infovla_peft.simulation.primitive.fixtures import FIXTURES
-from infovla_peft.simulation.primitive.groceries import GROCERIES
-from infovla_peft.simulation.primitive.kitchenware import KITCHENWARE
-from infovla_peft.simulation.primitive.writer import thing_xml
+from ...files import atomic_folder
+from ..headless import cache_folder
+from .arenas import ARENAS, arena_xml
+from .fixtures import FIXTURES
+from .groceries import GROCERIES
+from .kitchenware import KITCHENWARE
+from .writer import thing_xml
 
 __all__ = ["SUITES", "build_primitive_assets", "primitive_asset_files"]
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element, SubElement
 
-from infovla_peft.simulation.primitive.shapes import Body, Colour, Part, about, box, cylinder, painted, placed
-from infovla_peft.simulation.primitive.writer import add_body, add_geom, numbers, picture, render
+from .shapes import Body, Colour, Part, about, box, cylinder, painted, placed
+from .writer import add_body, add_geom, numbers, picture, render
 
 _FLOOR_MATERIAL, _WALL_MATERIAL = "floorplane", "walls_mat"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infovla_peft.simulation.primitive.shapes import (
+from .shapes import (
     Body,
     Colour,
     Joint,
@@ -26,8 +26,8 @@ _PINE: Colour = (0.80, 0.60, 0.34)
 _MAHOGANY: Colour = (0.40, 0.13, 0.08)
 
 
-def _drawer(level: str, centre: float, handle: float, wood: Colour, metal: Colour) -> Body:
-    """A drawer that slides towards -y; `centre` is the height of its front panel, `handle` that of its handle."""
+def _drawer(level: str, centre: float, handle: float, region: float, wood: Colour, metal: Colour) -> Body:
+    """A drawer that slides towards -y, with the heights of its front panel, its handle and LIBERO's region in it."""
     low, high = centre - 0.0325, centre + 0.0325
     parts = [
         box((-0.105, -0.078, low - 0.0005), (0.1115, -0.066, high + 0.001), wood),
@@ -39,11 +39,9 @@ def _drawer(level: str, centre: float, handle: float, wood: Colour, metal: Colou
         box((-0.041, -0.094, handle - 0.005), (-0.030, -0.078, handle + 0.005), metal),
         box((0.024, -0.094, handle - 0.005), (0.035, -0.078, handle + 0.005), metal),
     ]
-    region = Site(
-        f"{level}_region", (0.00328, 0.01128, centre + 0.0025), (0.02993, 0.07561, 0.10224), about("y", 90.0)
-    )
+    inside = Site(f"{level}_region", (0.00328, 0.01128, region), (0.02993, 0.07561, 0.10224), about("y", 90.0))
     joint = Joint(f"{level}_level", "slide", (0.0, 1.0, 0.0), (-0.16, 0.01), damping=50.0)
-    return Body(f"cabinet_{level}", parts, [region], joint, mass=3.0)
+    return Body(f"cabinet_{level}", parts, [inside], joint, mass=3.0)
 
 
 def _cabinet(name: str, wood: Colour, drawer_wood: Colour, metal: Colour) -> Thing:
@@ -58,9 +56,9 @@ def _cabinet(name: str, wood: Colour, drawer_wood: Colour, metal: Colour) -> Thi
     ]
     top = Site("top_side", (0.00354, 0.01567, 0.22152), (0.12534, 0.09438, 0.00147))
     drawers = [
-        _drawer("top", 0.1835, 0.184, drawer_wood, metal),
-        _drawer("middle", 0.1140, 0.1105, drawer_wood, metal),
-        _drawer("bottom", 0.0450, 0.0412, drawer_wood, metal),
+        _drawer("top", 0.1835, 0.1840, 0.18563, drawer_wood, metal),
+        _drawer("middle", 0.1140, 0.1105, 0.11690, drawer_wood, metal),
+        _drawer("bottom", 0.0450, 0.0412, 0.04701, drawer_wood, metal),
     ]
     base = Body("base", walls, [top], bodies=drawers)
     return Thing(f"articulated_objects/{name}.xml", Body("object", bodies=[base]), -0.045, 0.045, 0.045)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infovla_peft.simulation.primitive.shapes import (
+from .shapes import (
     Body,
     Colour,
     Part,
@@ -111,9 +111,10 @@ def _basket() -> Body:
     straw, rim = (0.76, 0.62, 0.40), (0.55, 0.40, 0.22)
     wall = Part("box", (0.0067, 0.0724, 0.0640), straw)
     edge = Part("box", (0.0071, 0.0745, 0.0060), rim, (0.0, 0.0, 0.0590), solid=False)
-    side = placed([wall, edge], (0.0735, 0.0, 0.0785), about("y", 3.0))
+    long = placed([wall, edge], (0.0740, 0.0, 0.0766), about("y", 3.5))
+    short = placed([wall, edge], (0.0688, 0.0, 0.0818), about("y", 2.6))
     floor = box((-0.0745, -0.0724, 0.0042), (0.0745, 0.0724, 0.0216), (0.62, 0.48, 0.30))
-    sides = [part for k in range(4) for part in placed(side, rotation=about("z", 90.0 * k))]
+    sides = [part for k in range(4) for part in placed((long, short)[k % 2], rotation=about("z", 90.0 * k))]
     inside = Site("contain_region", (0.0, 0.0, 0.07185), (0.06108, 0.06108, 0.06949), about("z", 180.0))
     return Body("object", [floor, *sides], [inside])
 

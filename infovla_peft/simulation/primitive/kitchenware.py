@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from infovla_peft.simulation.primitive.shapes import (
+from .shapes import (
     Body,
     Colour,
     Part,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
-from infovla_peft.simulation.primitive.shapes import IDENTITY, Body, Part, Site, Thing
+from .shapes import IDENTITY, Body, Part, Site, Thing
 
 # The contact parameters of LIBERO's objects: stiff, high friction (so that a thin rim can be pinched).
 _CONTACT = {"solimp": "0.998 0.998 0.001", "solref": "0.001 1", "friction": "0.95 0.3 0.1"}
