@@ -1,0 +1,244 @@
+"""results.json → figures and one HTML page, with the videos of the run.
+
+    report/index.html               everything on one page; opens from disk, no network, no script
+    report/success_matrix.png       heatmap, for cards and slides
+    report/success_by_stage*.png    each task over the stages (`_narrow`: for phones)
+    report/loss_terms*.png          each term of the loss over the optimiser steps
+
+Every number in the text is one of results.json, or follows from it. The loss curves are drawn from the training logs
+(stages/stage_NN/log.jsonl, one JSON object per line with `step` and the terms), and none of their values is quoted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from .figures import (
+    LossCurve,
+    cell_colours,
+    draw_loss_terms,
+    draw_success_by_stage,
+    draw_success_matrix,
+    stage_name,
+)
+from .files import atomic_folder, write_text
+from .metrics import average_by_stage
+from .results import Results, Video
+
+LOSS_TERMS = {
+    "policy_loss": "policy loss",
+    "rac": "RAC (replay anchors)",
+    "cmi": "CMI (cross-modal)",
+}
+
+
+class MetricText(NamedTuple):
+    """How a metric is shown: its name, its unit, which way is good, and what it says."""
+
+    label: str
+    unit: str
+    better: str
+    meaning: str
+    formula: str
+
+
+METRIC_TEXTS = {
+    "final_average": MetricText("final average", "%", "higher", "all tasks, after the last stage", "mean_i R[i, N]"),
+    "auc": MetricText(
+        "area under the curve", "%", "higher", "each task, from its own stage on", "mean_i mean_{j ≥ i} R[i, j]"
+    ),
+    "forward_transfer": MetricText(
+        "right after learning", "%", "higher", "each task, after its own stage (the paper's FWT)", "mean_i R[i, i]"
+    ),
+    "negative_backward_transfer": MetricText(
+        "lost afterwards", "pp", "lower", "mean over the later stages (NBT)", "mean_i mean_{j > i} (R[i, i] − R[i, j])"
+    ),
+    "average_accuracy": MetricText(
+        "average accuracy", "%", "higher", "all tasks seen, over the stages", "mean_j mean_{i ≤ j} R[i, j]"
+    ),
+    "forgetting": MetricText(
+        "forgetting",
+        "pp",
+        "lower",
+        "from the best earlier stage to the last",
+        "mean_i (max_{j < N} R[i, j] − R[i, N])",
+    ),
+    "backward_transfer": MetricText(
+        "backward transfer", "pp", "higher", "from a task's own stage to the last", "mean_i (R[i, N] − R[i, i])"
+    ),
+}
+
+
+def write_report(run_folder: str | os.PathLike[str]) -> Path:
+    """Draw the figures and write the page of a run; an older report is replaced as a whole.
+
+    Args:
+        run_folder: holds results.json, and usually stages/ (training logs) and videos/.
+
+    Returns:
+        The page, `run_folder`/report/index.html.
+
+    Raises:
+        FileNotFoundError: no results.json.
+        ResultsError: results.json is damaged.
+        ValueError: no stage has been evaluated yet.
+    """
+    run = Path(run_folder)
+    results = Results.load(run / "results.json")
+    if not results.stages:
+        raise ValueError(f"{run / 'results.json'} holds no evaluated stage yet; the report follows the first one")
+    curves, unreadable = read_loss_curves(run)
+    with atomic_folder(run / "report") as folder:
+        draw_success_matrix(results, folder / "success_matrix.png")
+        draw_success_by_stage(results, folder / "success_by_stage.png", columns=3)
+        draw_success_by_stage(results, folder / "success_by_stage_narrow.png", columns=1)
+        if curves:
+            draw_loss_terms(curves, LOSS_TERMS, folder / "loss_terms.png", columns=3)
+            draw_loss_terms(curves, LOSS_TERMS, folder / "loss_terms_narrow.png", columns=1)
+        page = render_page(results, run, has_curves=bool(curves), unreadable_log_lines=unreadable)
+        write_text(folder / "index.html", page)
+    return run / "report" / "index.html"
+
+
+def read_loss_curves(run: Path) -> tuple[list[LossCurve], int]:
+    """The loss terms of every stage's log, and how many lines could not be read (a killed run leaves a torn one).
+
+    A step that was logged twice, before and after a resume, counts as logged last. Values that are not finite are left
+    out.
+    """
+    curves, unreadable = [], 0
+    for log in sorted(run.glob("stages/stage_*/log.jsonl")):
+        stage_digits = log.parent.name.removeprefix("stage_")
+        values: dict[str, dict[float, float]] = {term: {} for term in LOSS_TERMS}
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+                step = float(entry["step"])
+                found = {term: float(entry[term]) for term in LOSS_TERMS if entry.get(term) is not None}
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                unreadable += bool(line.strip())
+                continue
+            for term, value in found.items():
+                if math.isfinite(step) and math.isfinite(value):
+                    values[term][step] = value
+        for term, points in values.items():
+            if points and stage_digits.isdecimal():
+                steps, numbers = np.array(sorted(points.items()), dtype=np.float64).T
+                curves.append(LossCurve(int(stage_digits), term, steps, numbers))
+    return curves, unreadable
+
+
+def render_page(results: Results, run: Path, *, has_curves: bool, unreadable_log_lines: int) -> str:
+    """The HTML of the page. Everything that comes from data is escaped."""
+    environment = Environment(
+        loader=PackageLoader("infovla_peft"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    metrics = results.metrics()
+    return environment.get_template("report.html.jinja").render(
+        results=results,
+        stage_names=[stage_name(stage) for stage in range(results.stages)],
+        rows=_matrix_rows(results),
+        averages=[_average_cell(rate) for rate in average_by_stage(results.success, results.learned_at)],
+        metrics=[(text, _points(metrics[name])) for name, text in METRIC_TEXTS.items()],
+        summary=_summary(results, metrics),
+        episodes=_span([count for row in results.episodes for count in row if count is not None]),
+        timings=_timings(results),
+        video_groups=_video_groups(results, run),
+        missing_videos=sum(not (run / video.path).is_file() for video in results.videos),
+        has_curves=has_curves,
+        unreadable_log_lines=unreadable_log_lines,
+        config=[(key, json.dumps(value, ensure_ascii=False)) for key, value in results.config.items()],
+    )
+
+
+def _points(value: float) -> str:
+    return "–" if math.isnan(value) else f"{100 * value:.1f}".replace("-", "−")
+
+
+def _span(counts: list[int]) -> str:
+    return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _matrix_rows(results: Results) -> list[tuple[str, list[dict[str, Any] | None]]]:
+    success, (low, high) = results.success, results.intervals()
+    rows = []
+    for i, task in enumerate(results.tasks):
+        cells: list[dict[str, Any] | None] = []
+        for j in range(results.stages):
+            if results.episodes[i][j] is None:
+                cells.append(None)
+                continue
+            background, ink = cell_colours(success[i, j])
+            cells.append(
+                {
+                    "percent": f"{100 * success[i, j]:.0f}",
+                    "counts": f"{results.successes[i][j]}/{results.episodes[i][j]}",
+                    "interval": f"{100 * low[i, j]:.0f}–{100 * high[i, j]:.0f}",
+                    "learned": task.learned_at == j,
+                    "background": background,
+                    "ink": ink,
+                }
+            )
+        rows.append((task.instruction, cells))
+    return rows
+
+
+def _average_cell(rate: float) -> dict[str, str] | None:
+    if math.isnan(rate):
+        return None
+    background, ink = cell_colours(rate)
+    return {"percent": f"{100 * rate:.0f}", "background": background, "ink": ink}
+
+
+def _summary(results: Results, metrics: dict[str, float]) -> dict[str, str | int]:
+    return {
+        "final": _points(metrics["final_average"]),
+        "learned": _points(metrics["forward_transfer"]),
+        "tasks": sum(task.learned_at < results.stages for task in results.tasks),
+    }
+
+
+def _timings(results: Results) -> tuple[list[str], list[list[str]]]:
+    kinds = list(dict.fromkeys(kind for stage in results.timings for kind in stage))
+    rows = [
+        [stage_name(j), *(_duration(stage[kind]) if kind in stage else "–" for kind in kinds)]
+        for j, stage in enumerate(results.timings)
+    ]
+    return kinds, rows
+
+
+def _video_groups(results: Results, run: Path) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Newest stage first; within a stage as recorded (failures first). Videos that are not on disk are left out."""
+    instructions = {task.name: task.instruction for task in results.tasks}
+
+    def entry(video: Video) -> dict[str, Any]:
+        return {
+            "source": quote(f"../{video.path}"),
+            "instruction": instructions[video.task],
+            "success": video.success,
+        }
+
+    groups = []
+    for stage in reversed(range(results.stages)):
+        videos = [entry(v) for v in results.videos if v.stage == stage and (run / v.path).is_file()]
+        if videos:
+            groups.append((stage_name(stage), videos))
+    return groups
