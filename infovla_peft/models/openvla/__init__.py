@@ -14,6 +14,7 @@ from .action_tokenizer import ActionTokenizer
 from .configuration_openvla import OpenVLAConfig
 from .modeling_openvla import OpenVLAForActionPrediction, OpenVLAOutput
 from .processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor, build_prompt
+from .sanity import assert_policy_sees_image
 from .tiny import build_tiny_openvla
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "OpenVLAImageProcessor",
     "OpenVLAOutput",
     "OpenVLAProcessor",
+    "assert_policy_sees_image",
     "build_prompt",
     "build_tiny_openvla",
     "load_openvla",
@@ -31,7 +33,7 @@ __all__ = [
 AutoConfig.register(OpenVLAConfig.model_type, OpenVLAConfig, exist_ok=True)
 AutoModelForImageTextToText.register(OpenVLAConfig, OpenVLAForActionPrediction, exist_ok=True)
 AutoImageProcessor.register(OpenVLAConfig, slow_image_processor_class=OpenVLAImageProcessor, exist_ok=True)
-AutoProcessor.register(OpenVLAConfig, OpenVLAProcessor, exist_ok=True)
+AutoProcessor.register(OpenVLAConfig, OpenVLAProcessor, exist_ok=True)  # type: ignore[no-untyped-call]
 
 
 def load_openvla(

@@ -28,11 +28,14 @@ class ActionBins:
     def encode(self, actions: ArrayLike) -> NDArray[np.int64]:
         """Actions of any shape -> token ids of the same shape."""
         clipped = np.clip(np.asarray(actions), self.min_action, self.max_action)
-        return self.vocab_size - np.digitize(clipped, self.edges)
+        ids: NDArray[np.int64] = self.vocab_size - np.digitize(clipped, self.edges)
+        return ids
 
     def decode(self, token_ids: ArrayLike) -> NDArray[np.float64]:
-        """Token ids of any shape -> bin centres. Ids that are no action tokens give the nearest bin, as the original."""
-        return self.centers[np.clip(self.vocab_size - np.asarray(token_ids) - 1, 0, len(self.centers) - 1)]
+        """Token ids of any shape -> bin centres; ids that are no action tokens give the nearest bin, as ever."""
+        bins = np.clip(self.vocab_size - np.asarray(token_ids) - 1, 0, len(self.centers) - 1)
+        actions: NDArray[np.float64] = self.centers[bins]
+        return actions
 
     def encode_tensor(self, actions: Tensor) -> Tensor:
         """`encode` on the tensor's device."""

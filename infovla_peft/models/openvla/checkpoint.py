@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from .configuration_openvla import OpenVLAConfig
 
-# File of OpenVLA-OFT -> submodule that it fills.
-COMPONENTS = {
-    "action_head": "action_head",
-    "proprio_projector": "proprio_projector",
-    "vision_backbone": "vision_backbone",
-}
+# Submodules that OpenVLA-OFT stores in files of their own.
+COMPONENTS = ("action_head", "proprio_projector", "vision_backbone")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -41,7 +41,8 @@ def read_config(path: str, kwargs: dict[str, Any]) -> tuple[OpenVLAConfig, dict[
     raw, _ = OpenVLAConfig.get_config_dict(path, **_hub_arguments(kwargs))
     if raw.get("model_type") != "openvla":
         raise ValueError(
-            f"'{path}' is no OpenVLA checkpoint: its config.json says model_type {raw.get('model_type')!r}, not 'openvla'."
+            f"'{path}' is no OpenVLA checkpoint: the model_type of its config.json is {raw.get('model_type')!r}, not "
+            "'openvla'."
         )
     if "decoding" not in raw and "decoding" not in kwargs:
         kwargs = {**_fields_of_components(find_components(path, kwargs)), **kwargs}
@@ -73,8 +74,6 @@ def find_components(path: str, kwargs: dict[str, Any]) -> dict[str, Path]:
     """
     folder = Path(path)
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
         hub = _hub_arguments(kwargs)
         hub.pop("subfolder", None)
         folder = Path(snapshot_download(path, allow_patterns=["*--*checkpoint.pt"], **hub))
@@ -96,19 +95,14 @@ def _load_component(file: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def load_components(model: Any, path: str, kwargs: dict[str, Any]) -> set[str]:
-    """Fill the submodules that the files of OpenVLA-OFT hold; names of the parameters that were filled."""
-    config: OpenVLAConfig = model.config
-    wanted = {
-        "action_head": config.action_head == "l1",
-        "proprio_projector": config.proprio_dim > 0,
-        "vision_backbone": config.use_film,
-    }
-    if not any(wanted.values()):
+def load_components(model: Any, path: str, missing: set[str], kwargs: dict[str, Any]) -> set[str]:
+    """Fill the submodules that the files of OpenVLA-OFT hold, if weights are missing; names of the filled ones."""
+    components = {name.split(".", 1)[0] for name in missing} & set(COMPONENTS)
+    if not components:
         return set()
     loaded: set[str] = set()
     for component, file in find_components(path, kwargs).items():
-        if not wanted[component]:
+        if component not in components:
             continue
         state = _load_component(file)
         if component == "vision_backbone":
@@ -120,6 +114,40 @@ def load_components(model: Any, path: str, kwargs: dict[str, Any]) -> set[str]:
             raise ValueError(f"'{file}' does not fit the configuration: {error}") from error
         loaded |= {f"{component}.{name}" for name in state}
     return loaded
+
+
+@contextmanager
+def clear_loading_errors(path: str) -> Iterator[None]:
+    """Name the checkpoint in errors of its files; drop transformers' load report, which `check_loaded` replaces."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def is_no_report(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(is_no_report)
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"A weight file of '{path}' is damaged or truncated ({error}); copy it again.") from error
+    finally:
+        logger.removeFilter(is_no_report)
+
+
+def check_loaded(path: str, info: dict[str, Any]) -> None:
+    """Raise a ValueError that names all weights which were missing, superfluous or of another shape."""
+    problems = {
+        "lacks": sorted(info["missing_keys"]),
+        "holds, beyond what its configuration asks for,": sorted(info["unexpected_keys"]),
+        "has other shapes (stored, expected) of": [
+            f"{name} {tuple(stored)} {tuple(expected)}" for name, stored, expected in sorted(info["mismatched_keys"])
+        ],
+    }
+    found = [f"{verb} {len(names)} weight(s): {', '.join(names)}" for verb, names in problems.items() if names]
+    if found:
+        raise ValueError(
+            f"The checkpoint '{path}' {'; it '.join(found)}. Check that the folder is complete and that its "
+            "config.json belongs to it."
+        )
 
 
 def _plain_vision_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -149,6 +177,4 @@ def read_statistics(path: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         _raise_exceptions_for_connection_errors=False,
         **_hub_arguments(kwargs),
     )
-    if file is None or not os.path.isfile(file):
-        return None
-    return json.loads(Path(file).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))

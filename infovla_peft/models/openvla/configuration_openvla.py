@@ -37,7 +37,7 @@ LANGUAGE_BACKBONES = {
 }
 
 
-class OpenVLAConfig(PreTrainedConfig):
+class OpenVLAConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """Everything that shapes an OpenVLA model.
 
     The first group holds the fields of the hub's `config.json`, the second what OpenVLA-OFT adds; the defaults of
@@ -133,7 +133,7 @@ class OpenVLAConfig(PreTrainedConfig):
             self.text_config = {**self.text_config, "model_type": self._language_model_type()}
         elif self.text_config is None:
             self.text_config = {"model_type": self._language_model_type()}
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         self.check()
 
     def _language_model_type(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class PrismaticImageProcessor(BaseImageProcessor):
         ValueError: unknown resize strategy or filter, or a size that is no square.
     """
 
-    model_input_names: ClassVar[list[str]] = ["pixel_values"]
+    model_input_names = ["pixel_values"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -87,13 +87,7 @@ class PrismaticImageProcessor(BaseImageProcessor):
             )
             self.tvf_crop_params.append({"output_size": [height, width]})
             # The hub's files hold float32 numbers; the same rounding gives the same pixels.
-            self.tvf_normalize_params.append(
-                {
-                    "mean": np.float32(mean).astype(float).tolist(),
-                    "std": np.float32(std).astype(float).tolist(),
-                    "inplace": False,
-                }
-            )
+            self.tvf_normalize_params.append({"mean": _as_float32(mean), "std": _as_float32(std), "inplace": False})
         self.tvf_do_letterbox = image_resize_strategy == "letterbox"
         # As in the original, the last vision transformer's mean fills the border of all.
         fill = [int(value * 255) for value in self.means[-1]]
@@ -154,7 +148,7 @@ class PrismaticProcessor(ProcessorMixin):
     """
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None) -> None:
-        super().__init__(image_processor, tokenizer)
+        super().__init__(image_processor, tokenizer)  # type: ignore[no-untyped-call]
 
     def __call__(
         self,
@@ -184,13 +178,17 @@ class PrismaticProcessor(ProcessorMixin):
         return list(dict.fromkeys([*self.tokenizer.model_input_names, *self.image_processor.model_input_names]))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """Save as transformers 5 does, and `preprocessor_config.json` beside it, the file that OpenVLA's folders have."""
+        """Save as transformers 5 does, and beside it the `preprocessor_config.json` that OpenVLA's folders have."""
         self.image_processor.save_pretrained(save_directory)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
 OpenVLAImageProcessor = PrismaticImageProcessor
 OpenVLAProcessor = PrismaticProcessor
+
+
+def _as_float32(values: Sequence[float]) -> list[float]:
+    return [float(np.float32(value)) for value in values]
 
 
 def _as_pil(image: ImageLike) -> Image.Image:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_openvla import OpenVLAConfig
@@ -147,7 +148,7 @@ class LayerScale(nn.Module):
         return x * self.scale_factor
 
 
-class ViTBlock(GradientCheckpointingLayer):
+class ViTBlock(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
     """Attention, then MLP, each on normalised input and added to it; with FiLM, a modulation between the two."""
 
     def __init__(self, shape: ViTShape, film_dim: int | None) -> None:
@@ -235,13 +236,15 @@ class VisionTransformer(nn.Module):
         return inputs or any(parameter.requires_grad for parameter in self.parameters())
 
     def _features(self, pixels: Tensor, language: Tensor | None) -> Tensor:
-        x = self.patch_embed(pixels)
+        x: Tensor = self.patch_embed(pixels)
         prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         if self.shape.no_embed_class:
             x = torch.cat([*prefix, x + self.pos_embed], dim=1)
         else:
             x = torch.cat([*prefix, x], dim=1) + self.pos_embed
         x = self.norm_pre(x)
+        if torch.is_grad_enabled() and self.blocks[0].gradient_checkpointing and not x.requires_grad:
+            x.requires_grad_()  # else reentrant checkpointing would drop the gradients of adapters in the blocks
         for block in self.blocks[:-1]:
             x = block(x, language)
         return x[:, self.shape.num_prefix_tokens :]
@@ -270,18 +273,19 @@ class VisionBackbone(nn.Module):
         """
         if pixels.shape[1] != self.num_images * self.num_channels:
             raise ValueError(
-                f"`pixel_values` has {pixels.shape[1]} channels, but {self.num_images} image(s) of {self.num_channels} "
-                "channels are expected; set `num_images_in_input` in the configuration to the number of images."
+                f"`pixel_values` has {pixels.shape[1]} channels, but {self.num_images} image(s) of "
+                f"{self.num_channels} channels each are expected; set `num_images_in_input` of the configuration."
             )
         pixels = pixels.to(self.featurizer.pos_embed.dtype)
         # One image after the other, as in the original: one large batch would round differently.
-        features = [self._image_features(image, language) for image in pixels.split(self.num_channels, dim=1)]
+        images = torch.split(pixels, self.num_channels, dim=1)
+        features = [self._image_features(image, language) for image in images]
         return features[0] if len(features) == 1 else torch.cat(features, dim=1)
 
     def _image_features(self, image: Tensor, language: Tensor | None) -> Tensor:
         if self.num_channels == 3:
             return self.featurizer(image, language)  # type: ignore[no-any-return]
-        first, second = image.split(3, dim=1)
+        first, second = torch.split(image, 3, dim=1)
         return torch.cat([self.featurizer(first, language), self.fused_featurizer(second, language)], dim=2)
 
 
@@ -297,13 +301,11 @@ class Projector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc2(F.gelu(self.fc1(x)))
-        return x if self.fc3 is None else self.fc3(F.gelu(x))  # type: ignore[no-any-return]
+        return x if self.fc3 is None else self.fc3(F.gelu(x))
 
 
 def init_vision_weights(module: nn.Module) -> None:
     """timm's initial values of the parameters that are no layer of their own."""
-    from transformers import initialization as init
-
     if isinstance(module, VisionTransformer):
         init.trunc_normal_(module.pos_embed, std=0.02)
         for token in (module.cls_token, module.reg_token):
