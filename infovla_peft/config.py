@@ -62,8 +62,8 @@ class InfoVLAConfig(TrainingArguments):
 
     Args:
         method: what is added to plain fine-tuning (see `methods.py`). `sequential`: nothing. `er`: experience replay.
-            `infovla`: replay + RAC + CMI. `infovla_paper`: the same as the paper has it (teacher of the previous
-            stage, negatives of the mini-batch only, its own CMI estimator), on LoRA.
+            `infovla`: replay + RAC + CMI. `infovla_paper`: the same as the paper has it, on LoRA; this sets
+            `teacher="previous"`, `cmi_mode="paper"`, `anchor_bank=0` and `near_duplicate_window=0`.
         lambda_rac: weight λ1 of the replay-anchor contrastive term, ≥ 0; 0 leaves it out. Paper, §5.1.
         lambda_cmi: weight λ2 of the cross-modal mutual information term, ≥ 0; 0 leaves it out. Paper, §5.1.
         cmi_mode: `infonce`, `relational` or `paper`; see `losses.cross_modal_mi_from_summaries`. Unverified default.
@@ -71,7 +71,9 @@ class InfoVLAConfig(TrainingArguments):
         teacher: `base` = the base model, adapters off; `previous` = the adapter of stage k−1, frozen (the paper's).
         tap_layer: layer whose hidden states are the features, counted as in `hidden_states` (-1 = last, after the
             final norm). The paper's "layer that fuses" has no counterpart in a causal language model; unverified.
-        anchor_bank: whether all stored anchors are negatives of RAC and of CMI, not only those of the mini-batch.
+        anchor_bank: that many stored anchors (at most; chosen once per stage) are the negatives of RAC and of CMI, so
+            that a step costs the same however many tasks are remembered. 0: the other replay samples of the mini-batch
+            are, as in Eq. 1. Unverified.
         near_duplicate_window: frames of one trajectory at most this far apart are no negatives of each other.
 
     > Parameters that control the replay memory
@@ -115,7 +117,7 @@ class InfoVLAConfig(TrainingArguments):
         "base", "Frozen teacher: base (adapters off) or previous (the adapter of the stage before)."
     )
     tap_layer: int = _option(-1, "Layer whose hidden states are the features; -1 = last, after the final norm.")
-    anchor_bank: bool = _option(True, "Use all stored anchors as negatives, not only those of the mini-batch.")
+    anchor_bank: int = _option(1024, "Stored anchors used as negatives; 0 = those of the mini-batch, as in Eq. 1.")
     near_duplicate_window: int = _option(
         8, "Frames of one trajectory at most this far apart are no negatives of each other."
     )
@@ -144,7 +146,10 @@ class InfoVLAConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
-        _check_at_least(self, 0, "lambda_rac", "lambda_cmi", "near_duplicate_window", "image_shift", "proprio_noise")
+        if self.method == "infovla_paper":
+            self.teacher, self.cmi_mode, self.anchor_bank, self.near_duplicate_window = "previous", "paper", 0, 0
+        _check_at_least(self, 0, "lambda_rac", "lambda_cmi", "anchor_bank", "near_duplicate_window", "image_shift")
+        _check_at_least(self, 0, "proprio_noise")
         _check_at_least(self, 1, "lora_r", "lora_alpha", "anchor_views")
         _check_choices(self)
         if not self.temperature > 0:

@@ -67,22 +67,22 @@ def test_command_line_overrides_the_recipe(tmp_path: Path) -> None:
     path = recipe(
         tmp_path,
         f"output_dir: {tmp_path / 'run'}\nstream: B2-1N1\ntasks: [turn_on_the_stove, '4', 7]\nlearning_rate: 1e-3\n"
-        "anchor_bank: false\nlambda_rac: 0.5\ntap_layer: -2\ndemonstrations_folder: null\n"
+        "anchor_bank: 64\nlambda_rac: 0.5\ntap_layer: -2\ndemonstrations_folder: null\n"
         "lr_scheduler_kwargs: {min_lr: 0.0}\n",
     )
     stream, training = load_recipe(path, ["--lambda_rac", "0.25", "--lora-r=8", "--activation_checkpointing"])
     assert stream.shape == (2, 1, 1)
     assert stream.tasks == ["turn_on_the_stove", "4", "7"]
     assert stream.demonstrations_folder is None
-    assert (training.learning_rate, training.anchor_bank, training.tap_layer) == (1e-3, False, -2)
+    assert (training.learning_rate, training.anchor_bank, training.tap_layer) == (1e-3, 64, -2)
     assert (training.lambda_rac, training.lora_r, training.activation_checkpointing) == (0.25, 8, True)
     assert training.lr_scheduler_kwargs == {"min_lr": 0.0}
 
 
 def test_a_recipe_may_be_absent() -> None:
-    stream, training = load_recipe(None, ["--no_anchor_bank", "--cameras", "agentview", "robot0_eye_in_hand"])
+    stream, training = load_recipe(None, ["--no_cache_images", "--cameras", "agentview", "robot0_eye_in_hand"])
     assert stream.cameras == ["agentview", "robot0_eye_in_hand"]
-    assert training.anchor_bank is False
+    assert training.cache_images is False
 
 
 @pytest.mark.parametrize(
@@ -117,6 +117,11 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--lambda_rac" in text
     assert "Weight of the replay-anchor contrastive term" in " ".join(text.split())
     assert "Bi-kNm: i base tasks" in " ".join(text.split())
+
+
+def test_the_method_of_the_paper_sets_what_belongs_to_it(tmp_path: Path) -> None:
+    config = InfoVLAConfig(output_dir=str(tmp_path), method="infovla_paper")
+    assert (config.teacher, config.cmi_mode, config.anchor_bank) == ("previous", "paper", 0)
 
 
 def test_a_resolved_configuration_is_plain_data_and_reads_back(tmp_path: Path) -> None:

@@ -50,13 +50,18 @@ class VLACollator:
         self._bins = ActionBins(config.action_vocab_size, config.n_action_bins)
         self._parallel = config.decoding == "parallel"
 
-    def __call__(self, samples: Samples) -> dict[str, Tensor]:
+    def __call__(self, samples: Samples) -> dict[str, Any]:
         """Tensors on the CPU, ready for `model(**batch)`.
 
         Returns:
             input_ids, attention_mask (B, L), padded on the right; pixel_values (B, channels, side, side); proprio
-            (B, P) where the model reads it; actions (B, T, A) or labels (B, L).
+            (B, P) where the model reads it; actions (B, T, A) or labels (B, L). Where samples are replayed, also
+            `replay`, their `ReplayRows`, which the trainer takes out.
         """
+        batch = self._tensors(samples)
+        return batch if samples.replay is None else {**batch, "replay": samples.replay}
+
+    def _tensors(self, samples: Samples) -> dict[str, Tensor]:
         images = torch.from_numpy(samples.images)
         if samples.shifts is not None:
             images = random_shift(images, torch.from_numpy(samples.shifts))

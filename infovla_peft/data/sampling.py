@@ -170,5 +170,9 @@ class ReplayMixture(torch.utils.data.Dataset[Samples]):
         samples = self.current.__getitems__(draw.current)
         if self.memory is not None and len(draw.replay.own):
             samples = concatenate(samples, self.memory.__getitems__(draw.replay.own[:, 1]))
-        shifts = draw.shifts if draw.shifts.any() else None
-        return replace(samples, shifts=shifts, proprio_noise=draw.proprio_noise, replay=draw.replay)
+        return replace(
+            samples,
+            shifts=draw.shifts if draw.shifts.any() else None,
+            proprio_noise=draw.proprio_noise,
+            replay=draw.replay if len(draw.replay.own) + len(draw.replay.peers) else None,
+        )

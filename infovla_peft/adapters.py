@@ -1,0 +1,353 @@
+"""One LoRA adapter per task: add, continue, freeze, activate, save, load, and check against its base.
+
+An adapter's folder:
+
+    adapter_model.safetensors   the LoRA matrices, nothing of the base
+    adapter_config.json         PEFT's own, readable by `PeftModel.from_pretrained`
+    infovla.json                which base (with a fingerprint), task and stage, and the resolved configuration
+    dataset_statistics.json     the frozen normalisation
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import warnings
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import __version__
+from .config import InfoVLAConfig
+from .files import atomic_folder, write_json
+
+FORMAT_VERSION = 1
+WEIGHTS, PEFT_CONFIG, INFO, STATISTICS = (
+    "adapter_model.safetensors", "adapter_config.json", "infovla.json", "dataset_statistics.json"
+)  # fmt: skip
+_SAMPLE = 64  # values per tensor that enter a fingerprint
+_VOLATILE = {"transformers_version", "dtype", "torch_dtype", "use_cache", "norm_stats", "architectures", "auto_map"}
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What `infovla.json` holds.
+
+    Attributes:
+        base_model: hub id, or folder relative to the adapter's.
+        base_fingerprint: of the base it was trained on, see `fingerprint`.
+        unnorm_key: key of its statistics.
+        suite, task, instruction: what was learned.
+        stage: 1, 2, ... in the stream.
+        seen: names of all tasks learned up to and including this stage, in their order.
+        cameras: cameras the policy sees, in the model's order.
+        training: the resolved configuration.
+        package_version: of infovla_peft.
+    """
+
+    base_model: str
+    base_fingerprint: dict[str, str]
+    unnorm_key: str
+    task: str = ""
+    instruction: str = ""
+    suite: str = ""
+    stage: int = 0
+    seen: list[str] = field(default_factory=list)
+    cameras: list[str] = field(default_factory=list)
+    training: dict[str, Any] = field(default_factory=dict)
+    package_version: str = __version__
+    format_version: int = FORMAT_VERSION
+
+
+# --- what is adapted -------------------------------------------------------------------------------------------------
+
+
+def unused_modules(model: nn.Module) -> list[str]:
+    """Prefixes of the modules that are stored in the checkpoint but never run, so that they get no gradient.
+
+    OpenVLA reads the last but one block of each vision transformer: the last block, the final norm and SigLIP's
+    attention pooling do nothing. With the L1 head, neither does `lm_head`.
+    """
+    names = [name for name, _ in base_model(model).named_modules()]
+    unused = []
+    for name in names:
+        if re.fullmatch(r"vision_backbone\.(.+\.)?(fused_)?featurizer", name):
+            blocks = [int(m[1]) for n in names if (m := re.fullmatch(re.escape(name) + r"\.blocks\.(\d+)", n))]
+            unused += [f"{name}.blocks.{max(blocks)}.", f"{name}.norm.", f"{name}.attn_pool."]
+    if getattr(base_model(model).config, "action_head", None) == "l1":
+        unused.append("language_model.lm_head.")
+    return unused
+
+
+def freeze_unused(model: nn.Module) -> None:
+    """Take the modules that never run out of training (all parameters are trained, as in the base stage)."""
+    unused = tuple(unused_modules(model))
+    for name, parameter in base_model(model).named_parameters():
+        if name.startswith(unused):
+            parameter.requires_grad_(False)
+
+
+def target_modules(model: nn.Module, targets: str) -> list[str]:
+    """Full names of the linear layers that get an adapter.
+
+    Args:
+        targets: `all-linear` = every linear layer that receives a gradient, `lm_head` excepted; otherwise last parts
+            of names ("q_proj,v_proj") or full names, separated by commas.
+
+    Raises:
+        AdapterError: a name matches nothing.
+    """
+    unused = tuple(unused_modules(model))
+    linear = [
+        name.removesuffix(".base_layer")
+        for name, module in base_model(model).named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name
+    ]
+    if targets == "all-linear":
+        return [name for name in linear if not f"{name}.".startswith(unused) and not name.endswith("lm_head")]
+    chosen: list[str] = []
+    for target in filter(None, (part.strip() for part in targets.split(","))):
+        matching = [name for name in linear if name == target or name.endswith(f".{target}")]
+        if not matching:
+            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+            raise AdapterError(f"lora_targets: no linear layer is named {target!r}; choose among {known}")
+        chosen += [name for name in matching if not f"{name}.".startswith(unused)]
+    return chosen
+
+
+def base_model(model: nn.Module) -> Any:
+    """The model without PEFT around it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+# --- one per task ----------------------------------------------------------------------------------------------------
+
+
+def add_adapter(model: nn.Module, name: str, config: InfoVLAConfig, *, start_from: str | None = None) -> PeftModel:
+    """A new adapter, active and alone trainable; the base and all other adapters are frozen.
+
+    It begins as the base (B = 0, A random under `config.seed` and the name), or as a copy of `start_from`.
+
+    Args:
+        model: the base, or the base with the adapters of earlier tasks.
+        name: without dots, and no part of `lora_`.
+        start_from: name of an adapter of the model (`adapter_init="continue"`).
+
+    Raises:
+        AdapterError: the name is taken or unusable; `start_from` is unknown or of another shape.
+    """
+    known = list(model.peft_config) if isinstance(model, PeftModel) else []
+    if "." in name or name in "lora_" or name in known:  # PEFT finds an adapter's weights by its name
+        raise AdapterError(f"an adapter's name must be new, without dots and no part of 'lora_', got {name!r}")
+    if start_from is not None and start_from not in known:
+        raise AdapterError(f"cannot start from adapter {start_from!r}: the model has {known or 'none'}")
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=target_modules(model, config.lora_targets),
+        init_lora_weights="gaussian",  # OpenVLA's fine-tuning recipe
+        bias="none",  # anything else would change the teacher, which is the base
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(f"{config.seed}/{name}".encode()))
+        peft_model = _attach(model, name, lora)
+    if start_from is not None:
+        try:
+            _load_weights(peft_model, name, get_peft_model_state_dict(peft_model, adapter_name=start_from))
+        except (AdapterError, RuntimeError) as error:
+            raise AdapterError(
+                f"adapter {start_from!r} has another shape than the new one (rank {config.lora_r}, targets "
+                f"{config.lora_targets!r}); keep lora_r and lora_targets, or use adapter_init='fresh'"
+            ) from error
+    activate(peft_model, name, trainable=True)
+    return peft_model
+
+
+def activate(model: PeftModel, name: str, *, trainable: bool = False) -> None:
+    """Run with this adapter; it alone is trainable, or nothing is."""
+    model.set_adapter(name, inference_mode=not trainable)
+    mine = {id(parameter) for _, parameter in adapter_parameters(model, name)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(trainable and id(parameter) in mine)
+
+
+def adapter_parameters(model: PeftModel, name: str) -> Iterable[tuple[str, nn.Parameter]]:
+    """Names and parameters of one adapter."""
+    return [(key, parameter) for key, parameter in model.named_parameters() if f".{name}." in key and ".lora_" in key]
+
+
+def _attach(model: nn.Module, name: str, lora: LoraConfig) -> PeftModel:
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, lora)
+        return model
+    with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5.23 by a deprecated name
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        return PeftModel(model, lora, adapter_name=name)
+
+
+def _load_weights(model: PeftModel, name: str, weights: Mapping[str, Tensor]) -> None:
+    """Put LoRA matrices into an adapter of the model, and nothing else.
+
+    Adapters made by OpenVLA's recipe also carry the whole `lm_head` of their base, which PEFT would write into ours.
+    """
+    lora = {key: tensor for key, tensor in weights.items() if ".base_layer." not in key}
+    expected = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    if expected != set(lora):
+        missing, unknown = sorted(expected - set(lora)), sorted(set(lora) - expected)
+        raise AdapterError(
+            f"the adapter's weights do not fit the model: {len(missing)} missing {missing[:3]}, "
+            f"{len(unknown)} unknown {unknown[:3]}"
+        )
+    set_peft_model_state_dict(model, lora, adapter_name=name)
+
+
+# --- on disk ---------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(
+    model: PeftModel, name: str, folder: str | os.PathLike[str], info: AdapterInfo, statistics: Mapping[str, Any]
+) -> Path:
+    """Write one adapter's folder, at once.
+
+    Args:
+        statistics: {key: statistics}, see `Normaliser.as_statistics`.
+    """
+    path = Path(folder)
+    with atomic_folder(path) as temporary:
+        write_adapter_weights(model, name, temporary)
+        lora = model.peft_config[name]
+        lora.base_model_name_or_path, lora.inference_mode = info.base_model, True
+        lora.save_pretrained(str(temporary))
+        write_json(temporary / INFO, asdict(info))
+        write_json(temporary / STATISTICS, dict(statistics))
+    return path
+
+
+def write_adapter_weights(model: PeftModel, name: str, folder: Path) -> None:
+    """Only `adapter_model.safetensors`."""
+    weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    weights = {key: tensor.contiguous() for key, tensor in weights.items() if ".base_layer." not in key}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def read_adapter_weights(model: PeftModel, name: str, folder: Path) -> None:
+    """Only `adapter_model.safetensors`, into an adapter that the model has.
+
+    Raises:
+        FileNotFoundError, AdapterError: there is none, it is damaged, or it does not fit.
+    """
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise FileNotFoundError(f"no adapter weights at {file}")
+    try:
+        weights = load_file(file)
+    except SafetensorError as error:
+        raise AdapterError(f"{file} is damaged ({error}); copy or train the adapter again") from error
+    _load_weights(model, name, weights)
+
+
+def read_info(folder: str | os.PathLike[str]) -> AdapterInfo:
+    """`infovla.json`; fields of later versions are ignored.
+
+    Raises:
+        FileNotFoundError: there is none.
+        AdapterError: it is damaged, or of a later format.
+    """
+    file = Path(folder) / INFO
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no adapter of this package: {INFO} is missing")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["format_version"] > FORMAT_VERSION:
+            raise AdapterError(f"{file} was written by a later version of infovla-peft; update the package")
+        known = {option.name for option in fields(AdapterInfo)}
+        return AdapterInfo(**{key: value for key, value in content.items() if key in known})
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise AdapterError(f"{file} is damaged ({error}); copy or train the adapter again") from error
+
+
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], name: str, *, trainable: bool = False
+) -> tuple[PeftModel, AdapterInfo]:
+    """Add an adapter from its folder to the model it was trained on, and activate it.
+
+    Raises:
+        FileNotFoundError, AdapterError: see `read_info`, `read_adapter_weights`, `check_base`.
+    """
+    path = Path(folder)
+    info = read_info(path)
+    check_base(model, info, path)
+    if not (path / PEFT_CONFIG).is_file():
+        raise FileNotFoundError(f"{path} holds no adapter: {PEFT_CONFIG} is missing")
+    lora = LoraConfig.from_pretrained(str(path))
+    peft_model = _attach(model, name, lora)
+    read_adapter_weights(peft_model, name, path)
+    activate(peft_model, name, trainable=trainable)
+    return peft_model, info
+
+
+# --- which base ------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(model: nn.Module, adapter: str | None = None) -> dict[str, str]:
+    """What tells this base from another: a digest of its configuration, and one of its weights.
+
+    Of each tensor the name, the shape and up to 64 values enter, rounded to bfloat16, so that a base gives the same
+    fingerprint in float32 and in bfloat16; on 7 billion parameters this takes well under a second.
+
+    Args:
+        adapter: digest this adapter's weights instead of the base's.
+    """
+    base = base_model(model)
+    if adapter is None:
+        tensors = [
+            (name.replace(".base_layer.", "."), parameter)
+            for name, parameter in base.named_parameters()
+            if ".lora_" not in name
+        ]
+    else:
+        assert isinstance(model, PeftModel)
+        tensors = [(name, parameter) for name, parameter in adapter_parameters(model, adapter)]
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        flat = tensor.detach().flatten()
+        values = flat[:: max(1, -(-len(flat) // _SAMPLE))].to(torch.bfloat16).float().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode() + values.numpy().tobytes())
+    config = json.dumps(_stable(base.config.to_dict()), sort_keys=True, default=str)
+    return {"config": hashlib.sha256(config.encode()).hexdigest(), "weights": digest.hexdigest()}
+
+
+def check_base(model: nn.Module, info: AdapterInfo, where: str | os.PathLike[str] = "the adapter") -> None:
+    """Raise an AdapterError if the adapter was trained on another base than this model."""
+    actual = fingerprint(model)
+    differing = [part for part in ("config", "weights") if actual[part] != info.base_fingerprint.get(part)]
+    if differing:
+        raise AdapterError(
+            f"{where} was trained on {info.base_model}, another base than "
+            f"{base_model(model).config._name_or_path or 'this model'}: different {' and '.join(differing)}; "
+            "load it with its own base"
+        )
+
+
+def _stable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what loading, saving and training change."""
+    return {
+        key: _stable(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in _VOLATILE and not str(key).startswith("_")
+    }

@@ -1,0 +1,179 @@
+"""What each method adds to plain fine-tuning: whether it replays, and which terms it adds to the policy loss.
+
+| method        | replay | terms                                       | teacher                          |
+|---------------|--------|---------------------------------------------|----------------------------------|
+| sequential    | no     | -                                           | -                                |
+| er            | yes    | -                                           | -                                |
+| infovla       | yes    | RAC (λ1), CMI (λ2)                          | base, or previous                |
+| infovla_paper | yes    | RAC and CMI with the paper's own estimators | previous                         |
+
+L = L_policy(current + replay) + λ1 · L_RAC + λ2 · L_CMI (paper, Eq. 7); the terms see replay samples only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .config import InfoVLAConfig
+from .features import Features
+from .losses import (
+    JointDistributionMLP,
+    cmi_is_informative,
+    cross_modal_mi_from_summaries,
+    near_duplicates,
+    rac_is_informative,
+    replay_anchor_contrastive_loss,
+    summarize_cross_modal,
+)
+from .memory import Anchors
+
+
+class Method(NamedTuple):
+    """A row of the table above."""
+
+    replay: bool
+    terms: tuple[str, ...] = ()
+
+
+METHODS: dict[str, Method] = {
+    "sequential": Method(replay=False),
+    "er": Method(replay=True),
+    "infovla": Method(replay=True, terms=("rac", "cmi")),
+    "infovla_paper": Method(replay=True, terms=("rac", "cmi")),
+}
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The replay samples of one batch, and what they are contrasted with. Everything on the CPU, as the anchors are.
+
+    Attributes:
+        anchors: of the whole memory.
+        own: (R, 2), (view, row) of this process's replay samples.
+        negatives: (M, 2), (view, row) of further frames whose anchors are negatives.
+        exclude: (R, R + M) bool, pairs that are no negatives.
+    """
+
+    anchors: Anchors
+    own: Tensor
+    negatives: Tensor
+    exclude: Tensor
+
+
+class Negatives:
+    """Chooses what replay samples are contrasted with: a fixed bank of stored anchors, or the rest of the mini-batch.
+
+    With a bank, the other samples of the mini-batch are left out, so that the term of a sample depends neither on
+    the batch nor on the number of processes.
+
+    Args:
+        trajectory, frame: (N,) of all memory frames; trajectories are numbered over all tasks.
+        bank_size: at most so many; 0 = the mini-batch, of all processes.
+        window: see `losses.near_duplicates`.
+        seed: of the choice.
+    """
+
+    def __init__(self, trajectory: Tensor, frame: Tensor, *, bank_size: int, window: int, seed: int) -> None:
+        self._trajectory, self._frame, self._window = trajectory, frame, window
+        chosen = torch.randperm(len(frame), generator=torch.Generator().manual_seed(seed))[:bank_size].sort().values
+        self._bank = torch.stack((torch.zeros_like(chosen), chosen), dim=1)  # (M, 2), view 0
+
+    def __call__(self, anchors: Anchors, own: Tensor, peers: Tensor) -> Contrast:
+        """Args: own (R, 2) and peers (S, 2), the (view, row) of this and of the other processes' replay samples."""
+        negatives = self._bank if len(self._bank) else peers
+        exclude = near_duplicates(
+            self._trajectory[own[:, 1]],
+            self._frame[own[:, 1]],
+            window=self._window,
+            bank_trajectory=self._trajectory[negatives[:, 1]],
+            bank_frame=self._frame[negatives[:, 1]],
+        )
+        if len(self._bank):
+            exclude[:, : len(own)] = True
+        return Contrast(anchors, own, negatives, exclude)
+
+
+class Term(Protocol):
+    """A term of the loss.
+
+    Attributes:
+        name: under which its curve is logged.
+        weight: λ.
+        network: trained along with the adapter and thrown away after the stage; None for most.
+    """
+
+    name: str
+    weight: float
+    network: nn.Module | None
+
+    def __call__(self, student: Features, contrast: Contrast) -> Tensor | None:
+        """Mean over this process's replay samples; None where they carry no information."""
+        ...
+
+
+class ReplayAnchorContrast:
+    """RAC, Eq. 1: the pooled action feature of a replay sample stays closest to its own anchor."""
+
+    name = "rac"
+    network: nn.Module | None = None
+
+    def __init__(self, config: InfoVLAConfig) -> None:
+        self.weight = config.lambda_rac
+        self._temperature = config.temperature
+
+    def __call__(self, student: Features, contrast: Contrast) -> Tensor | None:
+        if not rac_is_informative(len(contrast.own), len(contrast.negatives), contrast.exclude):
+            return None
+        device, table = student.action.device, contrast.anchors.action
+        return replay_anchor_contrastive_loss(
+            student.action,
+            table[tuple(contrast.own.T)].to(device),
+            temperature=self._temperature,
+            bank=table[tuple(contrast.negatives.T)].to(device),
+            exclude=contrast.exclude.to(device),
+        )
+
+
+class CrossModalInformation:
+    """CMI, Eq. 2-5, by the estimator that `config.cmi_mode` names."""
+
+    name = "cmi"
+
+    def __init__(self, config: InfoVLAConfig) -> None:
+        self.weight = config.lambda_cmi
+        self._mode, self._temperature = config.cmi_mode, config.temperature
+        self.network: nn.Module | None = None
+        if self._mode == "paper":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                self.network = JointDistributionMLP()
+
+    def __call__(self, student: Features, contrast: Contrast) -> Tensor | None:
+        own, device = contrast.own, student.action.device
+        teacher = contrast.anchors.summary(own, student.language.shape[1])
+        if not cmi_is_informative(teacher, mode=self._mode, bank=len(contrast.negatives), exclude=contrast.exclude):
+            return None
+        summary = summarize_cross_modal(
+            student.vision, student.language, None, student.language_mask, temperature=self._temperature
+        )
+        across = self._mode != "paper"
+        return cross_modal_mi_from_summaries(
+            summary,
+            type(teacher)(*(tensor.to(device) for tensor in teacher)),
+            mode=self._mode,
+            temperature=self._temperature,
+            bank=contrast.anchors.fused[tuple(contrast.negatives.T)].to(device) if across else None,
+            exclude=contrast.exclude.to(device) if across else None,
+            joint_network=self.network,
+        )
+
+
+def make_terms(config: InfoVLAConfig) -> Sequence[Term]:
+    """The terms of `config.method` whose weight is not 0."""
+    every: dict[str, Term] = {"rac": ReplayAnchorContrast(config), "cmi": CrossModalInformation(config)}
+    return [every[name] for name in METHODS[config.method].terms if every[name].weight > 0]

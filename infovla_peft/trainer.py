@@ -1,0 +1,392 @@
+"""`InfoVLATrainer`: 🤗 Trainer with replay, and with terms against stored anchors beside the policy loss."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
+
+from .adapters import base_model, freeze_unused, read_adapter_weights, write_adapter_weights
+from .config import InfoVLAConfig
+from .data.chunks import ChunkDataset, ReplayRows
+from .data.collator import VLACollator
+from .data.sampling import Augmentation, ReplayMixture, StratifiedBatchSampler
+from .features import FeatureTap, extract_features
+from .files import atomic_file
+from .memory import Anchors, ReplayMemory
+from .methods import METHODS, Negatives, make_terms
+from .teacher import anchor_spec, compute_anchors, view_shifts
+
+_TERM_WEIGHTS = "term_networks.safetensors"
+
+
+class InfoVLATrainer(Trainer):
+    """Trains one stage of a stream: the base (all parameters), or one task's adapter.
+
+        L = L_policy(current + replay) + Σ λ_t L_t(replay)         (paper, Eq. 7)
+
+    The teacher runs once, when `train` begins, over the memory; its features (anchors) are stored with the memory.
+    A training step is one forward pass of the student, of which one layer is tapped. A term without information in a
+    batch (a single candidate, say) is skipped and counted. The log holds, beside Trainer's own entries, `policy_loss`,
+    each term (`rac`, `cmi`: means over the batches since the last entry, before λ) and `rac_skipped`, `cmi_skipped`.
+
+    Without a PEFT model, all parameters are trained that ever receive a gradient: that is the base stage. Without a
+    memory, or with an empty one, there is no replay and no term.
+
+    Two processes with batches of B give the loss and the gradient of one with 2B. A resumed run reproduces the
+    uninterrupted one: batch k is a function of the seed and k. Trainer's "epoch" is the whole of this training.
+
+    Args:
+        model: an OpenVLA, or a `PeftModel` of one whose active adapter is trained (see `adapters.add_adapter`).
+        args: the configuration.
+        train_dataset: the current task's samples.
+        data_collator: with the frozen normalisation.
+        memory: of past tasks. If it has a folder, anchors are stored there.
+        previous_adapter: name of the adapter of the stage before; None where that stage is the base. Only used by
+            `teacher="previous"`.
+        kwargs: further arguments of `Trainer`.
+
+    Raises:
+        ValueError: `teacher="previous"` without the adapter it names, or a batch too small for replay.
+
+    Example:
+        >>> trainer = InfoVLATrainer(model, args, dataset, collator, memory=memory)  # doctest: +SKIP
+        >>> trainer.train(resume_from_checkpoint=True)  # doctest: +SKIP
+    """
+
+    args: InfoVLAConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: InfoVLAConfig,
+        train_dataset: ChunkDataset,
+        data_collator: VLACollator,
+        *,
+        memory: ReplayMemory | None = None,
+        previous_adapter: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = copy.copy(args)
+        method = METHODS[args.method]
+        self.memory = memory if memory is not None and len(memory) and method.replay and args.replay_fraction else None
+        self._memory_data: ChunkDataset | None = None
+        if self.memory is not None and self.memory.frames is not None:
+            self._memory_data = train_dataset.like(self.memory.frames)
+        self.terms = make_terms(args) if self._memory_data is not None else []
+        self._teacher = _teacher_adapter(model, args, previous_adapter) if self.terms else None
+        self._anchors: Anchors | None = None
+        if isinstance(model, PeftModel):
+            for term in self.terms:
+                if term.network is not None:  # a submodule, so that optimiser and DistributedDataParallel see it
+                    model.add_module(f"infovla_{term.name}_network", term.network)
+        else:
+            freeze_unused(model)
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # everything trainable receives a gradient in every step
+        if args.max_steps <= 0:
+            args.max_steps = _steps(args, len(train_dataset), self.memory is not None)
+        self._current, self._collator = train_dataset, data_collator
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        self.loss_is_scaled_for_ga = False  # `compute_loss` gives the mean of its batch
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._negatives: Negatives | None = None
+        self._sampler(self._views())  # fails now, not after the anchors are computed
+
+    # --- data --------------------------------------------------------------------------------------------------------
+
+    def _views(self) -> Any:
+        if self._memory_data is None or not self.terms:
+            return None
+        config = self.args
+        return view_shifts(len(self._memory_data), config.anchor_views, config.image_shift, self._seed)
+
+    @property
+    def _seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _sampler(self, views: Any) -> StratifiedBatchSampler:
+        config = self.args
+        return StratifiedBatchSampler(
+            self._current,
+            self._memory_data,
+            batch_size=self._train_batch_size,
+            replay_fraction=config.replay_fraction,
+            batches=config.max_steps * config.gradient_accumulation_steps,
+            seed=self._seed,
+            processes=config.world_size,
+            rank=config.process_index,
+            augmentation=Augmentation(config.image_shift, config.proprio_noise),
+            view_shifts=views,
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches for this process. Not prepared by Accelerate: the sampler knows the processes already."""
+        config = self.args
+        # A batch is addressed by a `Draw` and fetched as `Samples`, not by and as lists.
+        sampler, collator = cast(Any, self._sampler(self._views())), cast(Any, self._collator)
+        return DataLoader(
+            ReplayMixture(self._current, self._memory_data),
+            batch_sampler=sampler,
+            collate_fn=collator,
+            num_workers=config.dataloader_num_workers,
+            pin_memory=config.dataloader_pin_memory and config.device.type == "cuda",
+            persistent_workers=config.dataloader_persistent_workers,
+            prefetch_factor=config.dataloader_prefetch_factor,
+        )
+
+    # --- the teacher -------------------------------------------------------------------------------------------------
+
+    def prepare_anchors(self) -> Anchors | None:
+        """The anchors of the memory: those stored with it if they still fit, else computed (and stored) now.
+
+        Every process computes them, the main one stores them. None where no term needs any.
+        """
+        if self.memory is None or self._memory_data is None or not self.terms:
+            return None
+        config, data, views = self.args, self._memory_data, self._views()
+        model: Any = self.model
+        dtype = self.accelerator.mixed_precision
+        spec = anchor_spec(
+            model, data, adapter=self._teacher, tap_layer=config.tap_layer, temperature=config.temperature,
+            shifts=views, dtype=dtype,
+        )  # fmt: skip
+        anchors = self.memory.anchors
+        if anchors is None or dict(anchors.spec) != spec:
+            anchors = compute_anchors(
+                model, data, self._collator, adapter=self._teacher, tap_layer=config.tap_layer,
+                temperature=config.temperature, shifts=views, batch_size=self._train_batch_size,
+                autocast=self.accelerator.autocast, dtype=dtype,
+            )  # fmt: skip
+            self.memory = self.memory.with_anchors(anchors, save=config.should_save)
+        self._anchors = anchors
+        self._negatives = Negatives(
+            torch.from_numpy(data.episode), torch.from_numpy(data.frame), bank_size=config.anchor_bank,
+            window=config.near_duplicate_window, seed=self._seed,
+        )  # fmt: skip
+        return anchors
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, or go on training.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; True = the last complete one in `output_dir`, if any.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
+        self.prepare_anchors()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The mean loss of one batch: policy loss and weighted terms, from one forward pass."""
+        inputs = dict(inputs)
+        replay: ReplayRows | None = inputs.pop("replay", None)
+        if replay is None or not self.terms:
+            outputs = model(**inputs, return_logits=False)
+            loss = outputs.loss
+        else:
+            with FeatureTap(base_model(cast(nn.Module, self.model)), self.args.tap_layer) as tap:
+                outputs = model(**inputs, return_logits=False)
+            loss = outputs.loss + self._terms_loss(tap.hidden, outputs.token_roles, replay)
+        self._note("policy_loss", outputs.loss)
+        return (loss, outputs) if return_outputs else loss
+
+    def _terms_loss(self, hidden: Tensor, roles: Any, replay: ReplayRows) -> Tensor:
+        if self._anchors is None or self._negatives is None:
+            raise RuntimeError("no anchors: call `train`, or `prepare_anchors` before `compute_loss`")
+        own, peers = torch.from_numpy(replay.own), torch.from_numpy(replay.peers)
+        # The mean over processes shall be the mean over all replay samples, however they are spread.
+        share = len(own) * self.args.world_size / (len(own) + len(peers))
+        total = hidden.new_zeros((), dtype=torch.float32)
+        features = extract_features(hidden, roles, slice(len(hidden) - len(own), None))
+        contrast = self._negatives(self._anchors, own, peers)
+        for term in self.terms:
+            value = term(features, contrast) if len(own) else total
+            if value is None:
+                self._counts[f"{term.name}_skipped"] = self._counts.get(f"{term.name}_skipped", 0) + 1
+            else:
+                self._note(term.name, value * share)
+                total = total + term.weight * share * value
+            if term.network is not None:  # DistributedDataParallel waits for a gradient in every step
+                total = total + sum(parameter.sum() for parameter in term.network.parameters()) * 0.0
+        return total
+
+    # --- the log -----------------------------------------------------------------------------------------------------
+
+    def _note(self, name: str, value: Tensor) -> None:
+        value = value.detach().float()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means since the last entry. All processes call this together."""
+        if "loss" in logs:
+            logs.update(self._drain())
+        super().log(logs, start_time)
+
+    def _drain(self) -> dict[str, float]:
+        names = ["policy_loss", *(term.name for term in self.terms)]
+        zero = torch.zeros((), device=self.args.device)
+        rows = [
+            (self._sums.get(name, zero), self._counts.get(name, 0), self._counts.get(f"{name}_skipped", 0))
+            for name in names
+        ]
+        sums = torch.stack([torch.as_tensor(value, device=zero.device).float() for row in rows for value in row])
+        self._sums, self._counts = {}, {}
+        entry: dict[str, float] = {}
+        for name, (total, count, skipped) in zip(
+            names, self.accelerator.reduce(sums, reduction="sum").view(-1, 3).tolist(), strict=True
+        ):
+            if count:
+                entry[name] = total / count
+            if name != "policy_loss":
+                entry[f"{name}_skipped"] = int(skipped)
+        return entry
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """0: Trainer's estimate counts text tokens alone, and walks through all modules in every step to do so."""
+        return 0
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # Only the adapter in training: PEFT would write all of them, and on resume read the frozen ones back.
+        if not isinstance(self.model, PeftModel):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            write_adapter_weights(self.model, self.model.active_adapter, folder)
+            if networks := self._networks():
+                save_file(networks, folder / _TERM_WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        if not isinstance(model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        folder = Path(resume_from_checkpoint)
+        read_adapter_weights(model, model.active_adapter, folder)
+        if self._networks():
+            stored = load_file(folder / _TERM_WEIGHTS)
+            for term in self.terms:
+                if term.network is not None:
+                    prefix = f"{term.name}."
+                    mine = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+                    term.network.load_state_dict(mine)
+
+    def _networks(self) -> dict[str, Tensor]:
+        return {
+            f"{term.name}.{key}": value
+            for term in self.terms
+            if term.network is not None
+            for key, value in term.network.state_dict().items()
+        }
+
+
+def _teacher_adapter(model: nn.Module, config: InfoVLAConfig, previous: str | None) -> str | None:
+    if config.teacher == "base":
+        return None
+    known = list(model.peft_config) if isinstance(model, PeftModel) else []
+    if previous is not None and previous not in known:
+        raise ValueError(
+            f"teacher='previous' needs an adapter of the stage before ({previous!r}), found only {known}; "
+            "load it first (adapters.load_adapter), or use teacher='base'"
+        )
+    if previous is None and len(known) > 1:
+        raise ValueError(
+            f"teacher='previous': which of {known} is the adapter of the stage before? Name it by previous_adapter="
+        )
+    return previous
+
+
+def _steps(config: InfoVLAConfig, samples: int, replay: bool) -> int:
+    share = 1 - config.replay_fraction * replay
+    per_step = float(config.train_batch_size * config.world_size * config.gradient_accumulation_steps * share)
+    return math.ceil(config.num_train_epochs * samples / per_step)
+
+
+def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """The newest complete checkpoint in a training's output folder; one that was cut off does not count."""
+    found = [
+        (int(path.name.removeprefix("checkpoint-")), path)
+        for path in Path(folder).glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit() and _is_complete(path)
+    ]
+    return str(max(found)[1]) if found else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    # Trainer writes its state last.
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+class LossLog(TrainerCallback):
+    """Writes each log entry of a training as one line of JSON, for the report's curves.
+
+    A resumed training drops the lines beyond its checkpoint, so that every step appears once.
+
+    Args:
+        path: the file.
+        stage: written into every line.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], stage: int) -> None:
+        self._path, self._stage = Path(path), stage
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+            kept = [line for line in lines if _step(line) <= state.global_step]
+            with atomic_file(self._path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs and "loss" in logs:
+            entry = {"stage": self._stage, "step": state.global_step, **logs}
+            if "learning_rate" in entry:
+                entry["lr"] = entry.pop("learning_rate")
+            numbers = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in entry.items()}
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(numbers) + "\n")
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # cut off by a kill

@@ -1,0 +1,263 @@
+"""One adapter per task: targets, freezing, storage, and the check against the base."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_policy import TinyPolicy, tiny_policy
+from torch import nn
+
+from infovla_peft.adapters import (
+    AdapterError,
+    AdapterInfo,
+    activate,
+    adapter_parameters,
+    add_adapter,
+    base_model,
+    check_base,
+    fingerprint,
+    freeze_unused,
+    load_adapter,
+    read_info,
+    save_adapter,
+    target_modules,
+)
+from infovla_peft.config import InfoVLAConfig
+from infovla_peft.models.openvla import OpenVLAForActionPrediction
+
+
+def config(tmp_path: Path, **options: Any) -> InfoVLAConfig:
+    return InfoVLAConfig(**{"output_dir": str(tmp_path), "lora_r": 4, "lora_alpha": 8, "use_cpu": True, **options})
+
+
+def info(policy: TinyPolicy) -> AdapterInfo:
+    return AdapterInfo(
+        base_model="../base", base_fingerprint=fingerprint(policy.model), unnorm_key="libero_goal", task="a", stage=1
+    )
+
+
+def randomise(model: nn.Module, name: str) -> None:
+    """As after training: B is no longer zero."""
+    for _, parameter in adapter_parameters(model, name):
+        with torch.no_grad():
+            parameter.normal_(0, 0.2)
+
+
+def predictions(policy: TinyPolicy, model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**policy.batch([0, 30])).predicted_actions
+
+
+def test_every_target_gets_a_gradient_and_every_linear_layer_with_a_gradient_is_a_target(tmp_path: Path) -> None:
+    for fused in (False, True):
+        policy = tiny_policy(fused=fused)
+        policy.model(**policy.batch([0, 30])).loss.backward()
+        linear = {name: module for name, module in policy.model.named_modules() if isinstance(module, nn.Linear)}
+        with_gradient = {name for name, module in linear.items() if module.weight.grad is not None}
+        targets = target_modules(policy.model, "all-linear")
+        assert set(targets) == with_gradient
+        assert {"action_head.model.fc1", "proprio_projector.fc2", "projector.fc1"} <= set(targets)
+        model = add_adapter(policy.model, "stage_01", config(tmp_path))
+        model(**policy.batch([0, 30])).loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_all_that_is_trained_in_the_base_stage_gets_a_gradient() -> None:
+    policy = tiny_policy(fused=True)
+    freeze_unused(policy.model)
+    policy.model(**policy.batch([0, 30])).loss.backward()
+    for name, parameter in policy.model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+def test_targets_by_name(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    names = target_modules(policy.model, "q_proj, action_head.model.fc1")
+    assert len(names) == 3
+    with pytest.raises(AdapterError, match="no linear layer is named 'w_proj'; choose among"):
+        target_modules(policy.model, "w_proj")
+    assert target_modules(policy.model, "lm_head") == []  # never runs with the L1 head
+    policy.model.config.action_head = "discrete"
+    assert target_modules(policy.model, "lm_head") == ["language_model.lm_head"]
+    assert not any("lm_head" in name for name in target_modules(policy.model, "all-linear"))
+
+
+def test_a_new_adapter_changes_nothing_and_only_it_is_trainable(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    before = predictions(policy, policy.model)
+    model = add_adapter(policy.model, "stage_01", config(tmp_path))
+    assert torch.equal(predictions(policy, model), before)
+    randomise(model, "stage_01")
+    add_adapter(model, "stage_02", config(tmp_path))
+    assert torch.equal(predictions(policy, model), before)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {name for name, _ in adapter_parameters(model, "stage_02")}
+    assert target_modules(model, "all-linear") == target_modules(tiny_policy().model, "all-linear")
+
+
+def test_continuing_copies_the_weights(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    model = add_adapter(policy.model, "one", config(tmp_path))
+    randomise(model, "one")
+    after_one = predictions(policy, model)
+    add_adapter(model, "two", config(tmp_path), start_from="one")
+    assert torch.equal(predictions(policy, model), after_one)
+    randomise(model, "two")
+    activate(model, "one")
+    assert torch.equal(predictions(policy, model), after_one)  # copied, not shared
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_initial_weights_depend_on_seed_and_name_alone(tmp_path: Path) -> None:
+    def weights(name: str, seed: int) -> torch.Tensor:
+        torch.manual_seed(torch.seed() % 1000)
+        before = torch.get_rng_state()
+        model = add_adapter(tiny_policy().model, name, config(tmp_path, seed=seed))
+        assert torch.equal(torch.get_rng_state(), before)
+        return torch.cat([parameter.flatten() for _, parameter in adapter_parameters(model, name)])
+
+    assert torch.equal(weights("one", 0), weights("one", 0))
+    assert not torch.equal(weights("one", 0), weights("one", 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("one", {}, "must be new, without dots"),
+        ("lora", {}, "must be new, without dots"),
+        ("a.b", {}, "must be new, without dots"),
+        ("two", {"start_from": "zero"}, "cannot start from adapter 'zero'"),
+    ],
+)
+def test_unusable_names(tmp_path: Path, name: str, options: dict[str, str], message: str) -> None:
+    model = add_adapter(tiny_policy().model, "one", config(tmp_path))
+    with pytest.raises(AdapterError, match=message):
+        add_adapter(model, name, config(tmp_path), **options)
+
+
+def test_continuing_with_another_rank(tmp_path: Path) -> None:
+    model = add_adapter(tiny_policy().model, "one", config(tmp_path))
+    with pytest.raises(AdapterError, match="keep lora_r and lora_targets, or use adapter_init='fresh'"):
+        add_adapter(model, "two", config(tmp_path, lora_r=2), start_from="one")
+
+
+# --- on disk ---
+
+
+def test_an_adapter_reads_back_bit_for_bit(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    stored = info(policy)
+    model = add_adapter(policy.model, "one", config(tmp_path))
+    randomise(model, "one")
+    expected = predictions(policy, model)
+    folder = save_adapter(model, "one", tmp_path / "adapter", stored, {"libero_goal": {"action": {}}})
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "dataset_statistics.json", "infovla.json"
+    ]  # fmt: skip
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "../base"
+    fresh = tiny_policy()
+    loaded, read = load_adapter(fresh.model, folder, "any_name")
+    assert read == stored
+    assert torch.equal(predictions(fresh, loaded), expected)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    again = fingerprint(model, "one")
+    assert {**again, "weights": ""} == {**fingerprint(loaded, "any_name"), "weights": ""}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own
+def test_peft_itself_reads_the_folder(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    policy = tiny_policy()
+    model = add_adapter(policy.model, "one", config(tmp_path))
+    randomise(model, "one")
+    expected = predictions(policy, model)
+    folder = save_adapter(model, "one", tmp_path / "adapter", info(policy), {})
+    fresh = tiny_policy()
+    assert torch.equal(predictions(fresh, PeftModel.from_pretrained(fresh.model, str(folder))), expected)
+
+
+def test_weights_of_a_base_in_an_adapter_file_are_not_read(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    model = add_adapter(policy.model, "one", config(tmp_path))
+    folder = save_adapter(model, "one", tmp_path / "adapter", info(policy), {})
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert not any("base_layer" in key for key in weights)
+    head = base_model(model).language_model.lm_head.weight
+    weights["base_model.model.language_model.lm_head.base_layer.weight"] = torch.zeros_like(head)
+    save_file(weights, folder / "adapter_model.safetensors")
+    loaded, _ = load_adapter(tiny_policy().model, folder, "one")
+    assert torch.equal(base_model(loaded).language_model.lm_head.weight, head)
+
+
+def test_damaged_and_foreign_folders(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    model = add_adapter(policy.model, "one", config(tmp_path))
+    folder = save_adapter(model, "one", tmp_path / "adapter", info(policy), {})
+    with pytest.raises(FileNotFoundError, match=r"infovla.json is missing"):
+        read_info(tmp_path)
+    weights = folder / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-8])
+    with pytest.raises(AdapterError, match="is damaged"):
+        load_adapter(tiny_policy().model, folder, "one")
+    lora = load_file(save_adapter(model, "one", tmp_path / "b", info(policy), {}) / "adapter_model.safetensors")
+    lora.pop(next(iter(lora)))
+    save_file(lora, weights)
+    with pytest.raises(AdapterError, match="1 missing"):
+        load_adapter(tiny_policy().model, folder, "one")
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="no adapter weights"):
+        load_adapter(tiny_policy().model, folder, "one")
+    (folder / "infovla.json").write_text('{"format_version": 99}')
+    with pytest.raises(AdapterError, match="later version"):
+        read_info(folder)
+    (folder / "infovla.json").write_text("{")
+    with pytest.raises(AdapterError, match="is damaged"):
+        read_info(folder)
+
+
+def test_fields_of_later_versions_are_ignored(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    folder = save_adapter(
+        add_adapter(policy.model, "one", config(tmp_path)), "one", tmp_path / "adapter", info(policy), {}
+    )
+    content = json.loads((folder / "infovla.json").read_text())
+    (folder / "infovla.json").write_text(json.dumps({**content, "invented_later": 1}))
+    assert read_info(folder) == info(policy)
+
+
+# --- which base ---
+
+
+def test_a_base_is_recognised_through_saving_dtype_adapters_and_training(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    original = fingerprint(policy.model)
+    policy.model.save_pretrained(tmp_path / "base")
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = OpenVLAForActionPrediction.from_pretrained(tmp_path / "base", dtype=dtype)
+        assert fingerprint(loaded) == original
+    model = add_adapter(policy.model, "one", config(tmp_path))
+    randomise(model, "one")
+    model.config.use_cache = False
+    assert fingerprint(model) == original
+    check_base(model, info(tiny_policy()))
+
+
+def test_another_base_is_refused(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    folder = save_adapter(
+        add_adapter(policy.model, "one", config(tmp_path)), "one", tmp_path / "adapter", info(policy), {}
+    )
+    with pytest.raises(AdapterError, match=r"was trained on \.\./base, another base.*different weights; load it with"):
+        load_adapter(tiny_policy(seed=1).model, folder, "one")
+    changed = tiny_policy().model
+    changed.config.num_actions_chunk += 1
+    with pytest.raises(AdapterError, match="different config"):
+        check_base(changed, replace(info(policy)))
