@@ -168,7 +168,8 @@ def add_adapter(model: nn.Module, name: str, config: InfoVLAConfig, *, start_fro
         peft_model = _attach(model, name, lora)
     if start_from is not None:
         try:
-            _load_weights(peft_model, name, get_peft_model_state_dict(peft_model, adapter_name=start_from))
+            weights = get_peft_model_state_dict(peft_model, adapter_name=start_from, save_embedding_layers=False)
+            _load_weights(peft_model, name, weights)
         except (AdapterError, RuntimeError) as error:
             raise AdapterError(
                 f"adapter {start_from!r} has another shape than the new one (rank {config.lora_r}, targets "
