@@ -166,23 +166,32 @@ class RunFolder:
             steps[step] = {"seconds": round(seconds, 2), **notes}
             write_json(self / "state.json", {"format_version": STATE_VERSION, "steps": steps})
 
-    def once(self, step: str, work: Callable[[], Mapping[str, Any] | None], *, products: Iterable[Path] = ()) -> None:
-        """Do `work` on the main process unless `step` is finished, and let all processes wait for it.
+    def once(
+        self,
+        step: str,
+        work: Callable[[], Mapping[str, Any] | None],
+        *,
+        products: Iterable[Path] = (),
+        everyone: bool = False,
+    ) -> None:
+        """Do `work` unless `step` is finished; no process goes on before it is.
 
-        What `work` returns is noted in state.json. `products` are what a finished step must have left behind.
+        Args:
+            work: what it returns is noted in state.json.
+            products: what a finished step must have left behind.
+            everyone: all processes work (training), or the main one alone.
 
         Raises:
             RunError: the step is entered as finished, but a product is missing.
         """
         if self.done(step):
             self.require(products, step)
-        elif self.main_process:
-            start = time.monotonic()
-            notes = work() or {}
-            self.mark(step, time.monotonic() - start, **notes)
-        else:
-            while not self.done(step):
-                time.sleep(1.0)
+            return
+        start = time.monotonic()
+        notes = work() if self.main_process or everyone else None
+        self.mark(step, time.monotonic() - start, **(notes or {}))
+        while not self.done(step):
+            time.sleep(0.5)
 
     def require(self, products: Iterable[Path], step: str) -> None:
         """Raise a RunError if one of the products of a finished step is not there."""

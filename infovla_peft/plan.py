@@ -1,0 +1,172 @@
+"""What a stream will do, in which stages, and about how long it takes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .config import InfoVLAConfig, StreamConfig
+from .methods import METHODS
+
+if TYPE_CHECKING:
+    from .simulation import AssetSet, Task
+
+SECONDS_PER_DEMONSTRATION, SECONDS_PER_ROLLOUT, SECONDS_PER_ENVIRONMENT = 4.0, 2.0, 3.0
+"""On one core of 2020, 128 px, primitive assets; the plan's only guesses about the simulator."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the stream.
+
+    Attributes:
+        index: 0 = base.
+        tasks: what is learned in it; empty only for a base that is a checkpoint and learns nothing here.
+    """
+
+    index: int
+    tasks: tuple[Task, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of its folder below adapters/: stage_01_put_the_bowl_on_the_plate."""
+        if self.index == 0:
+            return "base"
+        more = f"_and_{len(self.tasks) - 1}_more" if len(self.tasks) > 1 else ""
+        return f"stage_{self.index:02d}_{self.tasks[0].name}{more}"
+
+
+def plan_stages(config: StreamConfig) -> list[Stage]:
+    """The base stage and the steps after it.
+
+    Raises:
+        ValueError: the suite has fewer tasks than the stream needs, or `tasks` names an unknown one or one twice.
+    """
+    from .simulation import find_task, suite_tasks
+
+    shape = config.shape
+    known = suite_tasks(config.suite)
+    if config.tasks is None and shape.total_tasks > len(known):
+        raise ValueError(
+            f"stream {config.stream} needs {shape.total_tasks} tasks, but {config.suite} has {len(known)}"
+        )
+    tasks = [find_task(config.suite, task) for task in config.tasks or range(shape.total_tasks)]
+    if len({task.index for task in tasks}) != len(tasks):
+        raise ValueError(f"`tasks` names a task of {config.suite} twice: {[task.name for task in tasks]}")
+    step = shape.tasks_per_step
+    starts = range(shape.base_tasks, shape.total_tasks, step)
+    return [
+        Stage(0, tuple(tasks[: shape.base_tasks])),
+        *(Stage(number, tuple(tasks[first : first + step])) for number, first in enumerate(starts, start=1)),
+    ]
+
+
+def step_name(what: str, stage: Stage) -> str:
+    """Under which a step of a stage is entered in state.json."""
+    return f"{what}_{stage.index:02d}"
+
+
+def workers(wanted: int) -> int:
+    """Processes to use: `wanted`, or one per core that this process may use."""
+    return wanted or len(os.sched_getaffinity(0))
+
+
+def describe_plan(
+    config: StreamConfig,
+    training: InfoVLAConfig,
+    stages: Sequence[Stage],
+    assets: AssetSet,
+    state: Mapping[str, Any],
+) -> str:
+    """The plan as it is printed before the start: stages, tasks, steps, rollouts, and an estimate of the time left.
+
+    Args:
+        state: the finished steps.
+    """
+    tiny = config.base_model == "tiny"
+    tasks = sum(len(stage.tasks) for stage in stages)
+    recording = 0.0
+    if "demonstrations" not in state:
+        recording = tasks * config.demonstrations * SECONDS_PER_DEMONSTRATION / workers(config.demonstration_workers)
+    terms = ", ".join(METHODS[training.method].terms)
+    lines = [
+        f"{config.stream} on {config.suite}: {training.method}"
+        + (f" ({terms}; teacher {training.teacher})" if terms else "")
+        + f", base {config.base_model}, seed {training.seed}",
+        f"  simulation    {assets.name} assets, {config.renderer} renderer, {config.image_size} px, "
+        + ", ".join(config.cameras),
+        f"  demonstrations  {tasks} tasks x {config.demonstrations}, {_about(recording)}",
+    ]
+    total = recording
+    step_seconds = measure_step(config, training)
+    for stage in stages:
+        names = ", ".join(task.instruction for task in stage.tasks) or "nothing: the checkpoint as it is"
+        seen = sum(len(earlier.tasks) for earlier in stages[: stage.index + 1])
+        learns = stage.index > 0 or tiny
+        steps = config.stage_steps if stage.index else config.base_steps
+        batch = training.per_device_train_batch_size if stage.index else config.base_batch_size
+        seconds = 0.0
+        if learns and ("base" if stage.index == 0 else step_name("learn", stage)) not in state:
+            seconds += steps * batch * training.gradient_accumulation_steps * step_seconds
+        if step_name("measure", stage) not in state:
+            simulators = workers(config.eval_workers)
+            seconds += seen * (config.eval_episodes * SECONDS_PER_ROLLOUT / simulators + SECONDS_PER_ENVIRONMENT)
+        total += seconds
+        what = f"{steps} steps, " if learns else ""
+        lines.append(
+            f"  {f'stage {stage.index}' if stage.index else 'base':<14}{names}\n"
+            f"{'':16}{what}{seen} x {config.eval_episodes} rollouts, {_about(seconds)}"
+        )
+    return "\n".join([*lines, f"  together      {_about(total)} from now; results in {training.output_dir}"])
+
+
+def measure_step(config: StreamConfig, training: InfoVLAConfig) -> float:
+    """About how many seconds a training step takes per sample of its batch: tried on the tiny base, else reckoned."""
+    if config.base_model != "tiny":
+        return 4 * 7.5e9 * 300 / (0.4 * _throughput(training.device))  # forward and backward of 7.5 G frozen weights
+    from .models.openvla import build_tiny_openvla
+
+    model, processor = build_tiny_openvla(instructions=["plan"], num_images=len(config.cameras), **tiny_shape(config))
+    model.to(training.device)  # type: ignore[arg-type]
+    batch = min(config.base_batch_size, 16)
+    side = config.tiny_image_size
+    inputs = {
+        **processor.tokenizer(["put the bowl on the plate " * 4] * batch, return_tensors="pt"),
+        "pixel_values": torch.zeros(batch, 3 * len(config.cameras), side, side),
+        "proprio": torch.zeros(batch, model.config.proprio_dim),
+        "actions": torch.zeros(batch, model.config.num_actions_chunk, model.config.action_dim),
+    }
+    inputs = {name: tensor.to(training.device) for name, tensor in inputs.items()}
+    for _ in range(2):  # the first one also warms up
+        start = time.monotonic()
+        model(**inputs).loss.backward()
+    return (time.monotonic() - start) / batch
+
+
+def tiny_shape(config: StreamConfig) -> dict[str, Any]:
+    """The sizes of a tiny base as `build_tiny_openvla` takes them."""
+    names = ("image_size", "patch_size", "vision_width", "vision_depth", "hidden_size", "layers", "heads")
+    return {name: getattr(config, f"tiny_{name}") for name in names}
+
+
+def _throughput(device: torch.device) -> float:
+    """Floating-point operations per second of a matrix product, as weights of 7 G parameters would be held."""
+    side = 4096 if device.type == "cuda" else 768
+    matrix = torch.ones(side, side, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    for _ in range(2):
+        start = time.monotonic()
+        float((matrix @ matrix)[0, 0])  # waits for the device
+    return float(2 * side**3 / (time.monotonic() - start))
+
+
+def _about(seconds: float) -> str:
+    if seconds <= 0:
+        return "finished"
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

@@ -1,0 +1,470 @@
+"""A stream of tasks learned one after another: the steps, their order, and what each leaves in the run folder.
+
+    demonstrations -> base -> for each stage: adapter, memory, rollouts of every task seen, row of the matrix, report
+
+`Stream` holds one method per step. Each is idempotent: what is finished is not repeated, so the same command continues
+a run that was stopped. `run` calls them in order; `recipes/continual.py` spells the same loop out.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+
+from .adapters import AdapterInfo, add_adapter, fingerprint, load_adapter, save_adapter
+from .config import InfoVLAConfig, StreamConfig, resolved_config
+from .data.chunks import ChunkDataset
+from .data.collator import VLACollator
+from .data.normalisation import Normaliser, compute_statistics
+from .evaluation import TaskResult, evaluate
+from .files import atomic_folder, write_json
+from .hub import load_policy, relative_base
+from .inference import Policy
+from .memory import ReplayMemory
+from .methods import METHODS
+from .models.openvla import build_tiny_openvla, load_openvla
+from .plan import Stage, describe_plan, plan_stages, step_name, tiny_shape, workers
+from .report import write_report
+from .results import Results, TaskEntry, Video, collect_versions, source_commit
+from .run_folder import RunError, RunFolder
+from .trainer import InfoVLATrainer, LossLog
+from .video import CURE, video_available
+
+if TYPE_CHECKING:
+    from .simulation import AssetSet, Task
+
+IMAGE_COLUMNS = {"agentview": "image", "robot0_eye_in_hand": "wrist_image"}
+"""Which column of the demonstrations holds which camera's images."""
+HARMLESS = frozenset(
+    {
+        "output_dir", "demonstrations_folder", "demonstration_workers", "eval_workers", "cache_images",
+        "logging_steps", "logging_dir", "save_steps", "save_total_limit", "disable_tqdm", "report_to", "run_name",
+        "log_level", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "hub_token",
+    }
+)  # fmt: skip
+"""What may differ between a run and its continuation: none of it changes a number."""
+
+
+class Stream:
+    """One run of a stream. Its methods are the steps; calling a finished one again does nothing.
+
+    Under `accelerate launch --num_processes N` every process calls every method: all train, the main process alone
+    records, saves and evaluates, and the others wait for it.
+
+    Args:
+        config, training: the recipe; `training.output_dir` is the run's folder.
+
+    Attributes:
+        run: the folder.
+        stages: the base and the steps after it.
+    """
+
+    def __init__(self, config: StreamConfig, training: InfoVLAConfig) -> None:
+        self.config, self.training = config, training
+        self.stages = plan_stages(config)
+        self.run_folder = RunFolder(str(training.output_dir), main_process=training.process_index == 0)
+
+    def __enter__(self) -> Stream:
+        """Open the run's folder, and fail now for what would fail later.
+
+        Raises:
+            RunError: another configuration or process holds the folder; it cannot be written; something is missing.
+        """
+        self._check_requirements()
+        self.run_folder.open(resolved_config(self.config, self.training), harmless=HARMLESS)
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.run_folder.close()
+
+    def _check_requirements(self) -> None:
+        from .models.openvla.checkpoint import read_config
+        from .simulation.headless import choose_gl, libero_folder
+
+        libero_folder()
+        choose_gl()
+        if self.config.videos_per_task and not video_available():
+            raise RunError(f"videos of rollouts need PyAV: {CURE}")
+        if not self.is_tiny:
+            read_config(self.config.base_model, {})
+        unknown = set(self.config.cameras) - set(IMAGE_COLUMNS)
+        if unknown or not self.config.cameras:
+            raise RunError(f"cameras must be among {', '.join(IMAGE_COLUMNS)}, got {self.config.cameras}")
+
+    def plan(self) -> str:
+        """What is to be done, in which stages, and about how long it takes; what is finished counts no more."""
+        return describe_plan(self.config, self.training, self.stages, self.assets, self.run_folder.state())
+
+    # --- what the steps work on --------------------------------------------------------------------------------------
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether the base is built and trained here."""
+        return self.config.base_model == "tiny"
+
+    @property
+    def tasks(self) -> list[Task]:
+        """All tasks of the stream in the order of learning."""
+        return [task for stage in self.stages for task in stage.tasks]
+
+    @property
+    def base(self) -> str:
+        """Folder or Hub id of the base checkpoint."""
+        return str(self.run_folder.base) if self.is_tiny else self.config.base_model
+
+    @property
+    def demonstrations_folder(self) -> Path:
+        return Path(self.config.demonstrations_folder or self.run_folder / "demonstrations")
+
+    @cached_property
+    def assets(self) -> AssetSet:
+        """The asset set of the whole run: what was found at its start."""
+        from .simulation import find_assets
+
+        return find_assets(self.config.assets, self.config.assets_folder)
+
+    def demonstrations(self, tasks: Sequence[Task]) -> datasets.Dataset:
+        """Frames of the recorded demonstrations of some tasks."""
+        from .data.demonstrations import load_demonstrations
+
+        return load_demonstrations(
+            self.demonstrations_folder, [task.name for task in tasks], episodes=self.config.demonstrations
+        )
+
+    def load_base(self) -> tuple[Any, Any, Normaliser]:
+        """The base model, its processor and the frozen statistics.
+
+        Raises:
+            RunError: the base sees another number of images than `cameras` names.
+        """
+        model, processor = load_openvla(self.base)
+        if model.config.num_images_in_input != len(self.config.cameras):
+            raise RunError(
+                f"{self.base} sees {model.config.num_images_in_input} image(s), but `cameras` is {self.config.cameras}"
+            )
+        return model, processor, Normaliser(self._statistics(model), self.config.unnorm_key or self.config.suite)
+
+    def samples(self, tasks: Sequence[Task], model: Any, collator: VLACollator) -> ChunkDataset:
+        """Training samples of some tasks, prepared for a model."""
+        return ChunkDataset(
+            self.demonstrations(tasks),
+            collator.pipeline,
+            chunk=model.config.num_actions_chunk if model.config.decoding == "parallel" else 1,
+            cameras=[IMAGE_COLUMNS[camera] for camera in self.config.cameras],
+            cache_images=self.training.cache_images,
+        )
+
+    def stage_training(self, stage: Stage) -> InfoVLAConfig:
+        """The trainer's configuration of one stage: its folder and its steps."""
+        training = copy.deepcopy(self.training)
+        training.output_dir = str(self.run_folder.stage(stage.index))
+        training.max_steps = self.config.stage_steps
+        training.save_total_limit = training.save_total_limit or 1
+        if stage.index == 0:
+            training.max_steps = self.config.base_steps
+            training.learning_rate = self.config.base_learning_rate
+            training.per_device_train_batch_size = self.config.base_batch_size
+        return training
+
+    def callbacks(self, stage: Stage) -> list[Any]:
+        """log.jsonl of a stage, for the report's curves."""
+        return [LossLog(self.run_folder.stage(stage.index) / "log.jsonl", stage.index)]
+
+    # --- the steps ---------------------------------------------------------------------------------------------------
+
+    def record(self) -> None:
+        """Record the scripted demonstrations of every task."""
+        self.run_folder.once("demonstrations", self._record, products=[self.demonstrations_folder])
+
+    def _record(self) -> None:
+        from .data.recording import record_demonstrations
+
+        record_demonstrations(
+            self.tasks,
+            self.demonstrations_folder,
+            episodes=self.config.demonstrations,
+            assets=self.assets,
+            image_size=self.config.image_size,
+            cameras=self.config.cameras,
+            renderer=self.config.renderer,
+            noise=self.config.demonstration_noise,
+            seed=self.training.seed,
+            num_workers=workers(self.config.demonstration_workers),
+        )
+
+    def learn_base(self) -> None:
+        """Build a tiny base and train all its parameters on the base tasks; a checkpoint is the base as it is."""
+        if self.is_tiny:
+            self.run_folder.once("base", self._learn_base, products=[self.run_folder.base], everyone=True)
+
+    def _learn_base(self) -> None:
+        self._need("demonstrations", self.demonstrations_folder)
+        stage, config = self.stages[0], self.config
+        frames = self.demonstrations(stage.tasks)
+        model, processor = build_tiny_openvla(
+            instructions=[task.instruction for task in self.tasks],
+            **tiny_shape(config),
+            num_images=len(config.cameras),
+            norm_stats={config.suite: statistics_of(frames)},
+            seed=self.training.seed,
+        )
+        collator = VLACollator(processor, Normaliser(model.norm_stats, config.suite), model.config)
+        trainer = InfoVLATrainer(
+            model,
+            self.stage_training(stage),
+            self.samples(stage.tasks, model, collator),
+            collator,
+            callbacks=self.callbacks(stage),
+        )
+        trainer.train(resume_from_checkpoint=True)
+        if self.run_folder.main_process:
+            with atomic_folder(self.run_folder.base) as folder:
+                model.save_pretrained(folder)
+                processor.save_pretrained(folder)
+            self._drop_checkpoints(stage)
+
+    def learn(self, stage: Stage) -> None:
+        """Train the adapter of one stage.
+
+        Raises:
+            RunError: the stage before it is not finished.
+        """
+        folder = self.run_folder.adapter(stage.name)
+        self.run_folder.once(step_name("learn", stage), lambda: self._learn(stage), products=[folder], everyone=True)
+
+    def _learn(self, stage: Stage) -> None:
+        previous = self._previous(stage)
+        model, processor, normaliser = self.load_base()
+        base = fingerprint(model)
+        if previous is not None:
+            model, _ = load_adapter(model, self.run_folder.adapter(previous), previous)
+        start_from = previous if self.training.adapter_init == "continue" else None
+        model = add_adapter(model, stage.name, self.training, start_from=start_from)
+        collator = VLACollator(processor, normaliser, model.config)
+        trainer = InfoVLATrainer(
+            model,
+            self.stage_training(stage),
+            self.samples(stage.tasks, model, collator),
+            collator,
+            memory=self.memory(),
+            previous_adapter=previous,
+            callbacks=self.callbacks(stage),
+        )
+        trainer.train(resume_from_checkpoint=True)
+        self.save_adapter(model, stage, base, normaliser)
+
+    def save_adapter(self, model: Any, stage: Stage, base: dict[str, str], normaliser: Normaliser) -> None:
+        """Write the folder of a stage's adapter, and remove the checkpoints that led to it.
+
+        Args:
+            base: fingerprint of the base it was trained on.
+        """
+        if self.run_folder.main_process:
+            folder = self.run_folder.adapter(stage.name)
+            info = AdapterInfo(
+                base_model=relative_base(self.base, folder),
+                base_fingerprint=base,
+                unnorm_key=normaliser.key,
+                task=", ".join(task.name for task in stage.tasks),
+                instruction=", ".join(task.instruction for task in stage.tasks),
+                suite=self.config.suite,
+                stage=stage.index,
+                seen=[task.name for task in self.seen(stage)],
+                cameras=list(self.config.cameras),
+                training=resolved_config(self.config, self.training),
+            )
+            save_adapter(model, stage.name, folder, info, normaliser.as_statistics())
+            self._drop_checkpoints(stage)
+
+    def memory(self) -> ReplayMemory:
+        """What is kept of the tasks so far."""
+        return ReplayMemory.load(self.run_folder.memory)
+
+    def remember(self, stage: Stage) -> None:
+        """Put trajectories of a stage's tasks into the memory."""
+        self.run_folder.once(
+            step_name("remember", stage), lambda: self._remember(stage), products=[self.run_folder.memory]
+        )
+
+    def _remember(self, stage: Stage) -> None:
+        memory = ReplayMemory() if stage.index == 0 else self.memory()
+        new = [task for task in stage.tasks if task.name not in memory.tasks]  # all, unless a kill came just here
+        if new and self.config.memory_trajectories:
+            memory = memory.add(
+                self.demonstrations(new), trajectories=self.config.memory_trajectories, seed=self.training.seed
+            )
+        memory.save(self.run_folder.memory)
+
+    def seen(self, stage: Stage) -> list[Task]:
+        """The tasks learned up to and including a stage."""
+        return [task for earlier in self.stages[: stage.index + 1] for task in earlier.tasks]
+
+    def measure(self, stage: Stage) -> None:
+        """Roll the policy of a stage out on every task seen so far; write the row of the matrix and the report.
+
+        Each task's result is stored as it comes, so that a stopped evaluation continues with the next task.
+        """
+        self.run_folder.once(
+            step_name("measure", stage), lambda: self._measure(stage), products=[self.run_folder.results]
+        )
+
+    def _measure(self, stage: Stage) -> None:
+        from .simulation.workers import EnvironmentPool
+
+        config, folder = self.config, self.run_folder
+        missing = [task for task in self.seen(stage) if not self._cell(stage, task).exists()]
+        if missing:
+            policy = self.policy(stage)
+            with EnvironmentPool(
+                workers(config.eval_workers),
+                assets=self.assets,
+                image_size=config.image_size,
+                cameras=config.cameras,
+                renderer=config.renderer,
+            ) as pool:
+                for result in evaluate(
+                    policy,
+                    missing,
+                    pool,
+                    episodes=config.eval_episodes,
+                    open_loop_steps=config.open_loop_steps,
+                    max_steps=config.rollout_max_steps,
+                    videos=config.videos_per_task,
+                    video_folder=folder.videos(stage.index),
+                ):
+                    write_json(folder.rollouts(stage.index) / f"{result.task}.json", result.to_dict())
+                    print(f"  {result.task}: {sum(result.successes)} of {result.episodes}", flush=True)
+        self.results(stage).save(folder.results)
+        write_report(folder.path)
+
+    def policy(self, stage: Stage) -> Policy:
+        """The policy after a stage, loaded as a user would load it."""
+        device = self.training.device
+        if stage.index:
+            folder = self.run_folder.adapter(stage.name)
+            self._need(step_name("learn", stage), folder)
+            return load_policy(folder, base=self.base, device=device)
+        if self.is_tiny:
+            self._need("base", self.run_folder.base)
+        model, processor, normaliser = self.load_base()
+        model.config.norm_stats = normaliser.as_statistics()
+        return Policy(model.to(device), processor, normaliser, cameras=self.config.cameras)
+
+    def results(self, stage: Stage) -> Results:
+        """All that is measured up to and including a stage, gathered from its cells."""
+        from .simulation import STEP_CAPS
+
+        config, training, state = self.config, self.training, self.run_folder.state()
+        results = Results(
+            method=training.method,
+            stream=config.stream,
+            suite=config.suite,
+            seed=training.seed,
+            base_model=config.base_model,
+            teacher=training.teacher if METHODS[training.method].terms else None,
+            assets=self.assets.name,
+            renderer=config.renderer,
+            step_cap=config.rollout_max_steps or STEP_CAPS[config.suite],
+            open_loop_steps=config.open_loop_steps,
+            tasks=[
+                TaskEntry(task.name, task.instruction, stage.index) for stage in self.stages for task in stage.tasks
+            ],
+            versions=collect_versions(),
+            commit=source_commit(),
+            config=resolved_config(config, training),
+        )
+        for earlier in self.stages[: stage.index + 1]:
+            cells = [self._read_cell(earlier, task) for task in self.seen(earlier)]
+            train = "base" if earlier.index == 0 else step_name("learn", earlier)
+            timings = {"evaluate": round(sum(cell.seconds for cell in cells), 2)}
+            if train in state:
+                timings["train"] = state[train]["seconds"]
+            if earlier.index == 0 and "demonstrations" in state:
+                timings["demonstrations"] = state["demonstrations"]["seconds"]
+            results.add_row(
+                earlier.index,
+                {cell.task: (sum(cell.successes), cell.episodes) for cell in cells},
+                timings=timings,
+                videos=[
+                    Video(f"videos/stage_{earlier.index:02d}/{name}", cell.task, earlier.index, "_success" in name)
+                    for cell in cells
+                    for name in cell.videos
+                ],
+            )
+        return results
+
+    def run(self) -> None:
+        """All steps in order, from wherever the run was stopped."""
+        self.record()
+        self.learn_base()
+        for stage in self.stages:
+            if stage.index:
+                self.learn(stage)
+            self.remember(stage)
+            self.measure(stage)
+
+    # --- details -----------------------------------------------------------------------------------------------------
+
+    def _statistics(self, model: Any) -> dict[str, Any]:
+        """Those of the base; where it has none of this suite, those of the tasks learned first, kept in the run."""
+        key = self.config.unnorm_key or self.config.suite
+        known: dict[str, Any] = model.norm_stats
+        if self.config.unnorm_key or {key, f"{key}_no_noops"} & set(known):
+            return known
+        file = self.run_folder / "dataset_statistics.json"
+        if not file.exists():
+            first = next(stage for stage in self.stages if stage.tasks)
+            statistics = {key: statistics_of(self.demonstrations(first.tasks))}
+            if not self.run_folder.main_process:
+                return statistics
+            write_json(file, statistics)
+        loaded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return loaded
+
+    def _previous(self, stage: Stage) -> str | None:
+        """Name of the adapter of the stage before, None for the base. What the stage builds on must be there."""
+        before = self.stages[stage.index - 1]
+        self._need(step_name("remember", before), self.run_folder.memory)
+        if self.is_tiny:
+            self._need("base", self.run_folder.base)
+        if before.index == 0:
+            return None
+        self._need(step_name("learn", before), self.run_folder.adapter(before.name))
+        return before.name
+
+    def _need(self, step: str, product: Path) -> None:
+        if not self.run_folder.done(step):
+            raise RunError(
+                f"{self.run_folder.path}: {step!r} is not finished, and the next step builds on it; "
+                "run the whole recipe with this --output_dir, it does what is missing"
+            )
+        self.run_folder.require([product], step)
+
+    def _cell(self, stage: Stage, task: Task) -> Path:
+        return self.run_folder.rollouts(stage.index) / f"{task.name}.json"
+
+    def _read_cell(self, stage: Stage, task: Task) -> TaskResult:
+        file = self._cell(stage, task)
+        try:
+            return TaskResult.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise RunError(f"{file} is missing or damaged ({error}); delete it and measure again") from error
+
+    def _drop_checkpoints(self, stage: Stage) -> None:
+        for checkpoint in self.run_folder.stage(stage.index).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def statistics_of(frames: datasets.Dataset) -> dict[str, Any]:
+    """Frozen normalisation out of demonstrations, see `compute_statistics`."""
+    columns = frames.select_columns(["action", "state", "task", "episode_index"]).with_format("numpy")[:]
+    episodes = len(set(zip(columns["task"], columns["episode_index"].tolist(), strict=True)))
+    return compute_statistics(np.stack(columns["action"]), np.stack(columns["state"]), episodes)

@@ -1,0 +1,332 @@
+"""The stage loop with random demonstrations and a fake simulator: what is written, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import infovla_peft.data.demonstrations
+import infovla_peft.data.recording
+import infovla_peft.simulation.workers
+from infovla_peft.adapters import AdapterError
+from infovla_peft.config import InfoVLAConfig, StreamConfig
+from infovla_peft.hub import load_policy
+from infovla_peft.plan import plan_stages
+from infovla_peft.results import Results
+from infovla_peft.run_folder import RunError
+from infovla_peft.simulation import AssetSet, Observation, Task
+from infovla_peft.simulation.workers import Episode, EpisodeResult
+from infovla_peft.stream import Stream
+
+pytestmark = pytest.mark.libero  # task names and instructions come from LIBERO's package
+
+FRAMES = 12
+TINY = {
+    "tiny_image_size": 24,
+    "tiny_patch_size": 12,
+    "tiny_vision_width": 16,
+    "tiny_vision_depth": 2,
+    "tiny_hidden_size": 32,
+    "tiny_layers": 1,
+    "tiny_heads": 2,
+}
+
+
+def fake_frames(tasks: Sequence[Task], episodes: int) -> datasets.Dataset:
+    rows: dict[str, list[Any]] = {
+        name: [] for name in ("image", "state", "action", "instruction", "task", "episode_index", "frame_index")
+    }
+    for task in tasks:
+        random = np.random.default_rng(task.index)
+        for episode in range(episodes):
+            for frame in range(FRAMES):
+                rows["image"].append(Image.fromarray(random.integers(0, 256, (24, 24, 3), dtype=np.uint8)))
+                rows["state"].append(random.normal(size=8).astype(np.float32))
+                rows["action"].append(np.append(random.uniform(-1, 1, 6), 1.0).astype(np.float32))
+                rows["instruction"].append(task.instruction)
+                rows["task"].append(task.name)
+                rows["episode_index"].append(episode)
+                rows["frame_index"].append(frame)
+    return datasets.Dataset.from_dict(rows)
+
+
+class FakePool:
+    """No simulator: an episode succeeds if the hash of its seed says so; the policy is asked once."""
+
+    calls: list[str] = []  # noqa: RUF012
+    fail_at: str | None = None
+
+    def __init__(self, _workers: int, **_options: Any) -> None: ...
+
+    def __enter__(self) -> FakePool:
+        return self
+
+    def __exit__(self, *_exception: object) -> None: ...
+
+    def run(self, episodes: Sequence[Episode], act: Any, **_options: Any) -> list[EpisodeResult]:
+        name = episodes[0].task.name
+        if name == self.fail_at:
+            raise KeyboardInterrupt
+        self.calls.append(name)
+        image = np.zeros((24, 24, 3), dtype=np.uint8)
+        seen = Observation({"agentview": image}, np.zeros(8, dtype=np.float32))
+        chunks = act([seen] * len(episodes), [episode.task for episode in episodes])
+        assert chunks[0].shape == (8, 7)
+        return [EpisodeResult(episode, episode.seed % 2 == 0, 9, [image] * 2) for episode in episodes]
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Stream]]:
+    """A factory of small streams over fakes, each in `tmp_path / "run"`."""
+
+    def record(tasks: Sequence[Task], folder: Path, *, episodes: int, **_options: Any) -> None:
+        fake_frames(tasks, episodes).save_to_disk(str(folder))
+
+    def load(folder: Path, tasks: Sequence[str], episodes: int | None = None) -> datasets.Dataset:
+        frames = datasets.load_from_disk(str(folder))
+        return frames.select([row for row, name in enumerate(frames["task"]) if name in tasks])
+
+    monkeypatch.setattr(infovla_peft.data.recording, "record_demonstrations", record)
+    monkeypatch.setattr(infovla_peft.data.demonstrations, "load_demonstrations", load)
+    monkeypatch.setattr(infovla_peft.simulation.workers, "EnvironmentPool", FakePool)
+    monkeypatch.setattr("infovla_peft.simulation.find_assets", lambda *_: AssetSet("primitive", tmp_path))
+    monkeypatch.setattr(FakePool, "calls", [])
+    monkeypatch.setattr(FakePool, "fail_at", None)
+
+    def factory(stream: dict[str, Any] | None = None, **training: Any) -> Stream:
+        config = {
+            "stream": "B2-2N1",
+            "demonstrations": 2,
+            "base_steps": 3,
+            "base_batch_size": 4,
+            "stage_steps": 3,
+            "eval_episodes": 2,
+            "videos_per_task": 0,
+            **TINY,
+            **(stream or {}),
+        }
+        options = {
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 4,
+            "lora_r": 2,
+            "logging_steps": 1,
+            "save_steps": 1,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "report_to": "none",
+            **training,
+        }
+        return Stream(StreamConfig(**config), InfoVLAConfig(**options))
+
+    return factory
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_the_notation_becomes_stages() -> None:
+    stages = plan_stages(StreamConfig(stream="B3-2N2", tasks=["7", "1", "2", "put_the_bowl_on_the_plate", "0", "9", "4"]))
+    assert [[task.index for task in stage.tasks] for stage in stages] == [[7, 1, 2], [8, 0], [9, 4]]
+    assert stages[1].name == "stage_01_put_the_bowl_on_the_plate_and_1_more"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stream": "B3-8N1"}, "needs 11 tasks, but libero_goal has 10"),
+        ({"stream": "B1-1N1", "tasks": ["turn_on_the_stov", "1"]}, "turn_on_the_stove"),
+        ({"stream": "B1-1N1", "tasks": ["7", "turn_on_the_stove"]}, "twice"),
+        ({"stream": "B1-1N1", "tasks": ["7", "77"]}, "tasks 0 to 9"),
+    ],
+)
+def test_unknown_tasks_are_explained(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_stages(StreamConfig(**options))
+
+
+def test_a_whole_run(make: Callable[..., Stream], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with make() as stream:
+        plan = stream.plan()
+        stream.run()
+    run = tmp_path / "run"
+    for text in ("B2-2N1 on libero_goal", "primitive", "stage 2", "4 x 2 rollouts", "3 steps", "together"):
+        assert text in plan
+    results = Results.load(run / "results.json")
+    assert [[count is not None for count in row] for row in results.episodes] == [
+        [True, True, True],
+        [True, True, True],
+        [False, True, True],
+        [False, False, True],
+    ]
+    assert results.assets == "primitive"
+    assert results.step_cap == 300
+    assert results.seed == 42
+    assert results.versions["mujoco"]
+    assert results.timings[0].keys() == {"demonstrations", "train", "evaluate"}
+    assert (run / "report" / "index.html").exists()
+    assert (run / "success.csv").exists()
+    assert not list(run.glob("stages/*/checkpoint-*"))
+    steps = [json.loads(line)["step"] for line in (run / "stages/stage_01/log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+    adapters = sorted(path.name for path in (run / "adapters").iterdir())
+    assert adapters[0].startswith("stage_01_")
+    info = json.loads((run / "adapters" / adapters[1] / "infovla.json").read_text())
+    assert info["base_model"] == "../../base"
+    assert len(info["seen"]) == 4
+    policy = load_policy(run)  # the latest adapter
+    assert policy.act(np.zeros((24, 24, 3), np.uint8), info["instruction"], np.zeros(8)).shape == (8, 7)
+
+    before = snapshot(run)
+    FakePool.calls.clear()
+    with make() as stream:
+        assert "finished" in stream.plan()
+        stream.run()
+    assert FakePool.calls == []
+    assert snapshot(run) == before
+
+
+def test_a_killed_evaluation_goes_on_with_the_next_task(make: Callable[..., Stream], monkeypatch: pytest.MonkeyPatch) -> None:
+    with make() as stream:
+        first, second = stream.stages[0].tasks
+        monkeypatch.setattr(FakePool, "fail_at", second.name)
+        with pytest.raises(KeyboardInterrupt):
+            stream.run()
+    assert FakePool.calls == [first.name]
+    monkeypatch.setattr(FakePool, "fail_at", None)
+    with make() as stream:
+        stream.run()
+    assert FakePool.calls[:2] == [first.name, second.name]
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint_with_the_same_result(
+    make: Callable[..., Stream], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from infovla_peft.trainer import LossLog
+
+    with make() as stream:
+        stream.run()
+    run = tmp_path / "run"
+    whole = {path.parent.name: load_file(path) for path in run.glob("adapters/*/adapter_model.safetensors")}
+    shutil.rmtree(run)
+
+    on_log = LossLog.on_log
+
+    def killed(self: LossLog, args: Any, state: Any, *rest: Any, **options: Any) -> None:
+        on_log(self, args, state, *rest, **options)
+        if self._stage == 1 and state.global_step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, make() as stream:
+        patch.setattr(LossLog, "on_log", killed)
+        with pytest.raises(KeyboardInterrupt):
+            stream.run()
+    assert list(run.glob("stages/stage_01/checkpoint-*"))
+    shutil.copytree(run / "stages/stage_01/checkpoint-2", run / "stages/stage_01/checkpoint-9")
+    (run / "stages/stage_01/checkpoint-9/trainer_state.json").unlink()  # a torn one does not count
+    with make() as stream:
+        stream.run()
+    assert len(whole) == 2
+    for name, weights in whole.items():
+        resumed = load_file(run / "adapters" / name / "adapter_model.safetensors")
+        assert all(torch.equal(resumed[key], weights[key]) for key in weights)
+    steps = [json.loads(line)["step"] for line in (run / "stages/stage_01/log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+
+
+def test_a_changed_configuration_is_refused_and_harmless_changes_are_not(make: Callable[..., Stream]) -> None:
+    with make() as stream:
+        stream.record()
+    with pytest.raises(RunError, match=r"(?s)stage_steps: 3 -> 4.*lora_r: 2 -> 3|(?s)lora_r.*stage_steps"):
+        make({"stage_steps": 4}, lora_r=3).__enter__()
+    with make({"eval_workers": 5}, save_steps=7, disable_tqdm=False):
+        pass
+
+
+def test_a_missing_predecessor_is_named(make: Callable[..., Stream], tmp_path: Path) -> None:
+    with make() as stream:
+        stream.record()
+        with pytest.raises(RunError, match=r"'remember_01' is not finished.*whole recipe"):
+            stream.learn(stream.stages[2])
+        stream.learn_base()
+        stream.remember(stream.stages[0])
+        stream.learn(stream.stages[1])
+        stream.remember(stream.stages[1])
+        shutil.rmtree(tmp_path / "run/adapters" / stream.stages[1].name)
+        with pytest.raises(RunError, match=r"learn_01.*finished, but .*stage_01_.* is missing"):
+            stream.learn(stream.stages[2])
+
+
+def test_an_adapter_of_another_base_is_refused(make: Callable[..., Stream], tmp_path: Path) -> None:
+    with make() as stream:
+        stream.run()
+    shutil.copytree(tmp_path / "run", tmp_path / "first")
+    shutil.rmtree(tmp_path / "run")
+    with make(seed=7) as stream:
+        stream.record()
+        stream.learn_base()
+    adapter = next((tmp_path / "first/adapters").iterdir())
+    with pytest.raises(AdapterError, match="trained on another base"):
+        load_policy(adapter, base=tmp_path / "run/base")
+
+
+def test_a_base_that_is_no_openvla_is_refused_before_anything_is_written(make: Callable[..., Stream], tmp_path: Path) -> None:
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        make({"base_model": str(folder)}).__enter__()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="model_type 'llama'"):
+        make({"base_model": str(folder)}).__enter__()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_is_used_as_it_is(make: Callable[..., Stream], tmp_path: Path) -> None:
+    with make() as stream:
+        stream.record()
+        stream.learn_base()
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tmp_path / "run/base", checkpoint)
+    shutil.rmtree(tmp_path / "run")
+    before = snapshot(checkpoint)
+    with make({"base_model": str(checkpoint), "stream": "B0-1N1"}) as stream:
+        stream.run()
+    assert snapshot(checkpoint) == before
+    results = Results.load(tmp_path / "run/results.json")
+    assert [row[0] for row in results.episodes] == [None]
+    adapter = next((tmp_path / "run/adapters").iterdir())
+    assert load_policy(adapter).instruction == stream.stages[1].tasks[0].instruction
+
+
+def test_a_full_disk_leaves_earlier_results_as_they_were(
+    make: Callable[..., Stream], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make() as stream:
+        stream.record()
+        stream.learn_base()
+        stream.remember(stream.stages[0])
+        stream.measure(stream.stages[0])
+    before = snapshot(tmp_path / "run")
+
+    def full(*_args: Any, **_options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, make() as stream:
+        patch.setattr("infovla_peft.adapters.save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            stream.learn(stream.stages[1])
+    after = snapshot(tmp_path / "run")
+    assert {name: after[name] for name in before if name != "memory/anchors.safetensors"} == before
+    with make() as stream:
+        stream.run()
+    assert Results.load(tmp_path / "run/results.json").stages == 3
