@@ -84,6 +84,11 @@ def _build(task: Task, assets: AssetSet) -> Any:
             model = self.sim.model._model
             self.built_poses = model.body_pos.copy(), model.body_quat.copy()
 
+        def _reset_internal(self) -> None:
+            # A hard reset has run this once on the new model; the solver's next solutions start from its result.
+            self.sim.forward()
+            super()._reset_internal()
+
         def _setup_observables(self) -> dict[str, Any]:
             return {}  # robosuite would compute them in every substep
 

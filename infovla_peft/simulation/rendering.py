@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -68,6 +69,13 @@ class SceneRenderer:
 
     def close(self) -> None:
         """Free the OpenGL context."""
-        self._gl.make_current()
-        self._context.free()
-        self._gl.free()
+        if self._context is not None:
+            # Object numbers are the context's own: freed while another is current, they would delete its objects.
+            self._gl.make_current()
+            self._context.free()
+            self._gl.free()
+            self._context = None
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # at interpreter exit the library may be gone
+            self.close()
