@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ import torch
 
 from .config import InfoVLAConfig, StreamConfig
 from .methods import METHODS
+from .results import Results
 
 if TYPE_CHECKING:
     from .simulation import AssetSet, Task
@@ -123,6 +125,21 @@ def describe_plan(
             f"{'':16}{what}{seen} x {config.eval_episodes} rollouts, {_about(seconds)}"
         )
     return "\n".join([*lines, f"  together      {_about(total)} from now; results in {training.output_dir}"])
+
+
+def describe_results(results: Results) -> str:
+    """The success matrix in per cent, a task per line and a stage per column, and the metrics."""
+    header = [
+        f"{'success in %':<60}",
+        *(f"{f'stage {stage}' if stage else 'base':>9}" for stage in range(results.stages)),
+    ]
+    lines = ["".join(header)]
+    for task, row in zip(results.tasks, results.success, strict=True):
+        cells = ["-" if math.isnan(rate) else f"{100 * rate:.0f}" for rate in row]
+        lines.append(f"{task.instruction:<60}" + "".join(f"{cell:>9}" for cell in cells))
+    known = {name: value for name, value in results.metrics().items() if not math.isnan(value)}
+    lines.append(", ".join(f"{name.replace('_', ' ')} {100 * value:.1f}" for name, value in known.items()))
+    return "\n".join(lines)
 
 
 def measure_step(config: StreamConfig, training: InfoVLAConfig) -> float:

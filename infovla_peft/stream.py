@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from .adapters import AdapterInfo, add_adapter, fingerprint, load_adapter, save_
 from .config import InfoVLAConfig, StreamConfig, resolved_config
 from .data.chunks import ChunkDataset
 from .data.collator import VLACollator
+from .data.demonstrations import CAMERA_COLUMNS, load_demonstrations
 from .data.normalisation import Normaliser, compute_statistics
 from .evaluation import TaskResult, evaluate
 from .files import atomic_folder, write_json
@@ -31,7 +32,8 @@ from .inference import Policy
 from .memory import ReplayMemory
 from .methods import METHODS
 from .models.openvla import build_tiny_openvla, load_openvla
-from .plan import Stage, describe_plan, plan_stages, step_name, tiny_shape, workers
+from .plan import Stage, describe_plan, describe_results, plan_stages, step_name, tiny_shape, workers
+from .progress import show_progress
 from .report import write_report
 from .results import Results, TaskEntry, Video, collect_versions, source_commit
 from .run_folder import RunError, RunFolder
@@ -41,8 +43,8 @@ from .video import CURE, video_available
 if TYPE_CHECKING:
     from .simulation import AssetSet, Task
 
-IMAGE_COLUMNS = {"agentview": "image", "robot0_eye_in_hand": "wrist_image"}
-"""Which column of the demonstrations holds which camera's images."""
+DEMONSTRATION_SEED = 0
+"""Demonstrations are data: the same for every seed of a training, so that runs can share them."""
 HARMLESS = frozenset(
     {
         "output_dir", "demonstrations_folder", "demonstration_workers", "eval_workers", "cache_images",
@@ -95,9 +97,9 @@ class Stream:
             raise RunError(f"videos of rollouts need PyAV: {CURE}")
         if not self.is_tiny:
             read_config(self.config.base_model, {})
-        unknown = set(self.config.cameras) - set(IMAGE_COLUMNS)
+        unknown = set(self.config.cameras) - set(CAMERA_COLUMNS)
         if unknown or not self.config.cameras:
-            raise RunError(f"cameras must be among {', '.join(IMAGE_COLUMNS)}, got {self.config.cameras}")
+            raise RunError(f"cameras must be among {', '.join(CAMERA_COLUMNS)}, got {self.config.cameras}")
 
     def plan(self) -> str:
         """What is to be done, in which stages, and about how long it takes; what is finished counts no more."""
@@ -133,8 +135,6 @@ class Stream:
 
     def demonstrations(self, tasks: Sequence[Task]) -> datasets.Dataset:
         """Frames of the recorded demonstrations of some tasks."""
-        from .data.demonstrations import load_demonstrations
-
         return load_demonstrations(
             self.demonstrations_folder, [task.name for task in tasks], episodes=self.config.demonstrations
         )
@@ -143,8 +143,10 @@ class Stream:
         """The base model, its processor and the frozen statistics.
 
         Raises:
-            RunError: the base sees another number of images than `cameras` names.
+            RunError: a tiny base is not trained yet, or the base sees another number of images than `cameras` names.
         """
+        if self.is_tiny:
+            self._need("base", self.run_folder.base)
         model, processor = load_openvla(self.base)
         if model.config.num_images_in_input != len(self.config.cameras):
             raise RunError(
@@ -158,7 +160,7 @@ class Stream:
             self.demonstrations(tasks),
             collator.pipeline,
             chunk=model.config.num_actions_chunk if model.config.decoding == "parallel" else 1,
-            cameras=[IMAGE_COLUMNS[camera] for camera in self.config.cameras],
+            cameras=[CAMERA_COLUMNS[camera] for camera in self.config.cameras],
             cache_images=self.training.cache_images,
         )
 
@@ -196,7 +198,7 @@ class Stream:
             cameras=self.config.cameras,
             renderer=self.config.renderer,
             noise=self.config.demonstration_noise,
-            seed=self.training.seed,
+            seed=DEMONSTRATION_SEED,
             num_workers=workers(self.config.demonstration_workers),
         )
 
@@ -224,6 +226,7 @@ class Stream:
             collator,
             callbacks=self.callbacks(stage),
         )
+        show_progress(trainer, "base")
         trainer.train(resume_from_checkpoint=True)
         if self.run_folder.main_process:
             with atomic_folder(self.run_folder.base) as folder:
@@ -231,47 +234,42 @@ class Stream:
                 processor.save_pretrained(folder)
             self._drop_checkpoints(stage)
 
-    def learn(self, stage: Stage) -> None:
+    def learn(self, stage: Stage, train: Callable[[Stream, Stage], None] | None = None) -> None:
         """Train the adapter of one stage.
+
+        Args:
+            train: trains and saves it (`save_adapter`), from its last checkpoint if there is one; `train_adapter`
+                if None.
 
         Raises:
             RunError: the stage before it is not finished.
         """
         folder = self.run_folder.adapter(stage.name)
-        self.run_folder.once(step_name("learn", stage), lambda: self._learn(stage), products=[folder], everyone=True)
+        work = train or train_adapter
+        self.run_folder.once(step_name("learn", stage), lambda: work(self, stage), products=[folder], everyone=True)
 
-    def _learn(self, stage: Stage) -> None:
-        previous = self._previous(stage)
-        model, processor, normaliser = self.load_base()
-        base = fingerprint(model)
-        if previous is not None:
-            model, _ = load_adapter(model, self.run_folder.adapter(previous), previous)
-        start_from = previous if self.training.adapter_init == "continue" else None
-        model = add_adapter(model, stage.name, self.training, start_from=start_from)
-        collator = VLACollator(processor, normaliser, model.config)
-        trainer = InfoVLATrainer(
-            model,
-            self.stage_training(stage),
-            self.samples(stage.tasks, model, collator),
-            collator,
-            memory=self.memory(),
-            previous_adapter=previous,
-            callbacks=self.callbacks(stage),
-        )
-        trainer.train(resume_from_checkpoint=True)
-        self.save_adapter(model, stage, base, normaliser)
+    def load_previous(self, stage: Stage, model: Any) -> tuple[Any, str | None]:
+        """The base `model` with the adapter of the stage before, and its name; the base alone and None in stage 1.
 
-    def save_adapter(self, model: Any, stage: Stage, base: dict[str, str], normaliser: Normaliser) -> None:
-        """Write the folder of a stage's adapter, and remove the checkpoints that led to it.
-
-        Args:
-            base: fingerprint of the base it was trained on.
+        Raises:
+            RunError: something that the stage builds on is not finished or not there.
         """
+        before = self.stages[stage.index - 1]
+        self._need(step_name("remember", before), self.run_folder.memory)
+        if before.index == 0:
+            return model, None
+        folder = self.run_folder.adapter(before.name)
+        self._need(step_name("learn", before), folder)
+        model, _ = load_adapter(model, folder, before.name)
+        return model, before.name
+
+    def save_adapter(self, model: Any, stage: Stage, normaliser: Normaliser) -> None:
+        """Write the folder of a stage's adapter, and remove the checkpoints that led to it."""
         if self.run_folder.main_process:
             folder = self.run_folder.adapter(stage.name)
             info = AdapterInfo(
                 base_model=relative_base(self.base, folder),
-                base_fingerprint=base,
+                base_fingerprint=fingerprint(model),
                 unnorm_key=normaliser.key,
                 task=", ".join(task.name for task in stage.tasks),
                 instruction=", ".join(task.instruction for task in stage.tasks),
@@ -343,7 +341,8 @@ class Stream:
                     write_json(folder.rollouts(stage.index) / f"{result.task}.json", result.to_dict())
                     print(f"  {result.task}: {sum(result.successes)} of {result.episodes}", flush=True)
         self.results(stage).save(folder.results)
-        write_report(folder.path)
+        if self.seen(stage):
+            write_report(folder.path)
 
     def policy(self, stage: Stage) -> Policy:
         """The policy after a stage, loaded as a user would load it."""
@@ -352,8 +351,6 @@ class Stream:
             folder = self.run_folder.adapter(stage.name)
             self._need(step_name("learn", stage), folder)
             return load_policy(folder, base=self.base, device=device)
-        if self.is_tiny:
-            self._need("base", self.run_folder.base)
         model, processor, normaliser = self.load_base()
         model.config.norm_stats = normaliser.as_statistics()
         return Policy(model.to(device), processor, normaliser, cameras=self.config.cameras)
@@ -411,6 +408,11 @@ class Stream:
             self.remember(stage)
             self.measure(stage)
 
+    def summary(self) -> str:
+        """The success matrix and the metrics of what is measured, as text, and where the report is."""
+        report = self.run_folder / "report" / "index.html"
+        return f"{describe_results(Results.load(self.run_folder.results))}\nreport: {report}"
+
     # --- details -----------------------------------------------------------------------------------------------------
 
     def _statistics(self, model: Any) -> dict[str, Any]:
@@ -428,17 +430,6 @@ class Stream:
             write_json(file, statistics)
         loaded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return loaded
-
-    def _previous(self, stage: Stage) -> str | None:
-        """Name of the adapter of the stage before, None for the base. What the stage builds on must be there."""
-        before = self.stages[stage.index - 1]
-        self._need(step_name("remember", before), self.run_folder.memory)
-        if self.is_tiny:
-            self._need("base", self.run_folder.base)
-        if before.index == 0:
-            return None
-        self._need(step_name("learn", before), self.run_folder.adapter(before.name))
-        return before.name
 
     def _need(self, step: str, product: Path) -> None:
         if not self.run_folder.done(step):
@@ -463,8 +454,42 @@ class Stream:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
+def train_adapter(stream: Stream, stage: Stage) -> None:
+    """Train the adapter of one stage on its tasks and the memory, and save it. Spelled out in recipes/continual.py."""
+    model, processor, normaliser = stream.load_base()
+    model, previous = stream.load_previous(stage, model)
+    start_from = previous if stream.training.adapter_init == "continue" else None
+    model = add_adapter(model, stage.name, stream.training, start_from=start_from)
+    collator = VLACollator(processor, normaliser, model.config)
+    trainer = InfoVLATrainer(
+        model,
+        stream.stage_training(stage),
+        stream.samples(stage.tasks, model, collator),
+        collator,
+        memory=stream.memory(),
+        previous_adapter=previous,
+        callbacks=stream.callbacks(stage),
+    )
+    show_progress(trainer, f"stage {stage.index}")
+    trainer.train(resume_from_checkpoint=True)
+    stream.save_adapter(model, stage, normaliser)
+
+
 def statistics_of(frames: datasets.Dataset) -> dict[str, Any]:
-    """Frozen normalisation out of demonstrations, see `compute_statistics`."""
+    """Frozen normalisation out of the base tasks' demonstrations, with room for the tasks to come.
+
+    What lies outside of q01 … q99 is clipped for ever, and a later task may need it: on LIBERO-Goal the hand turns by
+    up to 0.1 of its range in "put the bowl on the stove" and by 0.8 in "turn on the stove". So the bounds of actions
+    are the controller's own, [-1, 1], and those of proprioception are moved outwards by half their distance. (OpenVLA
+    takes the percentiles, of a data set that holds all tasks.) Mean, std, min and max are as measured.
+    """
     columns = frames.select_columns(["action", "state", "task", "episode_index"]).with_format("numpy")[:]
     episodes = len(set(zip(columns["task"], columns["episode_index"].tolist(), strict=True)))
-    return compute_statistics(np.stack(columns["action"]), np.stack(columns["state"]), episodes)
+    statistics = compute_statistics(np.stack(columns["action"]), np.stack(columns["state"]), episodes)
+    action, proprio = statistics["action"], statistics["proprio"]
+    for position, moves in enumerate(action["mask"]):
+        if moves:
+            action["q01"][position], action["q99"][position] = -1.0, 1.0
+    low, high = np.array(proprio["q01"]), np.array(proprio["q99"])
+    proprio["q01"], proprio["q99"] = (low - (high - low) / 2).tolist(), (high + (high - low) / 2).tolist()
+    return statistics

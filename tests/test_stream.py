@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import infovla_peft.data.demonstrations
 import infovla_peft.data.recording
 import infovla_peft.simulation.workers
 from infovla_peft.adapters import AdapterError
@@ -97,7 +96,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
         return frames.select([row for row, name in enumerate(frames["task"]) if name in tasks])
 
     monkeypatch.setattr(infovla_peft.data.recording, "record_demonstrations", record)
-    monkeypatch.setattr(infovla_peft.data.demonstrations, "load_demonstrations", load)
+    monkeypatch.setattr("infovla_peft.stream.load_demonstrations", load)
     monkeypatch.setattr(infovla_peft.simulation.workers, "EnvironmentPool", FakePool)
     monkeypatch.setattr("infovla_peft.simulation.find_assets", lambda *_: AssetSet("primitive", tmp_path))
     monkeypatch.setattr(FakePool, "calls", [])
@@ -136,7 +135,9 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_notation_becomes_stages() -> None:
-    stages = plan_stages(StreamConfig(stream="B3-2N2", tasks=["7", "1", "2", "put_the_bowl_on_the_plate", "0", "9", "4"]))
+    stages = plan_stages(
+        StreamConfig(stream="B3-2N2", tasks=["7", "1", "2", "put_the_bowl_on_the_plate", "0", "9", "4"])
+    )
     assert [[task.index for task in stage.tasks] for stage in stages] == [[7, 1, 2], [8, 0], [9, 4]]
     assert stages[1].name == "stage_01_put_the_bowl_on_the_plate_and_1_more"
 
@@ -196,7 +197,9 @@ def test_a_whole_run(make: Callable[..., Stream], tmp_path: Path, capsys: pytest
     assert snapshot(run) == before
 
 
-def test_a_killed_evaluation_goes_on_with_the_next_task(make: Callable[..., Stream], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_evaluation_goes_on_with_the_next_task(
+    make: Callable[..., Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with make() as stream:
         first, second = stream.stages[0].tasks
         monkeypatch.setattr(FakePool, "fail_at", second.name)
@@ -247,7 +250,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint_with_the_same_result(
 def test_a_changed_configuration_is_refused_and_harmless_changes_are_not(make: Callable[..., Stream]) -> None:
     with make() as stream:
         stream.record()
-    with pytest.raises(RunError, match=r"(?s)stage_steps: 3 -> 4.*lora_r: 2 -> 3|(?s)lora_r.*stage_steps"):
+    with pytest.raises(RunError, match=r"(?s)stage_steps: 3 -> 4.*lora_r: 2 -> 3"):
         make({"stage_steps": 4}, lora_r=3).__enter__()
     with make({"eval_workers": 5}, save_steps=7, disable_tqdm=False):
         pass
@@ -276,17 +279,19 @@ def test_an_adapter_of_another_base_is_refused(make: Callable[..., Stream], tmp_
         stream.record()
         stream.learn_base()
     adapter = next((tmp_path / "first/adapters").iterdir())
-    with pytest.raises(AdapterError, match="trained on another base"):
+    with pytest.raises(AdapterError, match=r"another base than .* load it with its own base"):
         load_policy(adapter, base=tmp_path / "run/base")
 
 
-def test_a_base_that_is_no_openvla_is_refused_before_anything_is_written(make: Callable[..., Stream], tmp_path: Path) -> None:
+def test_a_base_that_is_no_openvla_is_refused_before_anything_is_written(
+    make: Callable[..., Stream], tmp_path: Path
+) -> None:
     folder = tmp_path / "llama"
     folder.mkdir()
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         make({"base_model": str(folder)}).__enter__()
     (folder / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="model_type 'llama'"):
+    with pytest.raises(ValueError, match=r"is no OpenVLA checkpoint: .* 'llama'"):
         make({"base_model": str(folder)}).__enter__()
     assert not (tmp_path / "run").exists()
 

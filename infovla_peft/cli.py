@@ -1,0 +1,281 @@
+"""`infovla <command>`: train, evaluate, demos, report, act, doctor, setup-libero."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+
+
+def explain(error: BaseException) -> str:
+    """One clear line on what went wrong and what to do; the libraries' own words where they are clear enough."""
+    text = str(error).strip() or type(error).__name__
+    full = getattr(error, "errno", None) == errno.ENOSPC
+    if full or any(words in text for words in ("No space left on device", "PytorchStreamWriter failed", "disk full")):
+        return (
+            f"the disk is full ({text}); free some space and give the same command again. "
+            "What was finished before is kept"
+        )
+    if isinstance(error, PermissionError):
+        return (
+            f"no permission for {error.filename or text}; choose another folder (--output_dir), or get the permission"
+        )
+    if isinstance(error, KeyError):  # whose text is the repr of its message
+        return str(error.args[0]) if error.args else text
+    return text
+
+
+def run_command(command: Callable[[], int | None]) -> int:
+    """Run a command; errors become one message on stderr and a non-zero exit code (INFOVLA_DEBUG=1: a traceback).
+
+    Returns:
+        0, what `command` returned, 1 after an error, 130 after Ctrl-C.
+    """
+    try:
+        return command() or 0
+    except KeyboardInterrupt:
+        print("\ninfovla: stopped; the same command continues", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        if os.environ.get("INFOVLA_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        known = isinstance(error, (OSError, ValueError, RuntimeError, KeyError, ImportError))
+        what = explain(error) if known else f"{type(error).__name__}: {explain(error)} (INFOVLA_DEBUG=1 shows more)"
+        print(f"infovla: error: {what}", file=sys.stderr)
+        return 1
+
+
+def train(argv: Sequence[str], *, prog: str = "infovla train") -> None:
+    """The main job, from a recipe and its overrides."""
+    from .config import load_recipe
+    from .progress import quiet_libraries
+    from .stream import Stream
+
+    recipe, overrides = split_recipe(argv, prog)
+    config, training = load_recipe(recipe, overrides, prog=f"{prog} [RECIPE.yaml]", description=train.__doc__)
+    quiet_libraries(loading_bars=config.base_model != "tiny")
+    with Stream(config, training) as stream:
+        if stream.run_folder.main_process:
+            print(stream.plan(), flush=True)
+        stream.run()
+        if stream.run_folder.main_process:
+            print(stream.summary())
+
+
+def split_recipe(argv: Sequence[str], prog: str) -> tuple[Path | None, list[str]]:
+    """The recipe's path, if the arguments begin with one, and the options.
+
+    Raises:
+        ValueError: neither a recipe nor an option was given.
+    """
+    if not argv:
+        raise ValueError(f"say what to do: {prog} RECIPE.yaml [--option value ...]; --help explains every option")
+    return (None, list(argv)) if argv[0].startswith("-") else (Path(argv[0]), list(argv[1:]))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from .evaluation import evaluate
+    from .files import write_json
+    from .hub import load_policy
+    from .metrics import wilson_interval
+    from .plan import workers
+    from .progress import quiet_libraries
+    from .results import collect_versions, source_commit
+    from .simulation import find_assets, find_task, suite_tasks
+    from .simulation.workers import EnvironmentPool
+
+    quiet_libraries(loading_bars=True)
+    names = options.tasks or [task.name for task in suite_tasks(options.suite)]
+    tasks = [find_task(options.suite, name) for name in names]
+    assets = find_assets(options.assets, options.assets_folder)
+    policy = load_policy(options.policy, stage=options.stage, base=options.base, unnorm_key=options.unnorm_key)
+    policy.model.to(options.device)
+    output = Path(options.output) if options.output else None
+    rows = []
+    print(f"{options.policy} on {options.suite}: {assets.name} assets, {options.renderer} renderer")
+    with EnvironmentPool(
+        workers(options.workers),
+        assets=assets,
+        image_size=options.image_size,
+        cameras=policy.cameras,
+        renderer=options.renderer,
+    ) as pool:
+        for result in evaluate(
+            policy,
+            tasks,
+            pool,
+            episodes=options.episodes,
+            open_loop_steps=options.open_loop_steps,
+            max_steps=options.max_steps,
+            videos=options.videos if output else 0,
+            video_folder=output / "videos" if output else None,
+        ):
+            low, high = wilson_interval(sum(result.successes), result.episodes)
+            print(f"{result.rate:6.1%}  [{low:.0%}, {high:.0%}]  {result.task}", flush=True)
+            rows.append(result.to_dict())
+            if output:
+                content = {
+                    "policy": str(options.policy),
+                    "stage": options.stage,
+                    "suite": options.suite,
+                    "assets": assets.name,
+                    "renderer": options.renderer,
+                    "image_size": options.image_size,
+                    "step_cap": options.max_steps or tasks[0].max_steps,
+                    "open_loop_steps": options.open_loop_steps,
+                    "versions": collect_versions(),
+                    "commit": source_commit(),
+                    "results": rows,
+                }
+                write_json(output / "evaluation.json", content)
+    print(f"{sum(sum(row['successes']) for row in rows) / sum(len(row['successes']) for row in rows):6.1%}  all")
+
+
+def _demos(options: argparse.Namespace) -> None:
+    from .data.recording import record_demonstrations
+    from .plan import workers
+    from .simulation import find_assets, find_task, suite_tasks
+
+    names = options.tasks or [task.name for task in suite_tasks(options.suite)]
+    record_demonstrations(
+        [find_task(options.suite, name) for name in names],
+        Path(options.folder),
+        episodes=options.episodes,
+        assets=find_assets(options.assets, options.assets_folder),
+        image_size=options.image_size,
+        cameras=options.cameras,
+        renderer=options.renderer,
+        noise=options.noise,
+        seed=options.seed,
+        num_workers=workers(options.workers),
+    )
+
+
+def _report(options: argparse.Namespace) -> None:
+    from .report import write_report
+
+    print(write_report(options.run))
+
+
+def _act(options: argparse.Namespace) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from .hub import load_policy
+    from .progress import quiet_libraries
+
+    quiet_libraries(loading_bars=False)
+    policy = load_policy(options.policy, task=options.task, stage=options.stage, base=options.base)
+    images = [np.asarray(Image.open(path).convert("RGB")) for path in options.images]
+    actions = policy.act(images, options.instruction, options.proprio)
+    print(json.dumps([[round(float(value), 6) for value in action] for action in actions]))
+
+
+def _doctor(_options: argparse.Namespace) -> int:
+    from .simulation.installation import doctor
+
+    checks = doctor()
+    for check in checks:
+        print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.detail}")
+        if check.cure and not check.ok:
+            print(f"      cure: {check.cure}")
+    return 0 if all(check.ok for check in checks) else 1
+
+
+def _setup_libero(_options: argparse.Namespace) -> None:
+    from .simulation.installation import setup_libero
+
+    setup_libero()
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="infovla", description="Teach a vision-language-action model new robot skills one after another."
+    )
+    parser.add_argument("--version", action="version", version=f"infovla-peft {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str, run: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        added.set_defaults(run=run)
+        return added
+
+    # `train` takes the recipe's options, which only `load_recipe` knows; see `main`.
+    commands.add_parser("train", help="learn a stream of tasks: infovla train RECIPE.yaml [--option value ...]")
+
+    evaluate = command("evaluate", "roll a policy out in LIBERO and count successes", _evaluate)
+    _add_policy(evaluate)
+    _add_simulation(evaluate)
+    evaluate.add_argument("--unnorm_key", help="statistics to un-normalise with, for a checkpoint without adapter")
+    evaluate.add_argument("--episodes", type=int, default=20, help="rollouts per task, from the first of 50 states")
+    evaluate.add_argument("--open_loop_steps", type=int, default=8, help="actions executed of each predicted chunk")
+    evaluate.add_argument("--max_steps", type=int, help="step cap; the suite's own if not given")
+    evaluate.add_argument("--videos", type=int, default=2, help="MP4s per task below --output, failures first")
+    evaluate.add_argument("--output", help="folder for evaluation.json and videos")
+    evaluate.add_argument("--device", default="cpu", help="where the policy runs")
+
+    demos = command("demos", "record scripted demonstrations on fresh layouts", _demos)
+    demos.add_argument("folder", help="where they are kept; recording continues if some are there")
+    _add_simulation(demos)
+    demos.add_argument("--cameras", nargs="+", default=["agentview"], choices=CAMERAS, help="what is recorded")
+    demos.add_argument("--episodes", type=int, default=40, help="demonstrations per task")
+    demos.add_argument("--noise", type=float, default=0.1, help="noise on the executed, not on the recorded, actions")
+    demos.add_argument("--seed", type=int, default=42, help="of layouts and noise")
+
+    report = command("report", "draw the figures and the page of a run again", _report)
+    report.add_argument("run", help="folder of a run")
+
+    act = command("act", "print the actions for one observation, as JSON", _act)
+    _add_policy(act)
+    act.add_argument("--task", help="name or instruction of a learned task: its adapter is taken")
+    act.add_argument("--images", nargs="+", required=True, help="one upright image per camera, in the policy's order")
+    act.add_argument("--instruction", help="what to do; may be left out with --task")
+    act.add_argument("--proprio", type=float, nargs="+", help="raw state: hand position, axis-angle, fingers")
+
+    command("doctor", "say what is wrong with this installation, and the cure", _doctor)
+    command("setup-libero", "install the LIBERO simulation without its 80 training packages", _setup_libero)
+    return parser
+
+
+def _add_policy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("policy", help="folder or Hub id of an adapter, a run or a checkpoint")
+    parser.add_argument("--stage", type=int, help="the policy after this stage of a run; 0 is the base")
+    parser.add_argument("--base", help="where the base is, if not where the adapter says")
+
+
+def _add_simulation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--suite", default="libero_goal", help="LIBERO suite")
+    parser.add_argument("--tasks", nargs="+", help="by number or name; all of the suite if not given")
+    parser.add_argument("--assets", default="auto", choices=("auto", "official", "primitive"), help="asset set")
+    parser.add_argument("--assets_folder", help="folder of the official assets")
+    parser.add_argument("--renderer", default="fast", choices=("fast", "exact"), help="exact: LIBERO's own pictures")
+    parser.add_argument("--image_size", type=int, default=128, help="side of the rendered images in pixels")
+    parser.add_argument("--workers", type=int, default=0, help="simulation processes; 0 = one per core")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `infovla`; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["train"]:
+        return run_command(lambda: train(arguments[1:]))
+    options: Any = make_parser().parse_args(arguments)
+    return run_command(lambda: options.run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
