@@ -1,0 +1,122 @@
+"""Rollouts in worker processes: order, independence of scheduling, and clear errors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from infovla_peft.simulation import (
+    AssetSet,
+    EnvironmentPool,
+    Episode,
+    EpisodeResult,
+    LiberoEnvironment,
+    Observation,
+    Task,
+    WorkerError,
+    find_assets,
+    find_task,
+)
+
+pytestmark = pytest.mark.libero
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def assets() -> AssetSet:
+    return find_assets("primitive")
+
+
+def policy(observations: list[Observation], tasks: list[Task]) -> list[np.ndarray]:
+    """A function of what is seen, so that any mix-up of environments shows in the result."""
+    chunks = []
+    for observation, task in zip(observations, tasks, strict=True):
+        shift = np.tanh(observation.state[:6] + observation.images["agentview"].mean() / 255 + task.index)
+        chunks.append(np.repeat(np.append(0.5 * shift, 1.0)[None], 8, axis=0))
+    return chunks
+
+
+def slow_when(odd: bool) -> Callable[[list[Observation], list[Task]], list[np.ndarray]]:
+    calls = iter(range(1000))
+
+    def act(observations: list[Observation], tasks: list[Task]) -> list[np.ndarray]:
+        time.sleep(0.2 if next(calls) % 2 == odd else 0.0)
+        return policy(observations, tasks)
+
+    return act
+
+
+def summary(results: list[EpisodeResult]) -> list[tuple[Episode, bool, int, list[int]]]:
+    return [
+        (result.episode, result.success, result.steps, [int(frame.sum(dtype=np.int64)) for frame in result.frames])
+        for result in results
+        if result.frames is not None
+    ]
+
+
+def test_results_do_not_depend_on_workers_or_time(assets: AssetSet) -> None:
+    tasks = [find_task("libero_goal", index) for index in (7, 7, 7, 1, 1)]
+    episodes = [Episode(task, index, seed=index, record_video=True) for index, task in enumerate(tasks)]
+    with EnvironmentPool(1, assets=assets, image_size=32) as pool:
+        alone = summary(pool.run(episodes, policy, max_steps=STEPS))
+    with EnvironmentPool(2, assets=assets, image_size=32) as pool:
+        together = [summary(pool.run(episodes, slow_when(odd), max_steps=STEPS)) for odd in (False, True)]
+    assert [episode for episode, *_ in alone] == episodes
+    assert [steps for _, _, steps, _ in alone] == [STEPS] * 5
+    assert all(len(frames) == 4 for *_, frames in alone)  # looks before steps 0, 8 and 16, and the end
+    assert together == [alone, alone]
+
+    # The same in this process, by hand.
+    with LiberoEnvironment(tasks[0], assets=assets, image_size=32) as environment:
+        environment.reset(initial_state=0, seed=0)
+        frames = []
+        for look in range(0, STEPS, 8):
+            observation = environment.observe()
+            frames.append(observation.images["agentview"])
+            for action in policy([observation], [tasks[0]])[0][: STEPS - look]:
+                environment.step(action)
+        frames.append(environment.observe().images["agentview"])
+    assert [int(frame.sum(dtype=np.int64)) for frame in frames] == alone[0][3]
+
+
+def test_an_episode_ends_with_success(assets: AssetSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    # "Turn on the stove" with the knob far over the threshold: the goal holds after the first step.
+    task = find_task("libero_goal", 7)
+    with LiberoEnvironment(task, assets=assets, image_size=16) as environment:
+        environment.reset(initial_state=0, seed=0)
+        state = environment.start.simulation.copy()
+        (knob,) = environment.env.get_object("flat_stove_1").joints
+        state[1 + environment.env.sim.model.get_joint_qpos_addr(knob)] = 1.0
+        environment.reset(initial_state=state, seed=0)
+        assert environment.step(np.zeros(7))
+
+
+def test_a_dead_worker_is_named(assets: AssetSet) -> None:
+    episodes = [Episode(find_task("libero_goal", 7), index, seed=40 + index) for index in range(2)]
+    with EnvironmentPool(2, assets=assets, image_size=16) as pool:
+
+        def act(observations: list[Observation], tasks: list[Task]) -> list[np.ndarray]:
+            os.kill(pool._workers[1].process.pid, signal.SIGKILL)
+            return policy(observations, tasks)
+
+        message = r"for libero_goal/turn_on_the_stove, start state 1, seed 41 died by SIGKILL.*fewer workers"
+        with pytest.raises(WorkerError, match=message):
+            pool.run(episodes, act, max_steps=STEPS)
+        assert pool._workers == []
+        assert len(pool.run(episodes[:1], policy, max_steps=2)) == 1  # new workers are started
+
+
+def test_a_failure_in_a_worker_is_named(assets: AssetSet) -> None:
+    episode = Episode(find_task("libero_goal", 7), 0, seed=3)
+    with EnvironmentPool(1, assets=assets, image_size=16) as pool:
+        with pytest.raises(WorkerError, match=r"(?s)start state 0, seed 3 failed.*seven finite numbers"):
+            pool.run([episode], lambda seen, _: [np.full((8, 7), np.nan)] * len(seen))
+        with pytest.raises(ValueError, match=r"must return 1 chunks of actions \(T, 7\), not \[\(7,\)\]"):
+            pool.run([episode], lambda seen, _: [np.zeros(7)] * len(seen))
+    with pytest.raises(ValueError, match="at least one worker"):
+        EnvironmentPool(0, assets=assets)
