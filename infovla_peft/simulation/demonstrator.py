@@ -1,7 +1,7 @@
 """The scripted demonstrator: reads a task's goal and the true state of the scene, and solves the task.
 
-It acts through LIBERO's own action space, under LIBERO's own success test and step cap. What it knows of the true state
-never enters the record, which holds what a person's demonstration would hold.
+It acts through LIBERO's own action space, under LIBERO's own success test and step cap. What it knows of the true
+state never enters the record, which holds what a person's demonstration would hold.
 """
 
 from __future__ import annotations

@@ -77,9 +77,8 @@ def open_drawer(arm: Arm, region: str) -> None:
     arm.move_by(-0.08 * approach, max_steps=20)
     arm.rotation = DOWNWARD
     home = arm.reach.base - arm.position[:2]
-    arm.move_to(
-        arm.position + [*(0.06 * home / np.linalg.norm(home)), 0.10], tolerance=0.02, turn_tolerance=0.2, max_steps=30
-    )
+    back = np.append(0.06 * home / np.linalg.norm(home), 0.10)
+    arm.move_to(arm.position + back, tolerance=0.02, turn_tolerance=0.2, max_steps=30)
 
 
 def close_drawer(arm: Arm, region: str) -> None:
@@ -117,7 +116,7 @@ def close_door(arm: Arm, name: str) -> None:
         return np.append(hinge[:2] + 0.8 * edge[:2] + ahead * closing, points[:, 2].max() - 0.05)
 
     start = push_point(-0.09)
-    arm.travel(start + [0, 0, 0.13], below=0.03)
+    arm.travel(start + 0.13 * UP, below=0.03)
     arm.move_to(start, tolerance=0.015, max_steps=50)
     for _ in range(140):
         if door.value > -0.003:

@@ -103,10 +103,8 @@ def _cylinder(radius: float, half_length: float, spacing: float, *, caps: bool =
         x, y = (values.ravel() for values in np.meshgrid(_grid(radius, spacing), _grid(radius, spacing)))
         x, y = x[np.hypot(x, y) <= radius], y[np.hypot(x, y) <= radius]
         for sign in (-1.0, 1.0):
-            flat = np.zeros((x.size, 3))
-            parts.append(
-                Surface(flat + np.stack([x, y, np.full(x.size, sign * half_length)], axis=1), flat + [0, 0, sign])
-            )
+            cap = np.stack([x, y, np.full(x.size, sign * half_length)], axis=1)
+            parts.append(Surface(cap, np.tile([0.0, 0.0, sign], (x.size, 1))))
     return Surface.join(parts)
 
 

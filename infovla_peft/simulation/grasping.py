@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .geometry import DOWNWARD, Array, Reach, Surface, rotation_about, yaw_rotation
 
@@ -87,7 +88,7 @@ class _Cloud:
         across = np.array([np.cos(yaw), np.sin(yaw), 0.0])
         return _Cloud(points @ closing_axis(yaw), points @ across, points[:, 2])
 
-    def where(self, mask: np.ndarray) -> _Cloud:
+    def where(self, mask: NDArray[np.bool_]) -> _Cloud:
         return _Cloud(self.x[mask], self.y[mask], self.z[mask])
 
 
@@ -208,8 +209,8 @@ def _walls(slab: _Cloud) -> Iterator[tuple[float, float, float]]:
             yield from ((start, end, line) for end in ends[first:] if end - start <= WIDEST)
 
 
-def _collides(x: Array, y: Array, height: float, cloud: _Cloud) -> np.ndarray:
-    """Whether the open hand with its grip point at (x[i], y[i], height) touches a point of the cloud, (candidates,)."""
+def _collides(x: Array, y: Array, height: float, cloud: _Cloud) -> NDArray[np.bool_]:
+    """Whether the open hand with its grip point at (x[i], y[i], height) touches the cloud, (candidates,)."""
     near = (
         (cloud.z > height - FINGERTIP_BELOW)
         & (cloud.z < height + HAND_HEIGHT)
@@ -221,5 +222,4 @@ def _collides(x: Array, y: Array, height: float, cloud: _Cloud) -> np.ndarray:
     across = np.abs(points.y - y[:, None])
     finger = (aside > HALF_OPENING - 0.002) & (aside < HALF_OPENING + FINGER_THICKNESS) & (across < FINGER_HALF_WIDTH)
     palm = (aside < PALM_HALF_LENGTH) & (across < PALM_HALF_WIDTH) & (points.z > height + PALM_ABOVE)
-    touched: np.ndarray = (finger | palm).any(axis=1)
-    return touched
+    return np.asarray((finger | palm).any(axis=1), dtype=bool)

@@ -1,7 +1,8 @@
 """Moving the robot through LIBERO's own action space: 7 numbers in [-1, 1], twenty times a second.
 
-An action is what a person's demonstration would hold: the hand's displacement (0.05 m per unit) and rotation (0.5 rad
-per unit) for the OSC_POSE controller, and the gripper (-1 opens, +1 closes). The simulation is never touched otherwise.
+An action is what a person's demonstration would hold: the hand's displacement (0.05 m per unit) and rotation (0.5
+rad per unit) for the OSC_POSE controller, and the gripper (-1 opens, +1 closes). The simulation is never touched
+otherwise.
 """
 
 from __future__ import annotations
