@@ -59,7 +59,7 @@ class InfoVLATrainer(Trainer):
         kwargs: further arguments of `Trainer`.
 
     Raises:
-        ValueError: `teacher="previous"` without the adapter it names, or a batch too small for replay.
+        ValueError: `teacher="previous"` without the adapter it names, a batch too small for replay, nothing to train.
 
     Example:
         >>> trainer = InfoVLATrainer(model, args, dataset, collator, memory=memory)  # doctest: +SKIP
@@ -94,6 +94,10 @@ class InfoVLATrainer(Trainer):
                     model.add_module(f"infovla_{term.name}_network", term.network)
         else:
             freeze_unused(model)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                "nothing is trainable: add an adapter (adapters.add_adapter), or activate one as trainable"
+            )
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # everything trainable receives a gradient in every step
         if args.max_steps <= 0:

@@ -1,0 +1,421 @@
+"""The trainer: what moves and what must not, gradients, processes, resuming, precision, the log."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_policy import TinyPolicy, tiny_policy
+from torch import Tensor, nn
+from two_processes import CASES, one_step
+
+from infovla_peft.adapters import activate, adapter_parameters, add_adapter, base_model
+from infovla_peft.config import InfoVLAConfig
+from infovla_peft.memory import ReplayMemory
+from infovla_peft.teacher import compute_anchors
+from infovla_peft.trainer import InfoVLATrainer, LossLog, last_checkpoint
+
+DRAWER, STOVE, BOWL = "open_the_drawer", "turn_on_the_stove", "put_the_bowl_on_the_plate"
+
+
+def config(folder: Path, **options: Any) -> InfoVLAConfig:
+    plain = {
+        "use_cpu": True, "max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "lora_r": 4,
+        "lora_alpha": 8, "image_shift": 2, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True,
+    }  # fmt: skip
+    return InfoVLAConfig(**{"output_dir": str(folder), **plain, **options})
+
+
+def old_tasks(policy: TinyPolicy) -> ReplayMemory:
+    return ReplayMemory().add(policy.task(DRAWER)).add(policy.task(STOVE))
+
+
+def adapter_stage(folder: Path, policy: TinyPolicy | None = None, **options: Any) -> InfoVLATrainer:
+    """A trainer for a third task, with two in the memory."""
+    policy = policy or tiny_policy()
+    args = config(folder, **options)
+    callbacks = [LossLog(folder / "log.jsonl", 1)]
+    model = add_adapter(policy.model, "one", args)
+    dataset = policy.dataset.like(policy.task(BOWL))
+    return InfoVLATrainer(model, args, dataset, policy.collator, memory=old_tasks(policy), callbacks=callbacks)
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def losses(trainer: InfoVLATrainer, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def first_batch(trainer: InfoVLATrainer) -> dict[str, Any]:
+    batch: dict[str, Any] = next(iter(trainer.get_train_dataloader()))
+    return batch
+
+
+# --- what moves and what must not ---
+
+
+@pytest.mark.parametrize("teacher", ["base", "previous"])
+def test_after_two_tasks_the_base_and_the_first_adapter_are_bit_identical(tmp_path: Path, teacher: str) -> None:
+    policy = tiny_policy()
+    args = config(tmp_path, teacher=teacher, weight_decay=0.1)
+    original = snapshot(policy.model)
+    memory = ReplayMemory().add(policy.task(DRAWER))
+    model = add_adapter(policy.model, "one", args)
+    InfoVLATrainer(model, args, policy.dataset.like(policy.task(STOVE)), policy.collator, memory=memory).train()
+    first = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model, "one")}
+    memory = memory.add(policy.task(STOVE))
+    add_adapter(model, "two", args, start_from="one")
+    start = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model, "two")}
+    trainer = InfoVLATrainer(
+        model, args, policy.dataset.like(policy.task(BOWL)), policy.collator, memory=memory, previous_adapter="one"
+    )
+    trainer.train()
+    now = {name.replace(".base_layer.", "."): tensor for name, tensor in base_model(model).state_dict().items()}
+    assert all(torch.equal(now[name], tensor) for name, tensor in original.items())
+    assert all(torch.equal(parameter, first[name]) for name, parameter in adapter_parameters(model, "one"))
+    assert all(not torch.equal(parameter, start[name]) for name, parameter in adapter_parameters(model, "two"))
+
+
+def test_the_base_stage_trains_all_that_runs(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    before = snapshot(policy.model)
+    trainer = InfoVLATrainer(policy.model, config(tmp_path), policy.dataset, policy.collator)
+    trainer.train()
+    moved = {name for name, tensor in policy.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {name for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
+    assert "language_model.model.embed_tokens.weight" in moved
+    assert set(trainer.state.log_history[0]) == {"loss", "policy_loss", "grad_norm", "learning_rate", "epoch", "step"}
+
+
+@pytest.mark.parametrize("method", ["infovla", "infovla_paper"])
+@pytest.mark.parametrize("term", ["rac", "cmi"])
+@pytest.mark.parametrize("cmi_mode", ["infonce", "relational"])
+def test_the_gradient_of_each_term_reaches_the_adapter_and_nothing_else(
+    tmp_path: Path, method: str, term: str, cmi_mode: str
+) -> None:
+    weights = {"lambda_rac": float(term == "rac"), "lambda_cmi": float(term == "cmi")}
+    trainer = adapter_stage(tmp_path, method=method, cmi_mode=cmi_mode, **weights)
+    model: Any = trainer.model
+    for _, parameter in adapter_parameters(model, "one"):
+        nn.init.normal_(parameter, 0, 0.1)  # B = 0 would hide the gradient of A
+    trainer.prepare_anchors()
+    batch = first_batch(trainer)
+    policy_part = model(**{key: value for key, value in batch.items() if key != "replay"}).loss
+    (trainer.compute_loss(model, batch) - policy_part).backward()
+    for name, parameter in model.named_parameters():
+        # The action head comes after the tapped layer.
+        reached = ".lora_" in name and "action_head" not in name
+        has_gradient = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
+        assert has_gradient == (reached or "cmi_network" in name), name
+    assert all(tensor.grad is None for tensor in trainer.prepare_anchors().tensors().values())  # type: ignore[union-attr]
+
+
+def test_only_replay_samples_have_terms(tmp_path: Path) -> None:
+    trainer = adapter_stage(tmp_path)
+    trainer.prepare_anchors()
+    batch = first_batch(trainer)
+    model: Any = trainer.model
+    expected = trainer.compute_loss(model, batch) - model(**{k: v for k, v in batch.items() if k != "replay"}).loss
+    moved = {**batch, "pixel_values": batch["pixel_values"].clone()}
+    moved["pixel_values"][: len(moved["pixel_values"]) // 2] = 0  # the current task's samples come first
+    changed = trainer.compute_loss(model, moved) - model(**{k: v for k, v in moved.items() if k != "replay"}).loss
+    torch.testing.assert_close(changed, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_one_forward_of_the_student_and_none_of_the_teacher_per_step(tmp_path: Path) -> None:
+    trainer = adapter_stage(tmp_path, max_steps=5)
+    trainer.prepare_anchors()
+    calls: list[bool] = []
+    model: Any = trainer.model
+    base_model(model).language_model.model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    trainer.train()
+    assert calls == [True] * 5
+
+
+def test_the_teacher_of_an_adapter_is_the_base_or_the_adapter_before(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    args = config(tmp_path)
+    model = add_adapter(policy.model, "one", args)
+    for _, parameter in adapter_parameters(model, "one"):
+        nn.init.normal_(parameter, 0, 0.1)
+    add_adapter(model, "two", args)
+
+    def anchors(**options: Any) -> Any:
+        trainer = InfoVLATrainer(
+            model, config(tmp_path, teacher=options.pop("teacher")), policy.dataset.like(policy.task(BOWL)),
+            policy.collator, memory=old_tasks(policy), **options,
+        )  # fmt: skip
+        return trainer.prepare_anchors()
+
+    data = policy.dataset.like(old_tasks(policy).frames)
+    for found, adapter in (
+        (anchors(teacher="base"), None),
+        (anchors(teacher="previous", previous_adapter="one"), "one"),
+    ):
+        expected = compute_anchors(model, data, policy.collator, adapter=adapter, batch_size=8)
+        assert torch.equal(found.action, expected.action)
+    with pytest.raises(ValueError, match=r"needs an adapter of the stage before \('zero'\).*use teacher='base'"):
+        anchors(teacher="previous", previous_adapter="zero")
+    with pytest.raises(ValueError, match="Name it by previous_adapter="):
+        anchors(teacher="previous")
+
+
+def test_stored_anchors_are_used_again_while_they_fit(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    memory = old_tasks(policy).save(tmp_path / "memory")
+    args = config(tmp_path)
+    model = add_adapter(policy.model, "one", args)
+
+    def trainer(**options: Any) -> InfoVLATrainer:
+        stored = ReplayMemory.load(tmp_path / "memory")
+        dataset = policy.dataset.like(policy.task(BOWL))
+        return InfoVLATrainer(model, config(tmp_path, **options), dataset, policy.collator, memory=stored)
+
+    assert memory.anchors is None
+    calls: list[int] = []
+    handle = base_model(model).register_forward_hook(lambda *_: calls.append(1))
+    first = trainer().prepare_anchors()
+    assert len(calls) == 3  # 24 frames by 8
+    again = trainer().prepare_anchors()
+    assert len(calls) == 3
+    assert torch.equal(first.action, again.action)  # type: ignore[union-attr]
+    trainer(tap_layer=1).prepare_anchors()
+    assert len(calls) == 6
+    handle.remove()
+
+
+# --- the loss, over processes, accumulation and precision ---
+
+
+def test_the_loss_halves_on_one_repeated_batch(tmp_path: Path) -> None:
+    policy = tiny_policy(frames=2)
+    args = config(tmp_path, method="er", max_steps=30, image_shift=0, learning_rate=5e-3, lora_r=16, lora_alpha=16)
+    model = add_adapter(policy.model, "one", args)
+    dataset = policy.dataset.like(policy.task(BOWL))
+    trainer = InfoVLATrainer(model, args, dataset, policy.collator)
+    trainer.train()
+    assert losses(trainer)[-1] < 0.5 * losses(trainer)[0]
+
+
+def test_the_terms_fall_when_they_are_trained(tmp_path: Path) -> None:
+    trainer = adapter_stage(tmp_path, max_steps=40, lambda_rac=1.0, lambda_cmi=1.0, cmi_mode="infonce", image_shift=0)
+    for _, parameter in adapter_parameters(trainer.model, "one"):
+        nn.init.normal_(parameter, 0, 0.2)
+    trainer.train()
+    for name in ("rac", "cmi"):
+        curve = losses(trainer, name)
+        assert sum(curve[-5:]) < 0.8 * sum(curve[:5]), name
+
+
+@pytest.mark.slow
+def test_two_processes_give_loss_and_gradient_of_one_with_twice_the_batch(tmp_path: Path) -> None:
+    """Through `accelerate launch`, with an odd batch per process and unequal numbers of replay samples."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--cpu",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        str(Path(__file__).with_name("two_processes.py")), str(tmp_path / "two"),
+    ]  # fmt: skip
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for case in CASES:
+        one_step(case, tmp_path / "one")
+        one, two = (json.loads((tmp_path / number / f"{case}.json").read_text()) for number in ("one", "two"))
+        assert one == pytest.approx(two, rel=2e-5, abs=1e-6), case
+        one, two = (load_file(tmp_path / number / f"{case}.safetensors") for number in ("one", "two"))
+        assert one.keys() == two.keys()
+        assert any(tensor.any() for tensor in one.values())
+        close(one, two, atol=2e-5, rtol=1e-3)
+
+
+def gradient(folder: Path, **options: Any) -> dict[str, Tensor]:
+    """The change of the adapter in one step of SGD with a learning rate of 1."""
+    options = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0, **options}
+    trainer = adapter_stage(folder, lr_scheduler_type="constant", **options)
+    torch.manual_seed(0)
+    before = {}
+    for name, parameter in adapter_parameters(trainer.model, "one"):
+        nn.init.normal_(parameter, 0, 0.1)
+        before[name] = parameter.detach().clone()
+    trainer.train()
+    return {name: p.detach() - before[name] for name, p in adapter_parameters(trainer.model, "one")}
+
+
+def close(first: dict[str, Tensor], second: dict[str, Tensor], **tolerance: float) -> None:
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def test_accumulated_batches_count_as_their_mean(tmp_path: Path) -> None:
+    """Two batches accumulated = the mean of two gradients, each taken at the same parameters."""
+
+    def of_batch(number: int) -> dict[str, Tensor]:
+        trainer = adapter_stage(tmp_path, max_steps=2)
+        torch.manual_seed(0)
+        for _, parameter in adapter_parameters(trainer.model, "one"):
+            nn.init.normal_(parameter, 0, 0.1)
+        trainer.prepare_anchors()
+        batch = list(trainer.get_train_dataloader())[number]
+        trainer.compute_loss(trainer.model, batch).backward()  # type: ignore[arg-type]
+        return {name: p.grad for name, p in adapter_parameters(trainer.model, "one") if p.grad is not None}
+
+    accumulated = gradient(tmp_path, gradient_accumulation_steps=2)
+    one, two = of_batch(0), of_batch(1)
+    close({name: -(one[name] + two[name]) / 2 for name in one}, accumulated, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("tap_layer", [-1, 1])
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, tap_layer: int) -> None:
+    plain = gradient(tmp_path, tap_layer=tap_layer)
+    close(plain, gradient(tmp_path, tap_layer=tap_layer, activation_checkpointing=True), atol=1e-6, rtol=1e-4)
+
+
+def test_the_norm_of_the_gradient_is_limited(tmp_path: Path) -> None:
+    change = gradient(tmp_path, max_grad_norm=0.01)
+    norm = torch.cat([tensor.flatten() for tensor in change.values()]).norm()
+    assert norm == pytest.approx(0.01, rel=1e-3)
+
+
+def test_bfloat16_autocast(tmp_path: Path) -> None:
+    def trained(bf16: bool) -> InfoVLATrainer:
+        trainer = adapter_stage(tmp_path / str(bf16), bf16=bf16, max_steps=2, learning_rate=1e-3)
+        trainer.train()
+        return trainer
+
+    half, single = trained(True), trained(False)
+    assert all(parameter.dtype == torch.float32 for parameter in half.model.parameters())  # type: ignore[union-attr]
+    for name in ("policy_loss", "rac"):
+        assert losses(half, name) == pytest.approx(losses(single, name), rel=0.05)
+        assert losses(half, name) != losses(single, name)
+    anchors = half.memory.anchors  # type: ignore[union-attr]
+    assert anchors is not None
+    assert (anchors.spec["dtype"], anchors.action.dtype) == ("bf16", torch.float32)
+
+
+# --- resuming ---
+
+
+@pytest.mark.parametrize("method", ["infovla", "infovla_paper"])
+def test_a_resumed_run_reproduces_the_uninterrupted_one(tmp_path: Path, method: str) -> None:
+    options: dict[str, Any] = {
+        "method": method, "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lora_dropout": 0.3,
+        "proprio_noise": 0.05, "gradient_accumulation_steps": 2, "anchor_views": 2,
+    }  # fmt: skip
+    whole = adapter_stage(tmp_path / "whole", **options)
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    names = {file.name for file in checkpoint.iterdir()}
+    assert {"adapter_model.safetensors", "optimizer.pt", "trainer_state.json"} <= names
+    assert ("term_networks.safetensors" in names) == (method == "infovla_paper")
+
+    resumed = adapter_stage(tmp_path / "resumed", **options)
+    torch.manual_seed(12345)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for name, parameter in adapter_parameters(whole.model, "one"):
+        assert torch.equal(dict(adapter_parameters(resumed.model, "one"))[name], parameter), name
+    assert whole._networks().keys() == resumed._networks().keys()
+    assert all(torch.equal(tensor, whole._networks()[name]) for name, tensor in resumed._networks().items())
+    assert resumed.state.log_history[3:6] == whole.state.log_history[3:6]
+
+
+def test_the_base_stage_resumes_too(tmp_path: Path) -> None:
+    def trainer(folder: Path) -> InfoVLATrainer:
+        policy = tiny_policy()
+        options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+        return InfoVLATrainer(policy.model, config(folder, **options), policy.dataset, policy.collator)
+
+    whole, resumed = trainer(tmp_path / "whole"), trainer(tmp_path / "resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    expected = whole.model.state_dict()  # type: ignore[union-attr]
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.model.state_dict().items())  # type: ignore[union-attr]
+
+
+def test_the_same_command_goes_on_where_it_was(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
+    adapter_stage(tmp_path, max_steps=4, **options).train(resume_from_checkpoint=True)  # nothing there yet
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{")  # killed while writing
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    trainer = adapter_stage(tmp_path, max_steps=4, **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert {"stage", "step", "loss", "policy_loss", "rac", "cmi", "lr"} <= set(lines[0])
+    assert last_checkpoint(tmp_path / "none") is None
+
+
+# --- the log, and refusals ---
+
+
+def test_terms_without_information_are_skipped_and_counted(tmp_path: Path) -> None:
+    """One trajectory shorter than the near-duplicate window: no frame has a negative."""
+    policy = tiny_policy(frames=6)
+    args = config(tmp_path, cmi_mode="infonce", gradient_accumulation_steps=2, max_steps=3)
+    model = add_adapter(policy.model, "one", args)
+    memory = ReplayMemory().add(policy.task(DRAWER))
+    trainer = InfoVLATrainer(model, args, policy.dataset.like(policy.task(BOWL)), policy.collator, memory=memory)
+    trainer.train()
+    for entry in trainer.state.log_history[:3]:
+        assert (entry["rac_skipped"], entry["cmi_skipped"]) == (2, 2)
+        assert "rac" not in entry
+        assert entry["loss"] == pytest.approx(entry["policy_loss"], rel=1e-6)
+
+
+def test_the_loss_is_the_weighted_sum_of_what_is_logged(tmp_path: Path) -> None:
+    trainer = adapter_stage(tmp_path, lambda_rac=0.3, lambda_cmi=0.7, logging_steps=2)
+    trainer.train()
+    for entry in trainer.state.log_history[:2]:
+        total = entry["policy_loss"] + 0.3 * entry["rac"] + 0.7 * entry["cmi"]
+        assert entry["loss"] == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "terms", "replay"),
+    [
+        ({"method": "sequential"}, [], False),
+        ({"method": "er"}, [], True),
+        ({"method": "infovla"}, ["rac", "cmi"], True),
+        ({"method": "infovla", "lambda_cmi": 0.0}, ["rac"], True),
+        ({"method": "infovla", "replay_fraction": 0.0}, [], False),
+    ],
+)
+def test_what_a_method_adds(tmp_path: Path, options: dict[str, Any], terms: list[str], replay: bool) -> None:
+    trainer = adapter_stage(tmp_path, **options)
+    assert [term.name for term in trainer.terms] == terms
+    assert ("replay" in first_batch(trainer)) == replay
+    assert (trainer.prepare_anchors() is not None) == bool(terms)
+
+
+def test_epochs_are_turned_into_steps(tmp_path: Path) -> None:
+    trainer = adapter_stage(tmp_path, max_steps=-1, num_train_epochs=2)
+    assert trainer.args.max_steps == 12  # 24 frames, twice, by 4 current samples per batch
+    policy = tiny_policy()
+    base = InfoVLATrainer(
+        policy.model, config(tmp_path, max_steps=-1, num_train_epochs=2), policy.dataset, policy.collator
+    )
+    assert base.args.max_steps == 18  # 72 frames, twice, by 8
+
+
+def test_a_batch_too_small_for_replay(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="larger batches or a smaller replay_fraction"):
+        adapter_stage(tmp_path, per_device_train_batch_size=2)
+
+
+def test_an_adapter_that_is_not_trainable_says_so(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    model = add_adapter(policy.model, "one", config(tmp_path))
+    activate(model, "one")
+    with pytest.raises(ValueError, match="nothing is trainable"):
+        InfoVLATrainer(model, config(tmp_path), policy.dataset, policy.collator)
