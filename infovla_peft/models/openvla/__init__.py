@@ -52,5 +52,10 @@ def load_openvla(
     """
     model = OpenVLAForActionPrediction.from_pretrained(path_or_id, **{"dtype": dtype} if dtype else {}, **kwargs)
     hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in kwargs}
-    processor = OpenVLAProcessor.from_pretrained(path_or_id, **hub)
+    try:
+        processor = OpenVLAProcessor.from_pretrained(path_or_id, **hub)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"'{path_or_id}' has no usable processor; it needs preprocessor_config.json and tokenizer.json. ({error})"
+        ) from error
     return (model if device is None else model.to(device)).eval(), processor

@@ -33,11 +33,14 @@ def read_config(path: str, kwargs: dict[str, Any]) -> tuple[OpenVLAConfig, dict[
     OpenVLA-OFT then say it.
 
     Raises:
-        FileNotFoundError: a folder without `config.json`.
+        FileNotFoundError: the folder does not exist or has no `config.json`.
         ValueError: the checkpoint is of another model type.
     """
-    if Path(path).is_dir() and not (Path(path) / kwargs.get("subfolder", "") / "config.json").is_file():
+    folder = Path(path)
+    if folder.is_dir() and not (folder / kwargs.get("subfolder", "") / "config.json").is_file():
         raise FileNotFoundError(f"'{path}' holds no config.json, so it is no OpenVLA checkpoint folder.")
+    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise FileNotFoundError(f"There is no folder '{path}'; give a checkpoint folder or a hub id like 'user/name'.")
     raw, _ = OpenVLAConfig.get_config_dict(path, **_hub_arguments(kwargs))
     if raw.get("model_type") != "openvla":
         raise ValueError(
@@ -169,7 +172,11 @@ def _plain_vision_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_statistics(path: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """`dataset_statistics.json` of a checkpoint, None if it has none."""
+    """`dataset_statistics.json` of a checkpoint, None if it has none.
+
+    Raises:
+        ValueError: the file is no JSON.
+    """
     file = cached_file(
         path,
         "dataset_statistics.json",
@@ -177,4 +184,9 @@ def read_statistics(path: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         _raise_exceptions_for_connection_errors=False,
         **_hub_arguments(kwargs),
     )
-    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    if file is None:
+        return None
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"'{file}' is damaged ({error}); copy it again.") from error

@@ -331,34 +331,36 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         hidden, hidden_states = self._decode_bidirectional(embeddings, mask, output_hidden_states)
 
         first = extra - 1 + (sequence.prompt_length if sequence.uniform is None else sequence.uniform)
-        action_hidden = _take(hidden, first, slots)  # (batch, chunk * dim, hidden)
-        output = OpenVLAOutput(
+        loss = logits = None
+        if config.action_head == "l1":
+            predicted = self.action_head(_take(hidden, first, slots))
+            if actions is not None:
+                loss = F.l1_loss(predicted.float(), actions.float())
+        else:
+            scores = self.language_model.lm_head(_take(hidden, first, slots + 1))  # (batch, slots + stop, vocabulary)
+            predicted = (
+                self.bins.decode_tensor(scores[:, :-1].argmax(-1)).float().view(len(scores), -1, config.action_dim)
+            )
+            logits = None if return_logits is False else scores
+            if actions is not None and labels is None:
+                targets = F.pad(self.bins.encode_tensor(actions.flatten(1)), (0, 1), value=self._stop_id)
+                loss = F.cross_entropy(scores.flatten(0, 1).float(), targets.flatten())
+        if labels is not None:
+            logits = None if return_logits is False else self.language_model.lm_head(hidden)
+            if loss is None:
+                labels = insert_after_bos(labels, labels.new_full((len(labels), extra), IGNORE_INDEX))
+                loss = self._cross_entropy(hidden, labels, logits)
+        roles = token_roles(
+            sequence.prompt_length, hidden.shape[1], features.shape[1], bool(config.proprio_dim), slots
+        )
+        return OpenVLAOutput(
+            loss=loss,
+            logits=logits,
+            predicted_actions=predicted,
             hidden_states=hidden_states,
             projector_features=features,
-            token_roles=token_roles(
-                sequence.prompt_length, hidden.shape[1], features.shape[1], bool(config.proprio_dim), slots
-            ),
+            token_roles=roles,
         )
-        if config.action_head == "l1":
-            output.predicted_actions = self.action_head(action_hidden)
-            if actions is not None:
-                output.loss = F.l1_loss(output.predicted_actions.float(), actions.float())
-        if labels is not None:
-            if return_logits is not False:
-                output.logits = self.language_model.lm_head(hidden)
-            if output.loss is None:
-                labels = insert_after_bos(labels, labels.new_full((len(labels), extra), IGNORE_INDEX))
-                output.loss = self._cross_entropy(hidden, labels, output.logits)
-        if config.action_head == "discrete":
-            logits = self.language_model.lm_head(_take(hidden, first, slots + 1))
-            if labels is None and return_logits is not False:
-                output.logits = logits
-            index = self.bins.decode_tensor(logits[:, :slots].argmax(-1))
-            output.predicted_actions = index.float().view(len(index), -1, config.action_dim)
-            if actions is not None and output.loss is None:
-                targets = F.pad(self.bins.encode_tensor(actions.flatten(1)), (0, 1), value=self._stop_id)
-                output.loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        return output
 
     @property
     def _stop_id(self) -> int:

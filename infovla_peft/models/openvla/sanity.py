@@ -26,16 +26,18 @@ def assert_policy_sees_image(model: Any, processor: Any, instruction: str = "ope
     base = model if isinstance(model, OpenVLAForActionPrediction) else model.get_base_model()
     config = base.config
     _, height, width = processor.image_processor.input_sizes[0]
-    frames = [[np.full((height, width, 3), level, np.uint8)] * config.num_images_in_input for level in (0, 255)]
-    inputs = processor([build_prompt(instruction)] * 2, frames).to(base.device)
-    if config.proprio_dim:
-        inputs["proprio"] = torch.zeros(2, config.proprio_dim, device=base.device)
     training = model.training
     model.eval()
-    output = model(**inputs)
+    outputs = []
+    for level in (0, 255):  # one by one: the rows of a batch may round differently
+        frames = [np.full((height, width, 3), level, np.uint8)] * config.num_images_in_input
+        inputs = processor([build_prompt(instruction)], [frames]).to(base.device)
+        if config.proprio_dim:
+            inputs["proprio"] = torch.zeros(1, config.proprio_dim, device=base.device)
+        output = model(**inputs)
+        outputs.append(output.logits if output.predicted_actions is None else output.predicted_actions)
     model.train(training)
-    black, white = output.logits if output.predicted_actions is None else output.predicted_actions
-    if torch.equal(black, white):
+    if torch.equal(*outputs):
         raise RuntimeError(
             "The policy does not see its image: a black and a white frame give the same output. Check that the "
             "weights of the vision backbone and the projector were loaded."

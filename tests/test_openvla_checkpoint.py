@@ -1,0 +1,273 @@
+"""Saving and loading: folders of the hub's kind, of OpenVLA-OFT, our own, and damaged ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+
+from infovla_peft.models.openvla import (
+    OpenVLAConfig,
+    OpenVLAForActionPrediction,
+    OpenVLAImageProcessor,
+    OpenVLAProcessor,
+    build_tiny_openvla,
+    load_openvla,
+)
+
+SMALL: dict[str, Any] = {
+    "instructions": ["open the drawer"],
+    "image_size": 32,
+    "vision_width": 32,
+    "vision_depth": 2,
+    "hidden_size": 32,
+    "layers": 2,
+    "heads": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    model, processor = build_tiny_openvla(**SMALL)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def assert_same_weights(first: torch.nn.Module, second: torch.nn.Module) -> None:
+    a, b = first.state_dict(), second.state_dict()
+    assert a.keys() == b.keys()
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_json(file: Path, **fields: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_save_and_load_is_bit_identical(saved: Path, tmp_path: Path) -> None:
+    model, processor = load_openvla(saved)
+    assert not model.training
+    assert_same_weights(model, build_tiny_openvla(**SMALL)[0])
+    model.save_pretrained(tmp_path, max_shard_size="500KB")
+    processor.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    again, processor_again = load_openvla(tmp_path)
+    assert_same_weights(again, model)
+    assert again.config.to_json_string(use_diff=False) == model.config.to_json_string(use_diff=False)
+    assert processor_again.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert processor_again.image_processor.to_dict() == processor.image_processor.to_dict()
+    assert load_openvla(saved, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_published_sizes() -> None:
+    """Tensors and parameters of openvla-7b, and of what OpenVLA-OFT adds to it."""
+    config = OpenVLAConfig(
+        vision_backbone_id="dinosiglip-vit-so-224px",
+        llm_backbone_id="llama2-7b-pure",
+        text_config={"vocab_size": 32064, "pad_token_id": 32000},
+        decoding="parallel",
+        action_head="l1",
+        proprio_dim=8,
+        use_film=True,
+    )
+    with torch.device("meta"):
+        model = OpenVLAForActionPrediction(config)
+    sizes = {name: value.numel() for name, value in model.state_dict().items()}
+    parts = {"action_head": 0, "proprio_projector": 0, "film": 0}
+    for name in list(sizes):
+        part = "film" if ".scale." in name or ".shift." in name else name.split(".")[0]
+        if part in parts:
+            parts[part] += sizes.pop(name)
+    assert (len(sizes), sum(sizes.values())) == (982, 7_541_237_184)
+    assert parts == {"action_head": 151_117_831, "proprio_projector": 16_818_176, "film": 456_241_920}
+
+
+def test_auto_classes_find_the_native_classes_even_where_remote_code_is_named(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "processor_config.json").unlink()  # the hub's folders have none
+    remote = {"AutoConfig": "configuration_prismatic.OpenVLAConfig", "AutoModelForVision2Seq": "modeling_prismatic.X"}
+    edit_json(tmp_path / "config.json", auto_map=remote)
+    edit_json(
+        tmp_path / "preprocessor_config.json",
+        processor_class="PrismaticProcessor",
+        auto_map={"AutoImageProcessor": "processing_prismatic.A", "AutoProcessor": "processing_prismatic.B"},
+    )
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), OpenVLAConfig)
+    assert isinstance(AutoImageProcessor.from_pretrained(tmp_path), OpenVLAImageProcessor)
+    assert isinstance(AutoProcessor.from_pretrained(tmp_path), OpenVLAProcessor)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert isinstance(model, OpenVLAForActionPrediction)
+    model.save_pretrained(tmp_path / "again")
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+def test_statistics_beside_the_weights_win(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    statistics = {"other": {"action": {"q01": [0.0] * 7, "q99": [1.0] * 7}}}
+    (tmp_path / "dataset_statistics.json").write_text(json.dumps(statistics))
+    assert load_openvla(tmp_path)[0].norm_stats == statistics
+    (tmp_path / "dataset_statistics.json").unlink()
+    assert "tiny" in load_openvla(tmp_path)[0].norm_stats
+    (tmp_path / "dataset_statistics.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        load_openvla(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: (state.pop("projector.fc1.bias"), state.pop("action_head.model.fc2.weight")),
+            r"lacks 2 weight\(s\): action_head.model.fc2.weight, projector.fc1.bias",
+        ),
+        (
+            lambda state: state.update({"projector.extra": torch.zeros(2)}),
+            r"holds, beyond .* 1 weight\(s\): projector.extra",
+        ),
+        (lambda state: state.update({"projector.fc1.bias": torch.zeros(2)}), r"projector.fc1.bias \(2,\) \(32,\)"),
+    ],
+    ids=["missing", "extra", "shape"],
+)
+def test_wrong_weights_are_named(saved: Path, tmp_path: Path, change: Any, message: str) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    edit_weights(tmp_path, change)
+    for load in (load_openvla, AutoModelForImageTextToText.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
+
+
+def damage(file: str, action: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    return lambda folder: action(folder / file)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (damage("config.json", Path.unlink), FileNotFoundError, r"holds no config\.json"),
+        (
+            damage("config.json", lambda file: edit_json(file, model_type="llama")),
+            ValueError,
+            "is no OpenVLA checkpoint",
+        ),
+        (damage("model.safetensors", Path.unlink), OSError, r"model\.safetensors"),
+        (
+            damage("model.safetensors", lambda file: file.write_bytes(file.read_bytes()[:5000])),
+            ValueError,
+            "damaged or truncated",
+        ),
+        (damage("tokenizer.json", Path.unlink), ValueError, r"tokenizer\.json"),
+        (shutil.rmtree, FileNotFoundError, "There is no folder"),
+    ],
+    ids=["no config", "other model", "no weights", "truncated", "no tokeniser", "no folder"],
+)
+def test_folders_that_are_no_openvla(
+    saved: Path, tmp_path: Path, change: Any, error: type[Exception], message: str
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(saved, folder)
+    change(folder)
+    with pytest.raises(error, match=message):
+        load_openvla(folder)
+
+
+def split_into_oft_files(model: OpenVLAForActionPrediction, folder: Path, prefix: str = "module.") -> None:
+    """Move what OpenVLA-OFT keeps in files of its own out of model.safetensors, as its training code saves it."""
+    state = model.state_dict()
+    for component in ("action_head", "proprio_projector"):
+        part = {
+            name.removeprefix(f"{component}."): state.pop(name) for name in list(state) if name.startswith(component)
+        }
+        torch.save({prefix + name: value for name, value in part.items()}, folder / f"{component}--50_checkpoint.pt")
+    save_file(
+        {k: v for k, v in state.items() if ".scale." not in k and ".shift." not in k},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = json.loads((folder / "config.json").read_text())
+    for field in ("decoding", "action_head", "proprio_dim", "use_film", "num_images_in_input", "action_dim"):
+        del config[field]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def film_state(model: OpenVLAForActionPrediction) -> dict[str, Tensor]:
+    """The vision backbone under the names that OpenVLA-OFT's FiLM wrappers give it."""
+    state = {}
+    for name, value in model.vision_backbone.state_dict().items():
+        renamed = name
+        head, dot, tail = name.partition(".blocks.")
+        if dot and ".scale." not in name and ".shift." not in name:
+            index, tail = tail.split(".", 1)
+            renamed = f"{head}.blocks.{index}.block.{tail}"
+        state[f"vision_backbone.{renamed}"] = value
+    return state
+
+
+@pytest.mark.parametrize("prefix", ["module.", ""])
+def test_oft_files_are_found_and_loaded(saved: Path, tmp_path: Path, prefix: str) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    model, _ = load_openvla(saved)
+    split_into_oft_files(model, tmp_path, prefix)
+    again, _ = load_openvla(tmp_path)
+    assert_same_weights(again, model)
+    assert (again.config.decoding, again.config.action_head, again.config.proprio_dim) == ("parallel", "l1", 8)
+    discrete, _ = load_openvla(tmp_path, decoding="parallel", action_head="discrete", proprio_dim=0)
+    assert not hasattr(discrete, "action_head")
+    shutil.copy(tmp_path / "action_head--50_checkpoint.pt", tmp_path / "action_head--60_checkpoint.pt")
+    with pytest.raises(ValueError, match="several action_head files"):
+        load_openvla(tmp_path)
+
+
+@pytest.mark.parametrize("rank", [0, 4, 32])
+def test_film_file_is_unwrapped_and_its_lora_merged(saved: Path, tmp_path: Path, rank: int) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    edit_json(tmp_path / "config.json", use_film=True)
+    config = OpenVLAConfig.from_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = OpenVLAForActionPrediction(config)
+    split_into_oft_files(model, tmp_path)
+    state = film_state(model)
+    expected = {name: value.clone() for name, value in model.vision_backbone.state_dict().items()}
+    if rank:
+        for layer in ("blocks.0.attn.qkv", "patch_embed.proj"):
+            inner = f"vision_backbone.featurizer.{layer.replace('blocks.0.', 'blocks.0.block.')}"
+            weight = state.pop(f"{inner}.weight")
+            bias = state.pop(f"{inner}.bias")
+            down = torch.randn(rank, *weight.shape[1:])
+            up = torch.randn(len(weight), rank, *[1] * (weight.dim() - 2))
+            state |= {f"{inner}.base_layer.weight": weight, f"{inner}.base_layer.bias": bias}
+            state |= {f"{inner}.lora_A.default.weight": down, f"{inner}.lora_B.default.weight": up}
+            delta = (up.flatten(1) @ down.flatten(1)).view_as(weight) * min(rank, 16) / rank
+            expected[f"featurizer.{layer}.weight"] = weight + delta
+    torch.save(state, tmp_path / "vision_backbone--50_checkpoint.pt")
+    again, _ = load_openvla(tmp_path)
+    assert again.config.use_film
+    for name, value in again.vision_backbone.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+    again.save_pretrained(tmp_path / "native")
+    assert_same_weights(OpenVLAForActionPrediction.from_pretrained(tmp_path / "native"), again)
+
+
+def test_other_heads_and_pickles_are_refused(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    split_into_oft_files(load_openvla(saved)[0], tmp_path)
+    torch.save({"noise_predictor.weight": torch.zeros(1)}, tmp_path / "action_head--50_checkpoint.pt")
+    with pytest.raises(ValueError, match="diffusion heads are not supported"):
+        load_openvla(tmp_path)
+    torch.save({"model": Path("x")}, tmp_path / "action_head--50_checkpoint.pt")
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        load_openvla(tmp_path)

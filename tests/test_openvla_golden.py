@@ -1,0 +1,287 @@
+"""The model against outputs recorded from the original OpenVLA and OpenVLA-OFT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from infovla_peft.models.openvla import (
+    ActionTokenizer,
+    OpenVLAForActionPrediction,
+    OpenVLAImageProcessor,
+    OpenVLAProcessor,
+    assert_policy_sees_image,
+    load_openvla,
+)
+
+pytestmark = pytest.mark.shared
+INPUTS = ("input_ids", "attention_mask", "pixel_values", "labels")
+
+
+def assert_close(got: Any, reference: Tensor) -> None:
+    """At most 1e-6 of the reference's largest value apart."""
+    got = torch.as_tensor(got)
+    assert got.shape == reference.shape
+    difference = (got.detach().double() - reference.double()).abs().max().item()
+    assert difference <= 1e-6 * max(1.0, reference.abs().max().item())
+
+
+@pytest.fixture(scope="module")
+def golden(shared: Path) -> Path:
+    return shared / "golden"
+
+
+@pytest.fixture(scope="module")
+def meta(golden: Path) -> dict[str, Any]:
+    return json.loads((golden / "golden.json").read_text())  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def reference(golden: Path) -> dict[str, Tensor]:
+    return load_file(golden / "golden_fused.safetensors")
+
+
+@pytest.fixture
+def fused(golden: Path) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
+    return load_openvla(golden / "tiny-openvla-fused")
+
+
+def test_forward_equals_the_original(fused: Any, reference: dict[str, Tensor]) -> None:
+    model, _ = fused
+    with torch.no_grad():
+        output = model(**{name: reference[f"train/{name}"] for name in INPUTS}, output_hidden_states=True)
+    mask = reference["train/multimodal_attention_mask"].bool()
+    assert_close(output.loss, reference["train/loss"][0])
+    assert_close(output.projector_features, reference["train/projector_features"])
+    assert len(output.hidden_states) == 4
+    for index, hidden in enumerate(output.hidden_states):
+        assert_close(hidden[mask], reference[f"train/hidden_states.{index}"][mask])
+    assert_close(output.logits[..., 31744:32000][mask], reference["train/logits_action_ids"][mask])
+    assert_close(output.logits.logsumexp(-1)[mask], reference["train/logits_lse"][mask])
+    assert torch.equal(output.logits.argmax(-1)[mask], reference["train/logits_argmax"][mask])
+
+
+def test_text_alone_equals_the_original(fused: Any, reference: dict[str, Tensor]) -> None:
+    model, _ = fused
+    inputs = {name: reference[f"train/{name}"] for name in INPUTS if name != "pixel_values"}
+    with torch.no_grad():
+        output = model(**inputs)
+    mask = inputs["attention_mask"].bool()
+    assert_close(output.loss, reference["textonly/loss"][0])
+    assert_close(output.logits[..., 31744:32000][mask], reference["textonly/logits_action_ids"][mask])
+
+
+@pytest.mark.parametrize("return_logits", [None, False])
+def test_gradients_of_every_parameter(
+    fused: Any, reference: dict[str, Tensor], meta: dict[str, Any], return_logits: bool | None
+) -> None:
+    model, _ = fused
+    output = model(**{name: reference[f"train/{name}"] for name in INPUTS}, return_logits=return_logits)
+    assert (output.logits is None) == (return_logits is False)
+    output.loss.backward()
+    norms = meta["variants"]["fused"]["grad_norms"]
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == norms.keys()
+    for name, norm in norms.items():
+        gradient = parameters[name].grad
+        assert (gradient is None) == (norm is None), name
+        if gradient is not None:
+            assert gradient.norm().item() == pytest.approx(norm, rel=1e-6, abs=1e-6), name
+            if f"train/grad.{name}" in reference:
+                assert_close(gradient, reference[f"train/grad.{name}"])
+
+
+def test_state_dict_has_the_hub_names_and_shapes(fused: Any, meta: dict[str, Any]) -> None:
+    model, _ = fused
+    variant = meta["variants"]["fused"]
+    shapes = next(
+        value for value in variant.values() if isinstance(value, dict) and isinstance(next(iter(value.values())), list)
+    )
+    assert {name: list(value.shape) for name, value in model.state_dict().items()} == {
+        name: shape for name, (shape, _) in shapes.items()
+    }
+
+
+def test_predicted_actions_equal_the_original(fused: Any, reference: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    model, _ = fused
+    for case in meta["variants"]["fused"]["predict"]:
+        key, unnorm_key = case["key"], case["unnorm_key"]
+        inputs = {name: reference[f"{key}/{name}"] for name in INPUTS[:3]}
+        action = model.predict_action(**inputs, unnorm_key=unnorm_key, do_sample=False)
+        assert_close(action, reference[f"{key}/{unnorm_key}/action"])
+        assert_close(
+            model.predict_action(**inputs | {"attention_mask": None}, unnorm_key=unnorm_key), torch.tensor(action)
+        )
+
+
+def test_batched_prediction_equals_one_by_one(
+    fused: Any, reference: dict[str, Tensor], golden: Path, meta: Any
+) -> None:
+    model, processor = fused
+    cases = [case for case in meta["variants"]["fused"]["predict"] if case["unnorm_key"] == "toy_libero"]
+    images = [Image.open(golden / meta["images"][case["image"]]) for case in cases]
+    inputs = processor([case["prompt"] for case in cases], images, padding=True)
+    actions = model.predict_action(**inputs, unnorm_key="toy_libero")
+    assert_close(actions, torch.stack([reference[f"{case['key']}/toy_libero/action"] for case in cases]))
+
+
+def test_eager_attention_gives_the_same_actions(golden: Path, reference: dict[str, Tensor]) -> None:
+    model = OpenVLAForActionPrediction.from_pretrained(golden / "tiny-openvla-fused", attn_implementation="eager")
+    inputs = {name: reference[f"infer/p0_i0/{name}"] for name in INPUTS[:3]}
+    assert_close(model.predict_action(**inputs, unnorm_key="toy_libero"), reference["infer/p0_i0/toy_libero/action"])
+
+
+def test_processor_equals_the_original(fused: Any, reference: dict[str, Tensor], golden: Path, meta: Any) -> None:
+    _, processor = fused
+    for case in meta["variants"]["fused"]["predict"]:
+        inputs = processor(case["prompt"], Image.open(golden / meta["images"][case["image"]]))
+        assert torch.equal(inputs["pixel_values"], reference[f"{case['key']}/pixel_values"])
+        assert torch.equal(inputs["input_ids"], reference[f"{case['key']}/input_ids"])
+
+
+def test_image_pipeline_is_bit_identical(golden: Path) -> None:
+    for name, pixels in load_file(golden / "image_processing_224.safetensors").items():
+        strategy, _, image = name.split("/")
+        processor = OpenVLAImageProcessor(
+            use_fused_vision_backbone=True,
+            image_resize_strategy=strategy,
+            input_sizes=[(3, 224, 224)] * 2,
+            interpolations=["bicubic"] * 2,
+            means=[(0.485, 0.456, 0.406), (0.5, 0.5, 0.5)],
+            stds=[(0.229, 0.224, 0.225), (0.5, 0.5, 0.5)],
+        )
+        got = processor(Image.open(golden / f"{image}.png"), return_tensors="pt")["pixel_values"]
+        assert torch.equal(got, pixels), name
+
+
+def test_tokeniser_and_action_tokens(fused: Any, golden: Path, meta: dict[str, Any]) -> None:
+    model, processor = fused
+    for row in meta["tokenization"]:
+        assert processor.tokenizer(row["text"])["input_ids"] == row["ids"]
+        assert processor.tokenizer(row["text"], add_special_tokens=False)["input_ids"] == row["ids_no_special"]
+        assert processor.tokenizer.decode(row["ids"], skip_special_tokens=True) == row["decoded"]
+    tokenizer = ActionTokenizer(processor.tokenizer)
+    assert tokenizer.action_token_begin_idx == model.config.action_token_begin_id == 31743
+    assert [tokenizer(action) for action in meta["actions"]] == meta["action_strings"]
+    assert tokenizer(np.array(meta["actions"])) == meta["action_strings"]
+    table = load_file(golden / "action_tokenizer.safetensors")
+    assert torch.equal(torch.tensor(tokenizer.encode(table["actions"].numpy())), table["token_ids"])
+    assert torch.equal(model.bins.encode_tensor(table["actions"]), table["token_ids"])
+    for ids, actions in (("token_ids", "decoded"), ("all_ids", "all_decoded")):
+        assert_close(tokenizer.decode_token_ids_to_actions(table[ids].numpy()), table[actions])
+        assert_close(model.bins.decode_tensor(table[ids]), table[actions])
+
+
+@pytest.mark.filterwarnings("ignore:The PEFT config's:UserWarning", "ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_peft_adapter_equals_the_original(fused: Any, golden: Path, reference: dict[str, Tensor]) -> None:
+    model, _ = fused
+    folder = golden / "tiny-openvla-fused" / "lora_adapter"
+    lora = load_file(golden / "golden_lora.safetensors")
+    head = model.language_model.lm_head.weight.detach().clone()
+    adapted = get_peft_model(model, LoraConfig.from_pretrained(folder)).eval()
+    # The file also holds a copy of the base's lm_head, which must not replace the base's own.
+    state = {
+        name: value
+        for name, value in load_file(folder / "adapter_model.safetensors").items()
+        if ".base_layer." not in name
+    }
+    assert not set_peft_model_state_dict(adapted, state).unexpected_keys
+    inputs = {name: reference[f"train/{name}"] for name in INPUTS}
+    mask = reference["train/multimodal_attention_mask"].bool()
+    with torch.no_grad():
+        output = adapted(**inputs, output_hidden_states=True)
+        with adapted.disable_adapter():
+            disabled = adapted(**inputs)
+    assert_close(output.loss, lora["lora/loss"][0])
+    assert_close(output.projector_features, lora["lora/projector_features"])
+    assert_close(output.hidden_states[-1][mask], lora["lora/hidden_states.last"][mask])
+    assert_close(output.logits[..., 31744:32000][mask], lora["lora/logits_action_ids"][mask])
+    assert_close(disabled.logits[..., 31744:32000][mask], lora["lora_disabled/logits_action_ids"][mask])
+    assert torch.equal(adapted.get_base_model().language_model.lm_head.base_layer.weight, head)
+
+
+@pytest.mark.parametrize("proprio", [0, 8])
+@pytest.mark.parametrize("head", ["discrete", "l1"])
+def test_parallel_decoding_equals_the_original(golden: Path, head: str, proprio: int) -> None:
+    reference = load_file(golden / "golden_oft.safetensors")
+    model, _ = load_openvla(
+        golden / "tiny-openvla-oft", decoding="parallel", action_head=head, proprio_dim=proprio, use_film=False
+    )
+    key = f"train/n1_proprio{int(proprio > 0)}"
+    full = {name: reference[f"{key}/{name}"] for name in INPUTS}
+    extra = {"proprio": reference[f"{key}/proprio"]} if proprio else {}
+    slots = full["labels"] > 31743
+    length = slots.int().argmax(1)  # prompts with '▁'
+    position = torch.arange(int(length.max()))[None]
+    prompts = {
+        "pixel_values": full["pixel_values"],
+        "actions": reference[f"{key}/actions"],
+        "attention_mask": (position < length[:, None]).long(),
+        "input_ids": full["input_ids"][:, : int(length.max())],
+    }
+    bare = prompts | {"attention_mask": (position < length[:, None] - 1).long()}  # without '▁'
+    with torch.no_grad():
+        output = model(**full, **extra, output_hidden_states=True)
+        others = [model(**inputs, **extra, output_hidden_states=True) for inputs in (prompts, bare)]
+    mask = output.token_roles
+    valid = torch.cat(
+        [full["attention_mask"][:, :1], mask.vision.new_ones(2, 16 + (proprio > 0)), full["attention_mask"][:, 1:]], 1
+    ).bool()
+    assert_close(output.loss, reference[f"{key}/loss_ce"][0])
+    assert_close(output.hidden_states[-1][valid], reference[f"{key}/last_hidden"][valid])
+    for result in (output, *others):
+        hidden = result.hidden_states[-1]
+        actions = torch.stack([row[role] for row, role in zip(hidden, result.token_roles.action, strict=True)])
+        assert_close(actions, reference[f"{key}/action_hidden_states"])
+        if head == "l1":
+            assert_close(result.predicted_actions, reference[f"{key}/pred_actions"])
+    for result in others:
+        assert_close(result.loss, reference[f"{key}/{'l1' if head == 'l1' else 'loss_ce'}"][0])
+        assert (result.logits is None) == (head == "l1")
+    infer = f"infer/n1_proprio{int(proprio > 0)}"
+    if f"{infer}/{head}/action" in reference:
+        inputs = {name: reference[f"{infer}/{name}"] for name in INPUTS[:3]}
+        state = {"proprio": reference["proprio_norm"].numpy()} if proprio else {}
+        action = model.predict_action(**inputs, **state, unnorm_key="toy_libero")
+        assert_close(action, reference[f"{infer}/{head}/action"])
+
+
+def test_oft_folder_says_what_it_holds(golden: Path) -> None:
+    config = OpenVLAForActionPrediction.from_pretrained(golden / "tiny-openvla-oft").config
+    assert (config.decoding, config.action_head, config.proprio_dim, config.use_film) == ("parallel", "l1", 8, True)
+
+
+@pytest.mark.parametrize("folder", ["tiny-openvla-fused", "tiny-openvla-oft"])
+@pytest.mark.parametrize("shard", ["1GB", "2MB"])
+def test_save_and_load_is_bit_identical(golden: Path, tmp_path: Path, folder: str, shard: str) -> None:
+    model, processor = load_openvla(golden / folder)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    processor.save_pretrained(tmp_path)
+    again, processor_again = load_openvla(tmp_path)
+    state = model.state_dict()
+    assert again.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+    assert again.norm_stats == model.norm_stats
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    image = Image.open(golden / "image1.png")
+    prompt = "In: What action should the robot take to Ünïcode?\nOut:"
+    for name, value in processor(prompt, image).items():
+        assert torch.equal(processor_again(prompt, image)[name], value)
+
+
+def test_black_and_white_frames_differ(golden: Path) -> None:
+    for folder in ("tiny-openvla-fused", "tiny-openvla-oft"):
+        model, processor = load_openvla(golden / folder)
+        assert_policy_sees_image(model, processor)
+        model.projector.fc3.weight.data.zero_()
+        with pytest.raises(RuntimeError, match="does not see its image"):
+            assert_policy_sees_image(model, processor)
