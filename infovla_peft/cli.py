@@ -212,7 +212,7 @@ def make_parser() -> argparse.ArgumentParser:
         added = commands.add_parser(
             name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
-        added.set_defaults(run=run)
+        added.set_defaults(handler=run)
         return added
 
     # `train` takes the recipe's options, which only `load_recipe` knows; see `main`.
@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["train"]:
         return run_command(lambda: train(arguments[1:]))
     options: Any = make_parser().parse_args(arguments)
-    return run_command(lambda: options.run(options))
+    return run_command(lambda: options.handler(options))
 
 
 if __name__ == "__main__":

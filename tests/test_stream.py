@@ -250,7 +250,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint_with_the_same_result(
 def test_a_changed_configuration_is_refused_and_harmless_changes_are_not(make: Callable[..., Stream]) -> None:
     with make() as stream:
         stream.record()
-    with pytest.raises(RunError, match=r"(?s)stage_steps: 3 -> 4.*lora_r: 2 -> 3"):
+    with pytest.raises(RunError, match=r"(?s)lora_r: 2 -> 3.*stage_steps: 3 -> 4"):
         make({"stage_steps": 4}, lora_r=3).__enter__()
     with make({"eval_workers": 5}, save_steps=7, disable_tqdm=False):
         pass
@@ -259,9 +259,11 @@ def test_a_changed_configuration_is_refused_and_harmless_changes_are_not(make: C
 def test_a_missing_predecessor_is_named(make: Callable[..., Stream], tmp_path: Path) -> None:
     with make() as stream:
         stream.record()
+        with pytest.raises(RunError, match=r"'base' is not finished.*whole recipe"):
+            stream.learn(stream.stages[1])
+        stream.learn_base()
         with pytest.raises(RunError, match=r"'remember_01' is not finished.*whole recipe"):
             stream.learn(stream.stages[2])
-        stream.learn_base()
         stream.remember(stream.stages[0])
         stream.learn(stream.stages[1])
         stream.remember(stream.stages[1])

@@ -1,0 +1,173 @@
+"""The command line: help of every command, one clear error line, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from infovla_peft import __version__
+from infovla_peft.cli import explain, main, run_command
+
+COMMANDS = ["evaluate", "demos", "report", "act", "doctor", "setup-libero"]
+
+
+def one_error(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was printed on stderr: one line."""
+    text = capsys.readouterr().err
+    assert text.startswith("infovla: error: ")
+    assert "Traceback" not in text
+    return text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_its_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert "usage: infovla" in capsys.readouterr().out
+
+
+def test_the_help_of_train_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("--stream", "--lambda_rac", "--eval_episodes", "--learning_rate", "--output_dir"):
+        assert option in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert __version__ in capsys.readouterr().out
+
+
+def test_parsing_takes_no_simulator_and_no_torch() -> None:
+    code = "import sys, infovla_peft.cli as c; c.make_parser(); print({'torch', 'robosuite'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "RECIPE.yaml"),
+        (["train", "absent.yaml"], "no recipe at absent.yaml"),
+        (["train", "--strem", "B1-1N1"], "did you mean stream"),
+        (["train", "--stream", "B1"], "write Bi-kNm"),
+        (["train", "--suite", "libero_gaol"], "libero_goal"),
+        (["train", "--stream", "B0-1N1"], "must be trained on some"),
+        (["report", "absent"], "absent"),
+        (["act", "absent/adapter/folder", "--images", "x.png"], "there is no folder"),
+    ],
+)
+def test_bad_input_gives_one_clear_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 1
+    assert message in one_error(capsys)
+
+
+def test_errors_of_the_system_name_the_cure() -> None:
+    assert "free some space" in explain(OSError(28, "No space left on device"))
+    assert "free some space" in explain(RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0"))
+    assert "free some space" in explain(ValueError("Error while serializing: I/O error: No space left on device"))
+    assert "--output_dir" in explain(PermissionError(13, "Permission denied", "/root/run"))
+    assert explain(KeyError("no statistics for 'x'")) == "no statistics for 'x'"
+
+
+def test_exit_codes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(error: BaseException) -> int:
+        def command() -> None:
+            raise error
+
+        return run_command(command)
+
+    monkeypatch.delenv("INFOVLA_DEBUG", raising=False)
+    assert run_command(lambda: None) == 0
+    assert run_command(lambda: 3) == 3
+    assert fail(KeyboardInterrupt()) == 130
+    capsys.readouterr()
+    assert fail(AssertionError("never")) == 1
+    assert "AssertionError: never" in one_error(capsys)
+    monkeypatch.setenv("INFOVLA_DEBUG", "1")
+    assert fail(ValueError("shown")) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.libero
+def test_an_unknown_task_lists_near_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("stream: B1-1N1\ntasks: [turn_on_the_stov, '1']\nuse_cpu: true\n")
+    assert main(["train", str(recipe), "--output_dir", str(tmp_path / "run")]) == 1
+    assert "'turn_on_the_stove'" in one_error(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.libero
+def test_no_gl_library_is_named_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ctypes
+    import ctypes.util
+
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    monkeypatch.setattr(ctypes.util, "find_library", lambda _name: None)
+    options = ["--stream", "B1-1N1", "--use_cpu", "true", "--output_dir", str(tmp_path / "run")]
+    assert main(["train", *options]) == 1
+    assert "setup-libero" in one_error(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.libero
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    options = ["--stream", "B1-1N1", "--use_cpu", "true", "--output_dir", str(tmp_path / "file" / "run")]
+    assert main(["train", *options]) == 1
+    assert "choose another --output_dir" in one_error(capsys)
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_the_doctor_prints_every_check_and_its_cure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from infovla_peft.simulation import installation
+
+    checks = [installation.Check("Python", True, "3.11"), installation.Check("OpenGL", False, "none", "apt-get ...")]
+    monkeypatch.setattr(installation, "doctor", lambda: checks)
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().out == "ok    Python: 3.11\nFAIL  OpenGL: none\n      cure: apt-get ...\n"
+
+
+def test_act_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    from infovla_peft.models.openvla import build_tiny_openvla
+
+    model, processor = build_tiny_openvla(
+        instructions=["open it"],
+        image_size=24,
+        vision_width=16,
+        vision_depth=2,
+        hidden_size=16,
+        layers=1,
+        heads=2,
+        chunk=3,
+    )
+    model.save_pretrained(tmp_path / "checkpoint")
+    processor.save_pretrained(tmp_path / "checkpoint")
+    Image.new("RGB", (30, 30)).save(tmp_path / "view.png")
+    arguments = ["act", str(tmp_path / "checkpoint"), "--images", str(tmp_path / "view.png")]
+    state = ["--proprio", *["0.1"] * 8]
+    assert main([*arguments, "--instruction", "open it", *state]) == 0
+    actions = json.loads(capsys.readouterr().out)
+    assert (len(actions), len(actions[0])) == (3, 7)
+    assert main([*arguments, *state]) == 1
+    assert "instruction" in one_error(capsys)
