@@ -116,30 +116,29 @@ class Arm:
 
     def hold(self, steps: int = 1) -> None:
         """Stay where the hand is."""
-        target = self.position
+        place = self.position
         for _ in range(steps):
-            shift = np.clip((target - self.position) / METRES_PER_UNIT, -0.3, 0.3)
-            self.slide(shift, turn_speed=0.3)
-
-    def _fingers_moved(self) -> float:
-        before = self.scene.data.qpos[self._finger_joints].copy()
-        self.hold()
-        return float(np.abs(self.scene.data.qpos[self._finger_joints] - before).max())
+            self.steer(place, speed=0.3, turn_speed=0.3)
 
     def close_gripper(self, max_steps: int = 14) -> None:
         """Close until the fingers have stood still for three steps."""
         self.gripper = CLOSED
-        still = 0
-        for step in range(max_steps):
-            still = still + 1 if self._fingers_moved() < 3e-4 else 0
-            if step >= 7 and still >= 3:
-                return
+        self._move_fingers(max_steps, at_least=8, still=3, slower_than=3e-4)
 
     def open_gripper(self, max_steps: int = 8) -> None:
         """Open until the fingers stand still."""
         self.gripper = OPEN
+        self._move_fingers(max_steps, at_least=4, still=1, slower_than=4e-4)
+
+    def _move_fingers(self, max_steps: int, at_least: int, still: int, slower_than: float) -> None:
+        place, fingers = self.position, self._finger_joints
+        standing = 0
         for step in range(max_steps):
-            if self._fingers_moved() < 4e-4 and step >= 3:
+            before = self.scene.data.qpos[fingers].copy()
+            self.steer(place, speed=0.3, turn_speed=0.3)
+            moved = np.abs(self.scene.data.qpos[fingers] - before).max()
+            standing = standing + 1 if moved < slower_than else 0
+            if step + 1 >= at_least and standing >= still:
                 return
 
     def travel(
