@@ -137,6 +137,23 @@ def test_prompts_and_whole_training_sequences_give_the_same(head: str) -> None:
     assert long.logits.shape == (*long.token_roles.action.shape, model.config.text_config.vocab_size)
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"action_head": "discrete"}, AUTOREGRESSIVE], ids=["l1", "discrete", "autoregressive"]
+)
+def test_nobody_computes_logits_in_vain(changes: dict[str, Any]) -> None:
+    model, processor = tiny(**changes)
+    inputs = batch(model, processor)
+    inputs.pop("actions", None)
+    calls: list[int] = []
+    model.language_model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    output = model(**inputs, return_logits=False)
+    assert output.logits is None
+    assert not calls
+    default = model(**inputs)
+    assert (default.logits is None) == (not changes)
+    assert model(**inputs, return_logits=True).logits is not None
+
+
 def test_l1_loss_is_the_mean_absolute_error() -> None:
     model, processor = tiny()
     inputs = batch(model, processor)

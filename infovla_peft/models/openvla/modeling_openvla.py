@@ -206,8 +206,8 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             actions: (batch, chunk, dim), normalised targets (parallel decoding).
             past_key_values, use_cache: the cache of autoregressive decoding.
             output_hidden_states: also give all hidden states.
-            return_logits: False computes no logits beyond those that the loss needs; None (default) gives logits,
-                except with the L1 head without labels, where nobody needs them.
+            return_logits: False computes no logits beyond those that the loss needs; True gives them; None (default)
+                too, except with the L1 head without labels, where nobody needs them.
             return_dict: False gives a tuple.
 
         Raises:
@@ -261,7 +261,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         hidden = decoded.last_hidden_state
         if labels is not None and patches:
             labels = insert_after_bos(labels, labels.new_full((len(labels), patches), IGNORE_INDEX))
-        logits = self.language_model.lm_head(hidden) if return_logits is not False or labels is None else None
+        logits = None if return_logits is False else self.language_model.lm_head(hidden)
         roles = None
         if past_key_values is None:
             lengths, _, _ = true_lengths(input_ids, attention_mask)
@@ -331,12 +331,12 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         hidden, hidden_states = self._decode_bidirectional(embeddings, mask, output_hidden_states)
 
         first = extra - 1 + (sequence.prompt_length if sequence.uniform is None else sequence.uniform)
-        loss = logits = None
+        loss = logits = predicted = None
         if config.action_head == "l1":
             predicted = self.action_head(_take(hidden, first, slots))
             if actions is not None:
                 loss = F.l1_loss(predicted.float(), actions.float())
-        else:
+        elif actions is not None or return_logits is not False:
             scores = self.language_model.lm_head(_take(hidden, first, slots + 1))  # (batch, slots + stop, vocabulary)
             predicted = (
                 self.bins.decode_tensor(scores[:, :-1].argmax(-1)).float().view(len(scores), -1, config.action_dim)
@@ -345,11 +345,11 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             if actions is not None and labels is None:
                 targets = F.pad(self.bins.encode_tensor(actions.flatten(1)), (0, 1), value=self._stop_id)
                 loss = F.cross_entropy(scores.flatten(0, 1).float(), targets.flatten())
-        if labels is not None:
-            logits = None if return_logits is False else self.language_model.lm_head(hidden)
-            if loss is None:
-                labels = insert_after_bos(labels, labels.new_full((len(labels), extra), IGNORE_INDEX))
-                loss = self._cross_entropy(hidden, labels, logits)
+        if return_logits is not False and (labels is not None or (return_logits and logits is None)):
+            logits = self.language_model.lm_head(hidden)
+        if labels is not None and loss is None:
+            labels = insert_after_bos(labels, labels.new_full((len(labels), extra), IGNORE_INDEX))
+            loss = self._cross_entropy(hidden, labels, logits)
         roles = token_roles(
             sequence.prompt_length, hidden.shape[1], features.shape[1], bool(config.proprio_dim), slots
         )
