@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -13,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,7 @@ def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
     """Fresh interpreters with one thread each; on an error no further episode is started."""
     before = dict(os.environ)
     os.environ.update(dict.fromkeys(_SINGLE_THREADED, "1") | before)
-    executor = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_ignore_interrupt)
+    executor = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_start_worker)
     try:
         yield executor
     finally:
@@ -241,8 +242,17 @@ def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
             del os.environ[name]
 
 
-def _ignore_interrupt() -> None:
+def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which starts no more episodes
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A worker waits for its next episode on a pipe that it also holds open: it would outlive a killed parent.
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _record(job: _Job) -> _Episode:
