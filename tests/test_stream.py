@@ -4,128 +4,35 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
+from stream_fakes import STREAM, TRAINING, FakePool, install_fakes
 
-import infovla_peft.data.recording
-import infovla_peft.simulation.workers
 from infovla_peft.adapters import AdapterError
 from infovla_peft.config import InfoVLAConfig, StreamConfig
 from infovla_peft.hub import load_policy
 from infovla_peft.plan import plan_stages
 from infovla_peft.results import Results
 from infovla_peft.run_folder import RunError
-from infovla_peft.simulation import AssetSet, Observation, Task
-from infovla_peft.simulation.workers import Episode, EpisodeResult
 from infovla_peft.stream import Stream
 
 pytestmark = pytest.mark.libero  # task names and instructions come from LIBERO's package
 
-FRAMES = 12
-TINY = {
-    "tiny_image_size": 24,
-    "tiny_patch_size": 12,
-    "tiny_vision_width": 16,
-    "tiny_vision_depth": 2,
-    "tiny_hidden_size": 32,
-    "tiny_layers": 1,
-    "tiny_heads": 2,
-}
-
-
-def fake_frames(tasks: Sequence[Task], episodes: int) -> datasets.Dataset:
-    rows: dict[str, list[Any]] = {
-        name: [] for name in ("image", "state", "action", "instruction", "task", "episode_index", "frame_index")
-    }
-    for task in tasks:
-        random = np.random.default_rng(task.index)
-        for episode in range(episodes):
-            for frame in range(FRAMES):
-                rows["image"].append(Image.fromarray(random.integers(0, 256, (24, 24, 3), dtype=np.uint8)))
-                rows["state"].append(random.normal(size=8).astype(np.float32))
-                rows["action"].append(np.append(random.uniform(-1, 1, 6), 1.0).astype(np.float32))
-                rows["instruction"].append(task.instruction)
-                rows["task"].append(task.name)
-                rows["episode_index"].append(episode)
-                rows["frame_index"].append(frame)
-    return datasets.Dataset.from_dict(rows)
-
-
-class FakePool:
-    """No simulator: an episode succeeds if the hash of its seed says so; the policy is asked once."""
-
-    calls: list[str] = []  # noqa: RUF012
-    fail_at: str | None = None
-
-    def __init__(self, _workers: int, **_options: Any) -> None: ...
-
-    def __enter__(self) -> FakePool:
-        return self
-
-    def __exit__(self, *_exception: object) -> None: ...
-
-    def run(self, episodes: Sequence[Episode], act: Any, **_options: Any) -> list[EpisodeResult]:
-        name = episodes[0].task.name
-        if name == self.fail_at:
-            raise KeyboardInterrupt
-        self.calls.append(name)
-        image = np.zeros((24, 24, 3), dtype=np.uint8)
-        seen = Observation({"agentview": image}, np.zeros(8, dtype=np.float32))
-        chunks = act([seen] * len(episodes), [episode.task for episode in episodes])
-        assert chunks[0].shape == (8, 7)
-        return [EpisodeResult(episode, episode.seed % 2 == 0, 9, [image] * 2) for episode in episodes]
-
 
 @pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Stream]]:
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Stream]:
     """A factory of small streams over fakes, each in `tmp_path / "run"`."""
-
-    def record(tasks: Sequence[Task], folder: Path, *, episodes: int, **_options: Any) -> None:
-        fake_frames(tasks, episodes).save_to_disk(str(folder))
-
-    def load(folder: Path, tasks: Sequence[str], episodes: int | None = None) -> datasets.Dataset:
-        frames = datasets.load_from_disk(str(folder))
-        return frames.select([row for row, name in enumerate(frames["task"]) if name in tasks])
-
-    monkeypatch.setattr(infovla_peft.data.recording, "record_demonstrations", record)
-    monkeypatch.setattr("infovla_peft.stream.load_demonstrations", load)
-    monkeypatch.setattr(infovla_peft.simulation.workers, "EnvironmentPool", FakePool)
-    monkeypatch.setattr("infovla_peft.simulation.find_assets", lambda *_: AssetSet("primitive", tmp_path))
-    monkeypatch.setattr(FakePool, "calls", [])
-    monkeypatch.setattr(FakePool, "fail_at", None)
+    install_fakes(monkeypatch, tmp_path)
 
     def factory(stream: dict[str, Any] | None = None, **training: Any) -> Stream:
-        config = {
-            "stream": "B2-2N1",
-            "demonstrations": 2,
-            "base_steps": 3,
-            "base_batch_size": 4,
-            "stage_steps": 3,
-            "eval_episodes": 2,
-            "videos_per_task": 0,
-            **TINY,
-            **(stream or {}),
-        }
-        options = {
-            "output_dir": str(tmp_path / "run"),
-            "per_device_train_batch_size": 4,
-            "lora_r": 2,
-            "logging_steps": 1,
-            "save_steps": 1,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "report_to": "none",
-            **training,
-        }
-        return Stream(StreamConfig(**config), InfoVLAConfig(**options))
+        config = StreamConfig(**{**STREAM, **(stream or {})})
+        return Stream(config, InfoVLAConfig(**{**TRAINING, "output_dir": str(tmp_path / "run"), **training}))
 
     return factory
 
@@ -217,7 +124,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint_with_the_same_result(
 ) -> None:
     from infovla_peft.trainer import LossLog
 
-    with make() as stream:
+    with make({"stream": "B1-1N1"}) as stream:
         stream.run()
     run = tmp_path / "run"
     whole = {path.parent.name: load_file(path) for path in run.glob("adapters/*/adapter_model.safetensors")}
@@ -230,16 +137,16 @@ def test_a_killed_training_goes_on_from_its_checkpoint_with_the_same_result(
         if self._stage == 1 and state.global_step == 3:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, make() as stream:
+    with monkeypatch.context() as patch, make({"stream": "B1-1N1"}) as stream:
         patch.setattr(LossLog, "on_log", killed)
         with pytest.raises(KeyboardInterrupt):
             stream.run()
     assert list(run.glob("stages/stage_01/checkpoint-*"))
     shutil.copytree(run / "stages/stage_01/checkpoint-2", run / "stages/stage_01/checkpoint-9")
     (run / "stages/stage_01/checkpoint-9/trainer_state.json").unlink()  # a torn one does not count
-    with make() as stream:
+    with make({"stream": "B1-1N1"}) as stream:
         stream.run()
-    assert len(whole) == 2
+    assert len(whole) == 1
     for name, weights in whole.items():
         resumed = load_file(run / "adapters" / name / "adapter_model.safetensors")
         assert all(torch.equal(resumed[key], weights[key]) for key in weights)

@@ -1,0 +1,85 @@
+"""Recipes: every YAML parses and says how to launch it; the spelled-out loop does what the package's does."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from safetensors.torch import load_file
+from stream_fakes import STREAM, TRAINING, install_fakes
+
+from infovla_peft.config import InfoVLAConfig, StreamConfig, load_recipe
+from infovla_peft.plan import plan_stages
+from infovla_peft.stream import Stream
+
+RECIPES = REPOSITORY / "recipes"
+CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
+
+
+def script(name: str) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_parses_and_opens_with_its_launch_line(path: Path) -> None:
+    first = path.read_text(encoding="utf-8").splitlines()[:3]
+    assert re.match(r"# (accelerate launch .*recipes/continual\.py|recipes/quickstart\.sh)", first[0])
+    assert any(f"recipes/configs/{path.name}" in line for line in first)
+    # bf16 needs a GPU that has it; everything else must hold on any machine.
+    config, training = load_recipe(path, ["--use_cpu", "true", "--bf16", "false"])
+    assert Path(str(training.output_dir)).parent == Path("runs")
+    assert config.shape.total_tasks > 0
+
+
+@pytest.mark.libero
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_names_tasks_that_exist(path: Path) -> None:
+    config, _ = load_recipe(path, ["--use_cpu", "true", "--bf16", "false"])
+    stages = plan_stages(config)
+    assert sum(len(stage.tasks) for stage in stages) == config.shape.total_tasks
+
+
+@pytest.mark.parametrize("name", ["continual", "evaluate"])
+def test_a_script_is_short_and_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len((RECIPES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 200
+    module = script(name)
+    with pytest.raises(SystemExit) as ended:
+        module.main(["--help"]) if name == "continual" else module.parse(["--help"])
+    assert ended.value.code == 0
+    assert "--help" in capsys.readouterr().out
+
+
+@pytest.mark.libero
+def test_the_spelled_out_loop_does_what_the_package_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install_fakes(monkeypatch, tmp_path)
+    options: dict[str, Any] = {**STREAM, **TRAINING, "stream": "B1-2N1"}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("".join(f"{key}: {str(value).lower()}\n" for key, value in options.items() if key != "stream"))
+    script("continual").main([str(recipe), "--stream", "B1-2N1", "--output_dir", str(tmp_path / "recipe")])
+    text = capsys.readouterr().out
+    assert "B1-2N1 on libero_goal" in text
+    assert "final average" in text
+
+    training = InfoVLAConfig(**TRAINING, output_dir=str(tmp_path / "package"))
+    with Stream(StreamConfig(**{**STREAM, "stream": "B1-2N1"}), training) as stream:
+        stream.run()
+    adapters = sorted((tmp_path / "recipe" / "adapters").iterdir())
+    assert len(adapters) == 2
+    for adapter in adapters:
+        ours = load_file(adapter / "adapter_model.safetensors")
+        theirs = load_file(tmp_path / "package" / "adapters" / adapter.name / "adapter_model.safetensors")
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert (tmp_path / "recipe/success.csv").read_text() == (tmp_path / "package/success.csv").read_text()
