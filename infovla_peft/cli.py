@@ -15,6 +15,10 @@ from typing import Any
 from . import __version__
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
+EVALUATION_DEFAULTS = {
+    "suite": "libero_goal", "assets": "auto", "renderer": "fast", "image_size": 128, "open_loop_steps": 8,
+}  # fmt: skip
+"""Of a policy that does not say how it was trained."""
 
 
 def explain(error: BaseException) -> str:
@@ -97,50 +101,52 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .simulation.workers import EnvironmentPool
 
     quiet_libraries(loading_bars=True)
-    names = options.tasks or [task.name for task in suite_tasks(options.suite)]
-    tasks = [find_task(options.suite, name) for name in names]
-    assets = find_assets(options.assets, options.assets_folder)
     policy = load_policy(options.policy, stage=options.stage, base=options.base, unnorm_key=options.unnorm_key)
     policy.model.to(options.device)
+    # What is not said on the command line is as it was in training.
+    chosen = {
+        **EVALUATION_DEFAULTS,
+        **{key: policy.recipe[key] for key in EVALUATION_DEFAULTS if key in policy.recipe},
+    }
+    chosen |= {key: value for key, value in vars(options).items() if key in chosen and value is not None}
+    names = options.tasks or range(len(suite_tasks(chosen["suite"])))
+    tasks = [find_task(chosen["suite"], name) for name in names]
+    assets = find_assets(chosen["assets"], options.assets_folder)
     output = Path(options.output) if options.output else None
-    rows = []
-    print(f"{options.policy} on {options.suite}: {assets.name} assets, {options.renderer} renderer")
+    print(f"{options.policy} on {chosen['suite']}: {assets.name} assets, {chosen['renderer']} renderer")
+    content: dict[str, Any] = {
+        **{key: getattr(options, key) for key in ("policy", "stage", "base", "unnorm_key", "episodes")},
+        **chosen,
+        "assets": assets.name,
+        "step_cap": options.max_steps or tasks[0].max_steps,
+        "versions": collect_versions(),
+        "commit": source_commit(),
+        "results": [],
+    }
     with EnvironmentPool(
         workers(options.workers),
         assets=assets,
-        image_size=options.image_size,
+        image_size=chosen["image_size"],
         cameras=policy.cameras,
-        renderer=options.renderer,
+        renderer=chosen["renderer"],
     ) as pool:
         for result in evaluate(
             policy,
             tasks,
             pool,
             episodes=options.episodes,
-            open_loop_steps=options.open_loop_steps,
+            open_loop_steps=chosen["open_loop_steps"],
             max_steps=options.max_steps,
             videos=options.videos if output else 0,
             video_folder=output / "videos" if output else None,
         ):
             low, high = wilson_interval(sum(result.successes), result.episodes)
             print(f"{result.rate:6.1%}  [{low:.0%}, {high:.0%}]  {result.task}", flush=True)
-            rows.append(result.to_dict())
+            content["results"].append(result.to_dict())
             if output:
-                content = {
-                    "policy": str(options.policy),
-                    "stage": options.stage,
-                    "suite": options.suite,
-                    "assets": assets.name,
-                    "renderer": options.renderer,
-                    "image_size": options.image_size,
-                    "step_cap": options.max_steps or tasks[0].max_steps,
-                    "open_loop_steps": options.open_loop_steps,
-                    "versions": collect_versions(),
-                    "commit": source_commit(),
-                    "results": rows,
-                }
                 write_json(output / "evaluation.json", content)
-    print(f"{sum(sum(row['successes']) for row in rows) / sum(len(row['successes']) for row in rows):6.1%}  all")
+    rates = [sum(row["successes"]) / len(row["successes"]) for row in content["results"]]
+    print(f"{sum(rates) / len(rates):6.1%}  mean of {len(rates)} tasks")
 
 
 def _demos(options: argparse.Namespace) -> None:
@@ -220,10 +226,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     evaluate = command("evaluate", "roll a policy out in LIBERO and count successes", _evaluate)
     _add_policy(evaluate)
-    _add_simulation(evaluate)
+    _add_simulation(evaluate, trained=True)
     evaluate.add_argument("--unnorm_key", help="statistics to un-normalise with, for a checkpoint without adapter")
     evaluate.add_argument("--episodes", type=int, default=20, help="rollouts per task, from the first of 50 states")
-    evaluate.add_argument("--open_loop_steps", type=int, default=8, help="actions executed of each predicted chunk")
+    evaluate.add_argument(
+        "--open_loop_steps", type=int, help="actions executed of each chunk; as trained if not given"
+    )
     evaluate.add_argument("--max_steps", type=int, help="step cap; the suite's own if not given")
     evaluate.add_argument("--videos", type=int, default=2, help="MP4s per task below --output, failures first")
     evaluate.add_argument("--output", help="folder for evaluation.json and videos")
@@ -235,7 +243,7 @@ def make_parser() -> argparse.ArgumentParser:
     demos.add_argument("--cameras", nargs="+", default=["agentview"], choices=CAMERAS, help="what is recorded")
     demos.add_argument("--episodes", type=int, default=40, help="demonstrations per task")
     demos.add_argument("--noise", type=float, default=0.1, help="noise on the executed, not on the recorded, actions")
-    demos.add_argument("--seed", type=int, default=42, help="of layouts and noise")
+    demos.add_argument("--seed", type=int, default=0, help="of layouts and noise")
 
     report = command("report", "draw the figures and the page of a run again", _report)
     report.add_argument("run", help="folder of a run")
@@ -258,13 +266,20 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="where the base is, if not where the adapter says")
 
 
-def _add_simulation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--suite", default="libero_goal", help="LIBERO suite")
+def _add_simulation(parser: argparse.ArgumentParser, *, trained: bool = False) -> None:
+    default: dict[str, Any] = {} if trained else EVALUATION_DEFAULTS
+    note = "; as trained if not given" if trained else ""
+    parser.add_argument("--suite", default=default.get("suite"), help=f"LIBERO suite{note}")
     parser.add_argument("--tasks", nargs="+", help="by number or name; all of the suite if not given")
-    parser.add_argument("--assets", default="auto", choices=("auto", "official", "primitive"), help="asset set")
+    sets = ("auto", "official", "primitive")
+    parser.add_argument("--assets", default=default.get("assets"), choices=sets, help=f"asset set{note}")
     parser.add_argument("--assets_folder", help="folder of the official assets")
-    parser.add_argument("--renderer", default="fast", choices=("fast", "exact"), help="exact: LIBERO's own pictures")
-    parser.add_argument("--image_size", type=int, default=128, help="side of the rendered images in pixels")
+    renderers = ("fast", "exact")
+    parser.add_argument(
+        "--renderer", default=default.get("renderer"), choices=renderers, help=f"exact: LIBERO's own pictures{note}"
+    )
+    size = default.get("image_size")
+    parser.add_argument("--image_size", type=int, default=size, help=f"side of the rendered images in pixels{note}")
     parser.add_argument("--workers", type=int, default=0, help="simulation processes; 0 = one per core")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,14 @@ def load_policy(
     if chosen is None:
         location = base or (_base_location(adapters[0]) if adapters else folder / "base")
         key = unnorm_key or (adapters[0].info.unnorm_key if adapters else None)
-        return _base_policy(location, key, device, dtype, instruction)
+        recipe = adapters[0].info.training if adapters else {}
+        return _base_policy(location, key, device, dtype, instruction, recipe)
     model, processor = load_openvla(base or _base_location(chosen), device=device, dtype=dtype)
     model, info = load_adapter(model, chosen.folder, "default")
     normaliser = Normaliser(_read_statistics(chosen.folder), info.unnorm_key)
-    return _policy(model if device is None else model.to(device), processor, normaliser, info.cameras, instruction)
+    if device is not None:
+        model = model.to(device)
+    return _policy(model, processor, normaliser, info.cameras, instruction, info.training)
 
 
 def find_adapters(folder: Path) -> list[StoredAdapter]:
@@ -164,17 +168,30 @@ def _listed(adapters: list[StoredAdapter]) -> str:
 
 
 def _base_policy(
-    location: str | os.PathLike[str], unnorm_key: str | None, device: Any, dtype: Any, instruction: str | None = None
+    location: str | os.PathLike[str],
+    unnorm_key: str | None,
+    device: Any,
+    dtype: Any,
+    instruction: str | None = None,
+    recipe: Mapping[str, Any] | None = None,
 ) -> Policy:
     model, processor = load_openvla(location, device=device, dtype=dtype)
     normaliser = Normaliser(model.norm_stats, unnorm_key)
     cameras = [AGENT_VIEW, WRIST_VIEW][: model.config.num_images_in_input]
-    return _policy(model, processor, normaliser, cameras, instruction)
+    return _policy(model, processor, normaliser, cameras, instruction, recipe)
 
 
-def _policy(model: Any, processor: Any, normaliser: Normaliser, cameras: list[str], instruction: str | None) -> Policy:
+def _policy(
+    model: Any,
+    processor: Any,
+    normaliser: Normaliser,
+    cameras: list[str],
+    instruction: str | None,
+    recipe: Mapping[str, Any] | None,
+) -> Policy:
     model.config.norm_stats = normaliser.as_statistics()  # what `predict_action` un-normalises with
-    return Policy(model, processor, normaliser, cameras=cameras or [AGENT_VIEW], instruction=instruction)
+    cameras = cameras or [AGENT_VIEW]
+    return Policy(model, processor, normaliser, cameras=cameras, instruction=instruction, recipe=recipe)
 
 
 def _read_statistics(folder: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ class Policy:
         normaliser: the statistics it was trained with.
         cameras: names of the images the model reads, in its order.
         instruction: used where `act` is given none.
+        recipe: how it was trained and evaluated (the resolved configuration); empty for a plain checkpoint.
     """
 
     def __init__(
@@ -34,12 +35,14 @@ class Policy:
         *,
         cameras: Sequence[str] = ("agentview",),
         instruction: str | None = None,
+        recipe: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model.eval()
         self.processor = processor
         self.normaliser = normaliser
         self.cameras = tuple(cameras)
         self.instruction = instruction
+        self.recipe = dict(recipe or {})
 
     def act(self, images: Images, instruction: str | None = None, proprio: ArrayLike | None = None) -> NDArray[Any]:
         """The next actions.

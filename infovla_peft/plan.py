@@ -94,7 +94,8 @@ def describe_plan(
     tasks = sum(len(stage.tasks) for stage in stages)
     recording = 0.0
     if "demonstrations" not in state:
-        recording = tasks * config.demonstrations * SECONDS_PER_DEMONSTRATION / workers(config.demonstration_workers)
+        each = config.demonstrations * SECONDS_PER_DEMONSTRATION / workers(config.demonstration_workers)
+        recording = tasks * (each + SECONDS_PER_ENVIRONMENT)
     terms = ", ".join(METHODS[training.method].terms)
     lines = [
         f"{config.stream} on {config.suite}: {training.method}"

@@ -47,11 +47,27 @@ DEMONSTRATION_SEED = 0
 """Demonstrations are data: the same for every seed of a training, so that runs can share them."""
 HARMLESS = frozenset(
     {
-        "output_dir", "demonstrations_folder", "demonstration_workers", "eval_workers", "cache_images",
-        "logging_steps", "logging_dir", "save_steps", "save_total_limit", "disable_tqdm", "report_to", "run_name",
-        "log_level", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "hub_token",
+        "output_dir",
+        "demonstration_workers",
+        "eval_workers",
+        "videos_per_task",
+        "cache_images",
+        "logging_steps",
+        "logging_dir",
+        "save_steps",
+        "save_total_limit",
+        "disable_tqdm",
+        "report_to",
+        "run_name",
+        "log_level",
+        "local_rank",
+        "ddp_timeout",
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataloader_prefetch_factor",
+        "hub_token",
     }
-)  # fmt: skip
+)
 """What may differ between a run and its continuation: none of it changes a number."""
 
 
@@ -81,7 +97,8 @@ class Stream:
             RunError: another configuration or process holds the folder; it cannot be written; something is missing.
         """
         self._check_requirements()
-        self.run_folder.open(resolved_config(self.config, self.training), harmless=HARMLESS)
+        if self.run_folder.main_process:
+            self.run_folder.open(self.resolved_config(), harmless=HARMLESS)
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -100,6 +117,11 @@ class Stream:
         unknown = set(self.config.cameras) - set(CAMERA_COLUMNS)
         if unknown or not self.config.cameras:
             raise RunError(f"cameras must be among {', '.join(CAMERA_COLUMNS)}, got {self.config.cameras}")
+
+    def resolved_config(self) -> dict[str, Any]:
+        """Everything that was chosen or found, as it is kept with the run and with each adapter."""
+        found = {"assets": self.assets.name, "processes": self.training.world_size}
+        return {**resolved_config(self.config, self.training), **found}
 
     def plan(self) -> str:
         """What is to be done, in which stages, and about how long it takes; what is finished counts no more."""
@@ -277,7 +299,7 @@ class Stream:
                 stage=stage.index,
                 seen=[task.name for task in self.seen(stage)],
                 cameras=list(self.config.cameras),
-                training=resolved_config(self.config, self.training),
+                training=self.resolved_config(),
             )
             save_adapter(model, stage.name, folder, info, normaliser.as_statistics())
             self._drop_checkpoints(stage)
@@ -320,6 +342,7 @@ class Stream:
         config, folder = self.config, self.run_folder
         missing = [task for task in self.seen(stage) if not self._cell(stage, task).exists()]
         if missing:
+            print(f"{f'stage {stage.index}' if stage.index else 'base'}: rollouts of {len(missing)} tasks", flush=True)
             policy = self.policy(stage)
             with EnvironmentPool(
                 workers(config.eval_workers),
@@ -376,7 +399,7 @@ class Stream:
             ],
             versions=collect_versions(),
             commit=source_commit(),
-            config=resolved_config(config, training),
+            config=self.resolved_config(),
         )
         for earlier in self.stages[: stage.index + 1]:
             cells = [self._read_cell(earlier, task) for task in self.seen(earlier)]

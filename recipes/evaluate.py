@@ -34,8 +34,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--suite", default="libero_goal", help="LIBERO suite")
     parser.add_argument("--tasks", nargs="+", help="by number or name; all of the suite if not given")
     parser.add_argument("--episodes", type=int, default=20, help="rollouts per task, from the first of 50 states")
-    parser.add_argument("--assets", default="auto", choices=("auto", "official", "primitive"), help="asset set")
-    parser.add_argument("--image_size", type=int, default=128, help="side of the rendered images in pixels")
     parser.add_argument("--workers", type=int, default=0, help="simulation processes; 0 = one per core")
     parser.add_argument("--output", type=Path, default=Path("runs/evaluation"), help="for evaluation.json and videos")
     return parser.parse_args(argv)
@@ -44,15 +42,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(options: argparse.Namespace) -> None:
     """Load, then roll out task after task; print and store each result as it comes."""
     tasks = [find_task(options.suite, name) for name in options.tasks or range(len(suite_tasks(options.suite)))]
-    assets = find_assets(options.assets)
     policy = load_policy(options.policy, stage=options.stage)
+    # Assets and pictures as they were in training: a stand-in looks different from LIBERO's own object.
+    assets = find_assets(policy.recipe.get("assets", "auto"))
+    look = {name: policy.recipe[name] for name in ("image_size", "renderer") if name in policy.recipe}
 
     # Worker processes simulate, one batched forward of the policy serves them all, and a frame is rendered only when
     # the policy looks. The episodes start from LIBERO's fixed initial states, on which nothing was trained.
     rows = []
-    with EnvironmentPool(
-        workers(options.workers), assets=assets, image_size=options.image_size, cameras=policy.cameras
-    ) as pool:
+    with EnvironmentPool(workers(options.workers), assets=assets, cameras=policy.cameras, **look) as pool:
         for result in evaluate(
             policy, tasks, pool, episodes=options.episodes, videos=2, video_folder=options.output / "videos"
         ):
