@@ -88,11 +88,12 @@ class InfoVLATrainer(Trainer):
         self.terms = make_terms(args) if self._memory_data is not None else []
         self._teacher = _teacher_adapter(model, args, previous_adapter) if self.terms else None
         self._anchors: Anchors | None = None
-        if isinstance(model, PeftModel):
-            for term in self.terms:
-                if term.network is not None:  # a submodule, so that optimiser and DistributedDataParallel see it
-                    model.add_module(f"infovla_{term.name}_network", term.network)
-        else:
+        for term in self.terms:
+            if term.network is not None:
+                if not isinstance(model, PeftModel):  # it would be saved among the model's own weights
+                    raise ValueError("cmi_mode='paper' trains a network of its own; use it with an adapter")
+                model.add_module(f"infovla_{term.name}_network", term.network)  # the optimiser and DDP see it there
+        if not isinstance(model, PeftModel):
             freeze_unused(model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(

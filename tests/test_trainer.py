@@ -413,6 +413,26 @@ def test_a_batch_too_small_for_replay(tmp_path: Path) -> None:
         adapter_stage(tmp_path, per_device_train_batch_size=2)
 
 
+def test_the_network_of_the_paper_belongs_to_an_adapter(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    with pytest.raises(ValueError, match="use it with an adapter"):
+        InfoVLATrainer(
+            policy.model, config(tmp_path, method="infovla_paper"), policy.dataset.like(policy.task(BOWL)),
+            policy.collator, memory=old_tasks(policy),
+        )  # fmt: skip
+
+
+def test_batches_made_in_worker_processes_are_the_same(tmp_path: Path) -> None:
+    plain, workers = (
+        adapter_stage(tmp_path, dataloader_num_workers=number, proprio_noise=0.1).get_train_dataloader()
+        for number in (0, 2)
+    )
+    for one, other in zip(plain, workers, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(value, other[name]) for name, value in one.items() if name != "replay")
+        assert (one["replay"].own == other["replay"].own).all()
+
+
 def test_an_adapter_that_is_not_trainable_says_so(tmp_path: Path) -> None:
     policy = tiny_policy()
     model = add_adapter(policy.model, "one", config(tmp_path))
