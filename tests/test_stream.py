@@ -20,6 +20,7 @@ from infovla_peft.hub import load_policy
 from infovla_peft.plan import plan_stages
 from infovla_peft.results import Results
 from infovla_peft.run_folder import RunError
+from infovla_peft.simulation import AssetSet
 from infovla_peft.stream import Stream
 
 pytestmark = pytest.mark.libero  # task names and instructions come from LIBERO's package
@@ -163,6 +164,60 @@ def test_a_changed_configuration_is_refused_and_harmless_changes_are_not(make: C
         pass
 
 
+def test_asset_sets_and_process_counts_are_not_mixed(
+    make: Callable[..., Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make() as stream:
+        assert stream.resolved_config()["processes"] == 1
+    other = AssetSet("official", Path("elsewhere"))
+    monkeypatch.setattr("infovla_peft.simulation.find_assets", lambda *_: other)
+    with pytest.raises(RunError, match="assets: 'primitive' -> 'official'"):
+        make().__enter__()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "manifest"])
+def test_broken_demonstrations_are_named_and_left_alone(
+    make: Callable[..., Stream], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    from infovla_peft.data.demonstrations import (
+        DemonstrationError,
+        DemonstrationManifest,
+        EpisodeRecord,
+        RecordingSettings,
+        TaskRecord,
+        load_demonstrations,
+    )
+
+    monkeypatch.setattr("infovla_peft.stream.load_demonstrations", load_demonstrations)
+    with make({"stream": "B1-1N1", "demonstrations": 1}) as stream:
+        stream.record()
+        folder = stream.demonstrations_folder
+        shutil.rmtree(folder)
+        (folder / "x").mkdir(parents=True)
+        records = {
+            task.name: TaskRecord(
+                task.suite,
+                task.index,
+                task.name,
+                task.instruction,
+                {0: EpisodeRecord(0, f"x/{task.name}.parquet", 5, 1, 0)},
+            )
+            for task in stream.tasks
+        }
+        settings = RecordingSettings("primitive", "3.3.2", 24, ("agentview",), "fast", 0.1, 0)
+        DemonstrationManifest(settings, records).save(folder)
+        if damage == "truncated":
+            for task in stream.tasks:
+                (folder / "x" / f"{task.name}.parquet").write_bytes(b"PAR1 and no more")
+        if damage == "manifest":
+            (folder / "manifest.json").write_text("{")
+        before = snapshot(tmp_path / "run")
+        message = {"truncated": "truncated", "missing": "is missing", "manifest": "damaged"}[damage]
+        with pytest.raises(DemonstrationError, match=message):
+            stream.learn_base()
+        assert snapshot(tmp_path / "run") == before
+
+
 def test_a_missing_predecessor_is_named(make: Callable[..., Stream], tmp_path: Path) -> None:
     with make() as stream:
         stream.record()
@@ -244,3 +299,34 @@ def test_a_full_disk_leaves_earlier_results_as_they_were(
     with make() as stream:
         stream.run()
     assert Results.load(tmp_path / "run/results.json").stages == 3
+
+
+def _on_two_processes(folder: str) -> None:
+    """What each of two processes runs; fakes are installed by hand, because a fresh process knows no fixture."""
+    patch = pytest.MonkeyPatch()
+    install_fakes(patch, Path(folder))
+    training = InfoVLAConfig(**{**TRAINING, "output_dir": f"{folder}/run", "per_device_train_batch_size": 2})
+    config = StreamConfig(**{**STREAM, "stream": "B1-1N1", "base_batch_size": 2})
+    with Stream(config, training) as stream:
+        stream.run()
+        assert stream.training.world_size == 2
+        assert (stream.run_folder.main_process and len(FakePool.calls) == 3) or not FakePool.calls
+    patch.undo()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_two_processes_train_together_and_one_writes(make: Callable[..., Stream], tmp_path: Path) -> None:
+    from accelerate import debug_launcher
+
+    with make({"stream": "B1-1N1"}) as stream:
+        stream.run()
+    shutil.move(tmp_path / "run", tmp_path / "alone")
+    debug_launcher(_on_two_processes, args=(str(tmp_path),), num_processes=2)
+    alone, together = (Results.load(tmp_path / name / "results.json") for name in ("alone", "run"))
+    assert together.episodes == alone.episodes
+    assert together.config["processes"] == 2
+    (adapter,) = (tmp_path / "run/adapters").iterdir()
+    theirs = load_file(tmp_path / "alone/adapters" / adapter.name / "adapter_model.safetensors")
+    for name, weights in load_file(adapter / "adapter_model.safetensors").items():
+        torch.testing.assert_close(weights, theirs[name], atol=1e-4, rtol=1e-3)
