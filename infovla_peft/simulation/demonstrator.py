@@ -33,7 +33,7 @@ demonstrations made with it."""
 STEPS_AFTER_SUCCESS = 8
 """LIBERO's goals hold at first contact; that many steps later the gripper is open and the hand retreats."""
 SETTLING_STEPS = 10
-SPREAD = 0.050
+SPREAD = 0.055
 
 Term = tuple[str, ...]
 

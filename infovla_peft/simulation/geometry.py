@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import mujoco
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -41,11 +40,15 @@ def yaw_rotation(angle: float) -> Array:
 
 def rotation_vector(rotation: Array) -> Array:
     """Axis times angle, (3,), of a rotation; its length is at most pi."""
-    quaternion, vector = np.zeros(4), np.zeros(3)
-    mujoco.mju_mat2Quat(quaternion, np.ascontiguousarray(rotation).ravel())
-    mujoco.mju_quat2Vel(vector, quaternion, 1.0)
-    angle = float(np.linalg.norm(vector))
-    return vector if angle <= np.pi else vector * (angle - 2.0 * np.pi) / angle
+    twist = rotation - rotation.T
+    vector = np.array([twist[2, 1], twist[0, 2], twist[1, 0]]) / 2  # axis times the angle's sine
+    sine, cosine = float(np.linalg.norm(vector)), (np.trace(rotation) - 1) / 2
+    if sine > 1e-6:
+        return np.asarray(vector * (np.arctan2(sine, cosine) / sine))
+    if cosine > 0:
+        return vector
+    column = (rotation + np.eye(3))[:, int(np.argmax(np.diag(rotation)))]  # half a turn: 2 axis axis^T = R + 1
+    return np.asarray(np.pi * column / np.linalg.norm(column))
 
 
 def half_turn(angle: float) -> float:
@@ -136,8 +139,9 @@ def _mesh(model: Any, mesh: int) -> Surface:
 
 def sample_surface(model: Any, geom: int, spacing: float) -> Surface:
     """Points about `spacing` apart on the surface of a geom, in the geom's own frame. Planes give none."""
+    from mujoco import mjtGeom as shape  # the simulator is loaded only when used
+
     size, kind = model.geom_size[geom].copy(), model.geom_type[geom]
-    shape = mujoco.mjtGeom
     if kind == shape.mjGEOM_BOX:
         return _box(size, spacing)
     if kind == shape.mjGEOM_CYLINDER:

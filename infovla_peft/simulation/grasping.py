@@ -187,7 +187,8 @@ def _grasps_at_yaw(
                 - 0.06 * skew  # walls that do not face the fingers: it slips
                 - 0.02 * abs(yaw) / (np.pi / 2)  # turning the wrist takes time
                 + 0.5 * min(contact_height, 0.02)
-                - 0.3 * max(0.0, b - a - 0.055)  # little room for errors beside the fingers
+                - 0.3 * max(0.0, b - a - 0.055)  # little room for errors beside the fingers,
+                - 3.0 * max(0.0, b - a - 0.062)  # and very little
                 - 0.15 * abs(depth - 0.024)
             )
             position = x * closing_axis(yaw) + y * np.array([np.cos(yaw), np.sin(yaw), 0.0])
