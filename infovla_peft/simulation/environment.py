@@ -92,10 +92,10 @@ def _build(task: Task, assets: AssetSet) -> Any:
         def _setup_observables(self) -> dict[str, Any]:
             return {}  # robosuite would compute them in every substep
 
+    del REGISTERED_ENVS["Problem"]  # robosuite registers every subclass
     Problem.__name__ = problem.__name__  # LIBERO compares it with the name in the BDDL file
-    registered = dict(REGISTERED_ENVS)
     try:
-        with quiet():
+        with quiet(), _numpy_seed(0):  # building ends with a reset
             return Problem(
                 str(task.bddl_file),
                 robots=["Panda"],
@@ -112,9 +112,6 @@ def _build(task: Task, assets: AssetSet) -> Any:
             f"cannot build {task} with the {assets.name} assets in {assets.path} ({error}): the files of this task "
             "are missing or broken; choose another asset set or give a complete folder by INFOVLA_LIBERO_ASSETS"
         ) from error
-    finally:
-        REGISTERED_ENVS.clear()
-        REGISTERED_ENVS.update(registered)
 
 
 class LiberoEnvironment:
@@ -129,7 +126,7 @@ class LiberoEnvironment:
         image_size: edge of the square pictures in pixels.
         cameras: names of the model's cameras that `observe` renders; LIBERO's are "agentview" and
             "robot0_eye_in_hand".
-        renderer: "fast" (no reflections, no multisampling) or "exact" (LIBERO's own pictures).
+        renderer: "fast" (no reflections, no multisampling, a coarser arm) or "exact" (LIBERO's own pictures).
 
     Raises:
         ValueError: unknown renderer or camera.

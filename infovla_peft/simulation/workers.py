@@ -157,7 +157,7 @@ class EnvironmentPool:
 
     Args:
         num_workers: processes; each holds up to four tasks' models. One per core is right, or fewer if a worker's
-            0.5 GB (primitive assets) to 2 GB (official ones) would not fit.
+            1 GB (primitive assets) to 1.5 GB (official ones) would not fit.
         assets, image_size, cameras, renderer: as for `LiberoEnvironment`.
 
     Raises:
