@@ -16,7 +16,16 @@ _EXPORTS = {
     "OpenVLAProcessor": "infovla_peft.models.openvla",
     "load_policy": "infovla_peft.hub",
 }
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = [
+    "InfoVLAConfig",
+    "InfoVLATrainer",
+    "OpenVLAConfig",
+    "OpenVLAForActionPrediction",
+    "OpenVLAImageProcessor",
+    "OpenVLAProcessor",
+    "__version__",
+    "load_policy",
+]
 
 if TYPE_CHECKING:
     from .config import InfoVLAConfig
