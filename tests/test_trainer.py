@@ -206,6 +206,15 @@ def test_the_loss_halves_on_one_repeated_batch(tmp_path: Path) -> None:
     assert losses(trainer)[-1] < 0.5 * losses(trainer)[0]
 
 
+def test_plain_openvla_learns_too(tmp_path: Path) -> None:
+    """Autoregressive decoding: cross-entropy on action tokens, features at the positions that predict them."""
+    policy = tiny_policy(autoregressive=True)
+    trainer = adapter_stage(tmp_path, policy, max_steps=12, learning_rate=5e-3, lora_r=16, lora_alpha=16)
+    trainer.train()
+    assert sum(losses(trainer, "policy_loss")[-3:]) < sum(losses(trainer, "policy_loss")[:3])
+    assert all(value > 0 for value in losses(trainer, "rac") + losses(trainer, "cmi")[1:])
+
+
 def test_the_terms_fall_when_they_are_trained(tmp_path: Path) -> None:
     trainer = adapter_stage(tmp_path, max_steps=40, lambda_rac=1.0, lambda_cmi=1.0, cmi_mode="infonce", image_shift=0)
     for _, parameter in adapter_parameters(trainer.model, "one"):

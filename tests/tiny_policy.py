@@ -13,7 +13,7 @@ from infovla_peft.data.chunks import ChunkDataset
 from infovla_peft.data.collator import VLACollator
 from infovla_peft.data.images import ImagePipeline
 from infovla_peft.data.normalisation import Normaliser, compute_statistics
-from infovla_peft.models.openvla import build_tiny_openvla
+from infovla_peft.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, build_tiny_openvla
 
 CHUNK = 4
 
@@ -35,12 +35,17 @@ class TinyPolicy:
         return self.frames.select(rows)
 
 
-def tiny_policy(*, seed: int = 0, episodes: int = 2, frames: int = 12, **options: Any) -> TinyPolicy:
+def tiny_policy(
+    *, seed: int = 0, episodes: int = 2, frames: int = 12, autoregressive: bool = False, **options: Any
+) -> TinyPolicy:
     demonstrations = toy_demonstrations(episodes=episodes, frames=frames)
     shape = {"image_size": 32, "patch_size": 16, "vision_width": 16, "vision_depth": 2, "hidden_size": 32, "layers": 2}
     model, processor = build_tiny_openvla(
         instructions=list(TASKS.values()), heads=2, chunk=CHUNK, seed=seed, **{**shape, **options}
     )
+    if autoregressive:  # plain OpenVLA: action tokens one after another, no proprioception
+        plain = {"decoding": "autoregressive", "action_head": "discrete", "proprio_dim": 0, "empty_token_id": 7}
+        model = OpenVLAForActionPrediction(OpenVLAConfig(**{**model.config.to_dict(), **plain}))
     dataset = ChunkDataset(demonstrations, ImagePipeline(processor.image_processor), chunk=CHUNK)
     statistics = compute_statistics(dataset.env_actions, dataset.states, dataset.num_episodes)
     model.config.norm_stats = {"libero_goal": statistics}
