@@ -67,8 +67,8 @@ class RunFolder:
     def stage(self, index: int) -> Path:
         return self.path / "stages" / f"stage_{index:02d}"
 
-    def rollouts(self, index: int) -> Path:
-        return self.stage(index) / "rollouts"
+    def cell(self, index: int, task: str) -> Path:
+        return self.stage(index) / "rollouts" / f"{task}.json"
 
     def videos(self, index: int) -> Path:
         return self.path / "videos" / f"stage_{index:02d}"

@@ -17,25 +17,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
-import numpy as np
 
 from .adapters import AdapterInfo, add_adapter, fingerprint, load_adapter, save_adapter
 from .config import InfoVLAConfig, StreamConfig, resolved_config
 from .data.chunks import ChunkDataset
 from .data.collator import VLACollator
 from .data.demonstrations import CAMERA_COLUMNS, load_demonstrations
-from .data.normalisation import Normaliser, compute_statistics
-from .evaluation import TaskResult, evaluate
+from .data.normalisation import Normaliser
+from .data.statistics import statistics_of
+from .evaluation import evaluate
 from .files import atomic_folder, write_json
 from .hub import load_policy, relative_base
 from .inference import Policy
+from .measurement import gather_results
 from .memory import ReplayMemory
-from .methods import METHODS
 from .models.openvla import build_tiny_openvla, load_openvla
 from .plan import Stage, describe_plan, describe_results, plan_stages, step_name, tiny_shape, workers
 from .progress import show_progress
 from .report import write_report
-from .results import Results, TaskEntry, Video, collect_versions, source_commit
+from .results import Results
 from .run_folder import RunError, RunFolder
 from .trainer import InfoVLATrainer, LossLog
 from .video import CURE, video_available
@@ -340,7 +340,7 @@ class Stream:
         from .simulation.workers import EnvironmentPool
 
         config, folder = self.config, self.run_folder
-        missing = [task for task in self.seen(stage) if not self._cell(stage, task).exists()]
+        missing = [task for task in self.seen(stage) if not folder.cell(stage.index, task.name).exists()]
         if missing:
             print(f"{f'stage {stage.index}' if stage.index else 'base'}: rollouts of {len(missing)} tasks", flush=True)
             policy = self.policy(stage)
@@ -361,9 +361,9 @@ class Stream:
                     videos=config.videos_per_task,
                     video_folder=folder.videos(stage.index),
                 ):
-                    write_json(folder.rollouts(stage.index) / f"{result.task}.json", result.to_dict())
+                    write_json(folder.cell(stage.index, result.task), result.to_dict())
                     print(f"  {result.task}: {sum(result.successes)} of {result.episodes}", flush=True)
-        self.results(stage).save(folder.results)
+        gather_results(self, stage).save(folder.results)
         if self.seen(stage):
             write_report(folder.path)
 
@@ -377,49 +377,6 @@ class Stream:
         model, processor, normaliser = self.load_base()
         model.config.norm_stats = normaliser.as_statistics()
         return Policy(model.to(device), processor, normaliser, cameras=self.config.cameras)
-
-    def results(self, stage: Stage) -> Results:
-        """All that is measured up to and including a stage, gathered from its cells."""
-        from .simulation import STEP_CAPS
-
-        config, training, state = self.config, self.training, self.run_folder.state()
-        results = Results(
-            method=training.method,
-            stream=config.stream,
-            suite=config.suite,
-            seed=training.seed,
-            base_model=config.base_model,
-            teacher=training.teacher if METHODS[training.method].terms else None,
-            assets=self.assets.name,
-            renderer=config.renderer,
-            step_cap=config.rollout_max_steps or STEP_CAPS[config.suite],
-            open_loop_steps=config.open_loop_steps,
-            tasks=[
-                TaskEntry(task.name, task.instruction, stage.index) for stage in self.stages for task in stage.tasks
-            ],
-            versions=collect_versions(),
-            commit=source_commit(),
-            config=self.resolved_config(),
-        )
-        for earlier in self.stages[: stage.index + 1]:
-            cells = [self._read_cell(earlier, task) for task in self.seen(earlier)]
-            train = "base" if earlier.index == 0 else step_name("learn", earlier)
-            timings = {"evaluate": round(sum(cell.seconds for cell in cells), 2)}
-            if train in state:
-                timings["train"] = state[train]["seconds"]
-            if earlier.index == 0 and "demonstrations" in state:
-                timings["demonstrations"] = state["demonstrations"]["seconds"]
-            results.add_row(
-                earlier.index,
-                {cell.task: (sum(cell.successes), cell.episodes) for cell in cells},
-                timings=timings,
-                videos=[
-                    Video(f"videos/stage_{earlier.index:02d}/{name}", cell.task, earlier.index, "_success" in name)
-                    for cell in cells
-                    for name in cell.videos
-                ],
-            )
-        return results
 
     def run(self) -> None:
         """All steps in order, from wherever the run was stopped."""
@@ -462,16 +419,6 @@ class Stream:
             )
         self.run_folder.require([product], step)
 
-    def _cell(self, stage: Stage, task: Task) -> Path:
-        return self.run_folder.rollouts(stage.index) / f"{task.name}.json"
-
-    def _read_cell(self, stage: Stage, task: Task) -> TaskResult:
-        file = self._cell(stage, task)
-        try:
-            return TaskResult.from_dict(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise RunError(f"{file} is missing or damaged ({error}); delete it and measure again") from error
-
     def _drop_checkpoints(self, stage: Stage) -> None:
         for checkpoint in self.run_folder.stage(stage.index).glob("checkpoint-*"):
             shutil.rmtree(checkpoint, ignore_errors=True)
@@ -496,23 +443,3 @@ def train_adapter(stream: Stream, stage: Stage) -> None:
     show_progress(trainer, f"stage {stage.index}")
     trainer.train(resume_from_checkpoint=True)
     stream.save_adapter(model, stage, normaliser)
-
-
-def statistics_of(frames: datasets.Dataset) -> dict[str, Any]:
-    """Frozen normalisation out of the base tasks' demonstrations, with room for the tasks to come.
-
-    What lies outside of q01 … q99 is clipped for ever, and a later task may need it: on LIBERO-Goal the hand turns by
-    up to 0.1 of its range in "put the bowl on the stove" and by 0.8 in "turn on the stove". So the bounds of actions
-    are the controller's own, [-1, 1], and those of proprioception are moved outwards by half their distance. (OpenVLA
-    takes the percentiles, of a data set that holds all tasks.) Mean, std, min and max are as measured.
-    """
-    columns = frames.select_columns(["action", "state", "task", "episode_index"]).with_format("numpy")[:]
-    episodes = len(set(zip(columns["task"], columns["episode_index"].tolist(), strict=True)))
-    statistics = compute_statistics(np.stack(columns["action"]), np.stack(columns["state"]), episodes)
-    action, proprio = statistics["action"], statistics["proprio"]
-    for position, moves in enumerate(action["mask"]):
-        if moves:
-            action["q01"][position], action["q99"][position] = -1.0, 1.0
-    low, high = np.array(proprio["q01"]), np.array(proprio["q99"])
-    proprio["q01"], proprio["q99"] = (low - (high - low) / 2).tolist(), (high + (high - low) / 2).tolist()
-    return statistics
