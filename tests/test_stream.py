@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from launcher import launch_two
 from safetensors.torch import load_file
 from stream_fakes import STREAM, TRAINING, FakePool, install_fakes
 
@@ -315,14 +317,11 @@ def _on_two_processes(folder: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")
 def test_two_processes_train_together_and_one_writes(make: Callable[..., Stream], tmp_path: Path) -> None:
-    from accelerate import debug_launcher
-
     with make({"stream": "B1-1N1"}) as stream:
         stream.run()
     shutil.move(tmp_path / "run", tmp_path / "alone")
-    debug_launcher(_on_two_processes, args=(str(tmp_path),), num_processes=2)
+    launch_two(Path(__file__), tmp_path)
     alone, together = (Results.load(tmp_path / name / "results.json") for name in ("alone", "run"))
     assert together.episodes == alone.episodes
     assert together.config["processes"] == 2
@@ -330,3 +329,7 @@ def test_two_processes_train_together_and_one_writes(make: Callable[..., Stream]
     theirs = load_file(tmp_path / "alone/adapters" / adapter.name / "adapter_model.safetensors")
     for name, weights in load_file(adapter / "adapter_model.safetensors").items():
         torch.testing.assert_close(weights, theirs[name], atol=1e-4, rtol=1e-3)
+
+
+if __name__ == "__main__":
+    _on_two_processes(sys.argv[1])

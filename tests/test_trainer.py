@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launcher import launch_two
 from safetensors.torch import load_file
 from tiny_policy import TinyPolicy, tiny_policy
 from torch import Tensor, nn
@@ -228,16 +226,7 @@ def test_the_terms_fall_when_they_are_trained(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_give_loss_and_gradient_of_one_with_twice_the_batch(tmp_path: Path) -> None:
     """Through `accelerate launch`, with an odd batch per process and unequal numbers of replay samples."""
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--cpu",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-        str(Path(__file__).with_name("two_processes.py")), str(tmp_path / "two"),
-    ]  # fmt: skip
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=500, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch_two(Path(__file__).with_name("two_processes.py"), tmp_path / "two")
     for case in CASES:
         one_step(case, tmp_path / "one")
         one, two = (json.loads((tmp_path / number / f"{case}.json").read_text()) for number in ("one", "two"))
