@@ -1,11 +1,12 @@
 """One optimiser step of several methods. Run in one process, and by `accelerate launch` in two, it must do the same.
 
-accelerate launch --num_processes 2 --cpu tests/two_processes.py <folder for results>
+accelerate launch --multi_gpu --num_processes 2 tests/two_processes.py <folder for results>
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,5 +64,7 @@ def one_step(case: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if os.environ.get("WORLD_SIZE") != "2":
+        sys.exit("this must run in two processes, or the comparison shows nothing")
     for name in CASES:
         one_step(name, Path(sys.argv[1]))
