@@ -178,13 +178,12 @@ def _grasps_at_yaw(
             x = (a + b) / 2
             offset = float(np.hypot(x - middle.x[0], y - middle.y[0]))
             skew = sum(
-                max(0.0, 0.95 - float(np.median(slab_facing[on_line & (np.abs(slab.x - wall) < 0.004)])))
-                for wall in (a, b)
+                1.0 - float(np.median(slab_facing[on_line & (np.abs(slab.x - wall) < 0.004)])) for wall in (a, b)
             )
             contact_height = float(np.ptp(slab.z[between]))
             score = (
                 -offset  # far from the middle: the object turns in the fingers
-                - 0.06 * skew  # walls that do not face the fingers: it slips
+                - 0.08 * skew  # walls that do not face the fingers: it slips
                 - 0.02 * abs(yaw) / (np.pi / 2)  # turning the wrist takes time
                 + 0.5 * min(contact_height, 0.02)
                 - 0.3 * max(0.0, b - a - 0.055)  # little room for errors beside the fingers,
