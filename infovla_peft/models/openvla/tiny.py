@@ -126,6 +126,7 @@ def build_tiny_openvla(
             num_hidden_layers=layers,
             num_attention_heads=heads,
             pad_token_id=tokenizer.pad_token_id,
+            dtype="float32",
         ),
         pad_token_id=tokenizer.pad_token_id,
         pad_to_multiple_of=_BLOCK,
