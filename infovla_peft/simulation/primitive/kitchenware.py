@@ -36,12 +36,14 @@ def _ware(
 
 def _bowl() -> list[Part]:
     """Two rings of tilted boxes on a disc; the lower ring is drawn as one disc, since nobody sees under the bowl."""
+    lower = hidden(ring((0.023, 0.0045), (0.0425, 0.0160), 0.003, _BLACK))
+    upper = ring((0.0425, 0.0155), (0.0515, 0.0515), 0.003, (0.12, 0.12, 0.13))
     return [
         *prism(0.024, 0.0016, 0.0068, _BLACK),
-        *hidden(ring((0.023, 0.0045), (0.0425, 0.0160), 0.003, _BLACK)),
         cylinder(0.0360, 0.0016, 0.0100, _BLACK),
         cylinder(0.0425, 0.0100, 0.0155, (0.26, 0.26, 0.28)),
-        *ring((0.0425, 0.0155), (0.0515, 0.0515), 0.003, (0.12, 0.12, 0.13)),
+        # Edges, not faces, towards the axes: between parallel faces a bowl invites a grip across it, which slips.
+        *placed([*lower, *upper], rotation=about("z", 360.0 / 32)),
     ]
 
 
