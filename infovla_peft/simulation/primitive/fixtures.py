@@ -30,7 +30,7 @@ def _drawer(level: str, centre: float, handle: float, region: float, wood: Colou
     """A drawer that slides towards -y, with the heights of its front panel, its handle and LIBERO's region in it."""
     low, high = centre - 0.0325, centre + 0.0325
     parts = [
-        box((-0.105, -0.078, low - 0.0005), (0.1115, -0.066, high + 0.001), wood),
+        box((-0.105, -0.078, low - 0.0005), (0.1115, -0.066, high + 0.0005), wood),
         box((-0.103, 0.087, low), (0.110, 0.093, high - 0.003), wood),
         box((-0.104, -0.066, low), (-0.0995, 0.087, high - 0.003), wood),
         box((0.1065, -0.066, low), (0.111, 0.087, high - 0.003), wood),
