@@ -21,13 +21,15 @@ EVALUATION_DEFAULTS = {
 """Of a policy that does not say how it was trained."""
 
 
+_DISK_FULL = ("No space left on device", "PytorchStreamWriter failed", "inline_container.cc")  # torch names no reason
+
+
 def explain(error: BaseException) -> str:
-    """One clear line on what went wrong and what to do; the libraries' own words where they are clear enough."""
+    """What went wrong and what to do; the error's own words where they say it."""
     text = str(error).strip() or type(error).__name__
-    full = getattr(error, "errno", None) == errno.ENOSPC
-    if full or any(words in text for words in ("No space left on device", "PytorchStreamWriter failed", "disk full")):
+    if getattr(error, "errno", None) == errno.ENOSPC or any(words in text for words in _DISK_FULL):
         return (
-            f"the disk is full ({text}); free some space and give the same command again. "
+            f"the disk is full ({text.splitlines()[0]}); free some space and give the same command again. "
             "What was finished before is kept"
         )
     if isinstance(error, PermissionError):
@@ -53,12 +55,22 @@ def run_command(command: Callable[[], int | None]) -> int:
     except BrokenPipeError:
         return 1
     except Exception as error:
+        _close_bars()
         if os.environ.get("INFOVLA_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         known = isinstance(error, (OSError, ValueError, RuntimeError, KeyError, ImportError))
         what = explain(error) if known else f"{type(error).__name__}: {explain(error)} (INFOVLA_DEBUG=1 shows more)"
         print(f"infovla: error: {what}", file=sys.stderr)
         return 1
+
+
+def _close_bars() -> None:
+    # So that the message begins on a line of its own.
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()
 
 
 def train(argv: Sequence[str], *, prog: str = "infovla train") -> None:

@@ -76,6 +76,9 @@ def test_errors_of_the_system_name_the_cure() -> None:
     assert "free some space" in explain(OSError(28, "No space left on device"))
     assert "free some space" in explain(RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0"))
     assert "free some space" in explain(ValueError("Error while serializing: I/O error: No space left on device"))
+    assert "free some space" in explain(
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 3 vs 2")
+    )
     assert "--output_dir" in explain(PermissionError(13, "Permission denied", "/root/run"))
     assert explain(KeyError("no statistics for 'x'")) == "no statistics for 'x'"
 
