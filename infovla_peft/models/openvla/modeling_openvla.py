@@ -6,17 +6,16 @@ import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import ModelOutput
 
 from ...files import write_json
 from ...policy import TokenRoles
+from .acting import ActingModel
 from .action_head import L1ActionHead, ProprioProjector
 from .action_tokenizer import ActionBins
 from .checkpoint import check_loaded, clear_loading_errors, load_components, read_config, read_statistics
@@ -25,13 +24,13 @@ from .sequence import (
     IGNORE_INDEX,
     TextSequence,
     append_tokens,
+    check_batch,
     insert_after_bos,
     locate_slots,
     multimodal_mask,
     token_roles,
     true_lengths,
 )
-from .statistics import unnormalize_actions
 from .vision import Projector, VisionBackbone, init_vision_weights
 
 
@@ -61,7 +60,7 @@ class OpenVLAOutput(ModelOutput):
     token_roles: TokenRoles | None = None
 
 
-class OpenVLAForActionPrediction(PreTrainedModel):
+class OpenVLAForActionPrediction(ActingModel):
     """A language model that reads image patches and an instruction and writes robot actions.
 
     One class for plain OpenVLA (`decoding="autoregressive"`) and OpenVLA-OFT (`decoding="parallel"`, with
@@ -247,7 +246,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         features = None
         patches = 0
         if pixel_values is not None:
-            _check_batch(pixel_values, input_ids)
+            check_batch(pixel_values, input_ids)
             features = self.projector(self.vision_backbone(pixel_values))
             patches = features.shape[1]
             embeddings = insert_after_bos(embeddings, features)
@@ -304,7 +303,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         config = self.config
         if pixel_values is None:
             raise ValueError("Parallel decoding needs `pixel_values`.")
-        _check_batch(pixel_values, input_ids)
+        check_batch(pixel_values, input_ids)
         slots = config.num_actions_chunk * config.action_dim
         if labels is not None:
             sequence = locate_slots(input_ids, attention_mask, labels, config)
@@ -387,134 +386,6 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             is_causal=False,
         )
         return decoded.last_hidden_state, decoded.hidden_states
-
-    # ---- acting ---------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def predict_action(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        unnorm_key: str | None = None,
-        do_sample: bool = False,
-        proprio: Tensor | NDArray[Any] | None = None,
-        temperature: float = 1.0,
-    ) -> NDArray[Any]:
-        """Un-normalised actions of a batch of prompts.
-
-        Args:
-            input_ids: (batch, length) prompts ending in "Out:", padded on the right; '▁' is appended where missing.
-            attention_mask: (batch, length); None where nothing is padded.
-            pixel_values: (batch, images * channels, height, width), normalised.
-            unnorm_key: data set whose statistics un-normalise; may be left out if there is one alone.
-            do_sample: draw action tokens at `temperature` instead of taking the likeliest (autoregressive).
-            proprio: (batch, proprio_dim), **normalised**, as in OpenVLA-OFT.
-
-        Returns:
-            Autoregressive: (dim,) for a batch of one, as the original, else (batch, dim). Parallel: (chunk, dim) or
-            (batch, chunk, dim). The original stops at an early end-of-sequence token and then reads prompt ids as
-            actions; here `dim` tokens are always decoded.
-        """
-        statistics = self.get_action_stats(unnorm_key)
-        if self.config.decoding == "parallel":
-            if proprio is not None and not isinstance(proprio, Tensor):
-                proprio = torch.as_tensor(np.asarray(proprio, dtype=np.float32))
-            output = self(input_ids, attention_mask, pixel_values, proprio=proprio)
-            normalized: NDArray[Any] = output.predicted_actions.float().cpu().numpy()
-            if self.config.action_head == "discrete":
-                token_ids = output.logits[:, :-1].argmax(-1).cpu().numpy()
-                normalized = self.bins.decode(token_ids).reshape(normalized.shape)  # in double precision
-        else:
-            dim = len(statistics["q01"])
-            ids = self._decode_tokens(input_ids, attention_mask, pixel_values, dim, temperature if do_sample else 0.0)
-            normalized = self.bins.decode(ids.cpu().numpy())
-        actions = unnormalize_actions(normalized, statistics, self.config)
-        return actions[0] if len(actions) == 1 else actions
-
-    def _decode_tokens(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        pixel_values: Tensor | None,
-        count: int,
-        temperature: float,
-    ) -> Tensor:
-        """(batch, count) token ids after the prompts, with a key-value cache; temperature 0 takes the likeliest."""
-        prompt = append_tokens(input_ids, attention_mask, empty_id=self.config.empty_token_id, slots=0, stop_id=None)
-        mask = prompt.attention_mask
-        output = self._forward_prompt(prompt, pixel_values)
-        cache = output.past_key_values
-        length = cache.get_seq_length()
-        patches = length - prompt.input_ids.shape[1]
-        position = (prompt.prompt_length + patches)[:, None]  # of the next token; padding is not counted
-        mask = multimodal_mask(mask, patches)
-        hidden = output.last_hidden_state.gather(1, (position - 1)[..., None].expand(-1, -1, self._hidden_size))
-        ids: list[Tensor] = []
-        for step in range(count):
-            logits = self.language_model.lm_head(hidden)[:, -1].float()
-            if temperature > 0:
-                token = torch.multinomial((logits / temperature).softmax(-1), 1)
-            else:
-                token = logits.argmax(-1, keepdim=True)
-            ids.append(token)
-            if step == count - 1:
-                break
-            if mask is not None:
-                mask = F.pad(mask, (0, 1), value=True)
-            hidden = self.language_model.model(
-                input_ids=token,
-                attention_mask=mask,
-                position_ids=position + step,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-        return torch.cat(ids, dim=1)
-
-    def _forward_prompt(self, prompt: TextSequence, pixel_values: Tensor | None) -> Any:
-        embeddings = self.get_input_embeddings()(prompt.input_ids)
-        patches = 0
-        if pixel_values is not None:
-            _check_batch(pixel_values, prompt.input_ids)
-            features = self.projector(self.vision_backbone(pixel_values))
-            embeddings, patches = insert_after_bos(embeddings, features), features.shape[1]
-        mask = multimodal_mask(prompt.attention_mask, patches)
-        return self.language_model.model(inputs_embeds=embeddings, attention_mask=mask, use_cache=True)
-
-    @property
-    def _hidden_size(self) -> int:
-        return int(self.config.text_config.hidden_size)
-
-    @property
-    def norm_stats(self) -> dict[str, Any]:
-        """Statistics per data set, as in `dataset_statistics.json`."""
-        return self.config.norm_stats or {}
-
-    def get_action_dim(self, unnorm_key: str | None = None) -> int:
-        """Numbers of one action of a data set."""
-        return len(self.get_action_stats(unnorm_key)["q01"])
-
-    def get_action_stats(self, unnorm_key: str | None = None) -> dict[str, Any]:
-        """Action statistics of a data set; LIBERO's keys may carry the suffix `_no_noops`.
-
-        Raises:
-            ValueError: the key is unknown, or missing although there are several data sets.
-        """
-        known = self.norm_stats
-        names = ", ".join(known) or "none; save `dataset_statistics.json` beside the weights"
-        if unnorm_key is None:
-            if len(known) != 1:
-                raise ValueError(f"Pass `unnorm_key`, one of the data sets that the model knows: {names}.")
-            return next(iter(known.values()))["action"]  # type: ignore[no-any-return]
-        for key in (unnorm_key, f"{unnorm_key}_no_noops"):
-            if key in known:
-                return known[key]["action"]  # type: ignore[no-any-return]
-        raise ValueError(f"`unnorm_key='{unnorm_key}'` is unknown; the model knows: {names}.")
-
-
-def _check_batch(pixel_values: Tensor, input_ids: Tensor) -> None:
-    if len(pixel_values) != len(input_ids):
-        raise ValueError(f"As many images as prompts are needed, got {len(pixel_values)} and {len(input_ids)}.")
 
 
 def _take(hidden: Tensor, first: Tensor | int, count: int) -> Tensor:

@@ -159,3 +159,9 @@ def token_roles(
     vision = ((position >= 1) & (position <= patches)).expand(len(prompt_length), -1)
     proprio = (position == patches + 1).expand(len(prompt_length), -1)
     return TokenRoles(vision, language, action, proprio if has_proprio else torch.zeros_like(proprio))
+
+
+def check_batch(pixel_values: Tensor, input_ids: Tensor) -> None:
+    """Raise a ValueError unless there are as many samples of images as prompts."""
+    if len(pixel_values) != len(input_ids):
+        raise ValueError(f"As many images as prompts are needed, got {len(pixel_values)} and {len(input_ids)}.")
