@@ -19,7 +19,7 @@ from .fixtures import (
     insert_through_door,
     is_drawer_open,
     open_drawer,
-    place_in_low_drawer,
+    place_in_drawer,
     turn_on,
 )
 from .geometry import Array, Scene
@@ -235,9 +235,8 @@ def _put(arm: Arm, predicate: str, name: str, target: str, offset: Array, *, pus
         if scene.region_joint(target) is not None:
             if not is_drawer_open(scene, target):
                 open_drawer(arm, target)
-            if not target.endswith("top_region"):
-                place_in_low_drawer(arm, name, target)
-                return
+            place_in_drawer(arm, name, target)
+            return
     pick(arm, name, choose_grasp(arm, name))
     spot = find_spot(scene, predicate, target)
     place(arm, name, spot.shifted(offset))

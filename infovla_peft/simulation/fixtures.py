@@ -9,7 +9,7 @@ import numpy as np
 
 from .geometry import DOWNWARD, Array, Joint, Scene, Surface, half_turn, rotation_about
 from .grasping import Grasp, closing_axis, hand_rotation, plan_grasps
-from .motion import CLOSED, METRES_PER_UNIT, OPEN, Arm, SkillFailed
+from .motion import CLOSED, OPEN, Arm, SkillFailed
 from .skills import Spot, choose_grasp, find_spot, pick, place
 
 UP: Array = np.array([0.0, 0.0, 1.0])
@@ -64,21 +64,18 @@ def open_drawer(arm: Arm, region: str) -> None:
     arm.move_to(ready, tolerance=0.012, turn_tolerance=0.12, max_steps=60)
     arm.move_to(handle + 0.004 * approach, tolerance=0.006, turn_tolerance=0.12, speed=0.5, max_steps=40, stall=0.001)
     arm.close_gripper(10)
-    start = drawer.value
+    closed, start = drawer.value, arm.position
     for step in range(50):
         if drawer.value < DRAWER_PULLED:
             break
-        if step > 12 and drawer.value - start > -0.01:
+        if step > 12 and drawer.value - closed > -0.01:
             raise SkillFailed(f"the handle of {region} slipped")
-        arm.slide(0.7 * opening)
+        arm.follow(start, opening, speed=0.7)
     if drawer.value > DRAWER_OPEN:
         raise SkillFailed(f"{region} did not open")
     arm.open_gripper(6)
     arm.move_by(-0.08 * approach, max_steps=20)
     arm.rotation = DOWNWARD
-    home = arm.reach.base - arm.position[:2]
-    back = np.append(0.06 * home / np.linalg.norm(home), 0.10)
-    arm.move_to(arm.position + back, tolerance=0.02, turn_tolerance=0.2, max_steps=30)
 
 
 def close_drawer(arm: Arm, region: str) -> None:
@@ -97,7 +94,7 @@ def close_drawer(arm: Arm, region: str) -> None:
     for _ in range(90):
         if drawer.value > 0.001:
             break
-        arm.slide([*(-0.8 * opening[:2]), (start[2] - arm.position[2]) / METRES_PER_UNIT])
+        arm.follow(start, -opening, speed=0.8)
     arm.hold(5)
 
 
@@ -164,11 +161,23 @@ def turn_on(arm: Arm, name: str) -> None:
     arm.move_by(0.12 * UP)
 
 
-def place_in_low_drawer(arm: Arm, name: str, region: str) -> None:
-    """Put an object into an open drawer that has closed ones above it: down its front part, beside the hand.
+def place_in_drawer(arm: Arm, name: str, region: str) -> None:
+    """Put an object into an open drawer: the top one from above, a lower one down its front part."""
+    (_place_in_top_drawer if region.endswith("top_region") else _place_in_low_drawer)(arm, name, region)
 
-    The hand closes along the drawer's width and holds the object at one side, so that both fit between the walls.
-    """
+
+def _place_in_top_drawer(arm: Arm, name: str, region: str) -> None:
+    handle, opening = _handle(arm.scene, _drawer(arm.scene, region))
+    pick(arm, name, choose_grasp(arm, name))
+    # The open drawer may hang over the object, so that it has to come out from below first.
+    aside = np.cross(UP, opening)
+    side = np.sign((arm.scene.position(name) - handle) @ aside)
+    arm.move_by(0.065 * side * aside + 0.035 * opening, tolerance=0.015)
+    place(arm, name, find_spot(arm.scene, "in", region))
+
+
+def _place_in_low_drawer(arm: Arm, name: str, region: str) -> None:
+    # The hand closes along the drawer's width and holds the object at one side, so that both fit between the walls.
     scene = arm.scene
     drawer = _drawer(scene, region)
     _, opening = _handle(scene, drawer)

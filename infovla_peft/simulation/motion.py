@@ -77,12 +77,17 @@ class Arm:
         """One step by `shift` units that keeps the hand's rotation."""
         self.step(shift, np.clip(self.turn_left / RADIANS_PER_UNIT, -turn_speed, turn_speed))
 
+    def follow(self, start: Array, direction: Array, *, speed: float) -> None:
+        """One step along the line through `start` (3,) in `direction` (3,), back onto it if the hand has strayed."""
+        travelled = float((self.position - start) @ direction)
+        self.steer(start + (travelled + 0.04) * direction, speed=speed, turn_speed=0.5)
+
     def move_to(
         self,
         target: ArrayLike,
         *,
         tolerance: float = 0.008,
-        turn_tolerance: float = 0.06,
+        turn_tolerance: float = 0.1,
         speed: float = 1.0,
         max_steps: int = 90,
         until: Callable[[], bool] | None = None,
@@ -166,11 +171,11 @@ class Arm:
             self.move_to(above, tolerance=0.035, turn_tolerance=0.3, max_steps=70)
         self.move_to(target, tolerance=tolerance, max_steps=60)
 
-    def _highest_between(self, start: Array, end: Array, obstacles: Array, half_width: float = 0.09) -> float:
-        """Height of the highest obstacle in a corridor between two points."""
+    def _highest_between(self, start: Array, end: Array, obstacles: Array, half_width: float = 0.11) -> float:
+        """Height of the highest obstacle in a corridor between two points, as wide as the hand."""
         along = (end - start)[:2]
-        length = np.linalg.norm(along) + 1e-9
-        direction = along / length
+        length = float(np.linalg.norm(along))
+        direction = along / length if length > 1e-6 else np.array([1.0, 0.0])
         offsets = obstacles[:, :2] - start[:2]
         ahead, aside = offsets @ direction, np.abs(offsets @ np.array([-direction[1], direction[0]]))
         inside = (ahead > -half_width) & (ahead < length + half_width) & (aside < half_width)
