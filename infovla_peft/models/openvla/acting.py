@@ -9,11 +9,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from .action_tokenizer import ActionBins
 from .configuration_openvla import OpenVLAConfig
 from .sequence import TextSequence, append_tokens, check_batch, insert_after_bos, multimodal_mask
+
+
+def new_cache(config: OpenVLAConfig) -> DynamicCache:
+    """An empty cache. It is handed to the decoder by its place, the fourth: transformers 5.24 renamed the argument."""
+    return DynamicCache(config=config.text_config)
 
 
 class ActingModel(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -78,8 +83,8 @@ class ActingModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """(batch, count) token ids after the prompts, with a key-value cache; temperature 0 takes the likeliest."""
         prompt = append_tokens(input_ids, attention_mask, empty_id=self.config.empty_token_id, slots=0, stop_id=None)
         mask = prompt.attention_mask
-        output = self._forward_prompt(prompt, pixel_values)
-        cache = output.past_key_values
+        cache = new_cache(self.config)
+        output = self._forward_prompt(prompt, pixel_values, cache)
         length = cache.get_seq_length()
         patches = length - prompt.input_ids.shape[1]
         position = (prompt.prompt_length + patches)[:, None]  # of the next token; padding is not counted
@@ -99,16 +104,10 @@ class ActingModel(PreTrainedModel):  # type: ignore[no-untyped-call]
                 break
             if mask is not None:
                 mask = F.pad(mask, (0, 1), value=True)
-            hidden = self.language_model.model(
-                input_ids=token,
-                attention_mask=mask,
-                position_ids=position + step,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
+            hidden = self.language_model.model(token, mask, position + step, cache, use_cache=True).last_hidden_state
         return torch.cat(ids, dim=1)
 
-    def _forward_prompt(self, prompt: TextSequence, pixel_values: Tensor | None) -> Any:
+    def _forward_prompt(self, prompt: TextSequence, pixel_values: Tensor | None, cache: DynamicCache) -> Any:
         embeddings = self.get_input_embeddings()(prompt.input_ids)
         patches = 0
         if pixel_values is not None:
@@ -116,7 +115,7 @@ class ActingModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             features = self.projector(self.vision_backbone(pixel_values))
             embeddings, patches = insert_after_bos(embeddings, features), features.shape[1]
         mask = multimodal_mask(prompt.attention_mask, patches)
-        return self.language_model.model(inputs_embeds=embeddings, attention_mask=mask, use_cache=True)
+        return self.language_model.model(None, mask, None, cache, inputs_embeds=embeddings, use_cache=True)
 
     @property
     def norm_stats(self) -> dict[str, Any]:

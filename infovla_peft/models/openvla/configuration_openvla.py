@@ -82,6 +82,7 @@ class OpenVLAConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     }
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "past_key_values",
+        "cache",
         "hidden_states",
         "attentions",
         "projector_features",

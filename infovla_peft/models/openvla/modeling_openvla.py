@@ -15,7 +15,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from ...files import write_json
 from ...policy import TokenRoles
-from .acting import ActingModel
+from .acting import ActingModel, new_cache
 from .action_head import L1ActionHead, ProprioProjector
 from .action_tokenizer import ActionBins
 from .checkpoint import check_loaded, clear_loading_errors, load_components, read_config, read_statistics
@@ -45,19 +45,26 @@ class OpenVLAOutput(ModelOutput):
             head and without labels: (batch, chunk * dim + 1, vocabulary) at the action positions and the one that
             predicts the stop token.
         predicted_actions: parallel decoding, (batch, chunk, dim), normalised.
+        action_logits: heads that write tokens, with targets: (batch, actions, bins), those of the action vocabulary
+            at the positions that predict action tokens.
         hidden_states: embeddings and the output of each decoder layer, the last one after the final norm.
         projector_features: (batch, images * patches, hidden), the visual tokens of the language model.
-        past_key_values: the cache, with `use_cache=True`.
+        cache: with `use_cache=True`; also called `past_key_values`, its name before transformers 5.24.
         token_roles: role of each position of the multimodal sequence.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     predicted_actions: Tensor | None = None
+    action_logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     projector_features: Tensor | None = None
-    past_key_values: Any = None
+    cache: Any = None
     token_roles: TokenRoles | None = None
+
+    @property
+    def past_key_values(self) -> Any:
+        return self.cache
 
 
 class OpenVLAForActionPrediction(ActingModel):
@@ -81,7 +88,7 @@ class OpenVLAForActionPrediction(ActingModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["ViTBlock", "Projector"]  # type: ignore[misc]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]  # type: ignore[misc]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "cache"]  # type: ignore[misc]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -250,10 +257,10 @@ class OpenVLAForActionPrediction(ActingModel):
             features = self.projector(self.vision_backbone(pixel_values))
             patches = features.shape[1]
             embeddings = insert_after_bos(embeddings, features)
+        cache = new_cache(self.config) if use_cache and past_key_values is None else past_key_values
         decoded = self.language_model.model(
+            *(None, multimodal_mask(attention_mask, patches), None, cache),  # by place: transformers 5.24 renamed it
             inputs_embeds=embeddings,
-            attention_mask=multimodal_mask(attention_mask, patches),
-            past_key_values=past_key_values,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
         )
@@ -270,24 +277,40 @@ class OpenVLAForActionPrediction(ActingModel):
                 predicts = F.pad(labels[:, 1:] > self.config.action_token_begin_id, (0, 1))
                 prompt = predicts.int().argmax(1) + 1 - patches
                 roles = token_roles(prompt, hidden.shape[1], patches, False, predicts)
+        loss, action_logits = (None, None) if labels is None else self._cross_entropy(hidden, labels, logits)
         return OpenVLAOutput(
-            loss=None if labels is None else self._cross_entropy(hidden, labels, logits),
+            loss=loss,
             logits=logits,
+            action_logits=action_logits,
             hidden_states=decoded.hidden_states,
             projector_features=features,
-            past_key_values=decoded.past_key_values,
+            cache=cache,
             token_roles=roles,
         )
 
-    def _cross_entropy(self, hidden: Tensor, labels: Tensor, logits: Tensor | None) -> Tensor:
-        """Mean negative log-likelihood of labels (batch, sequence), each predicted one position before."""
+    def _cross_entropy(self, hidden: Tensor, labels: Tensor, logits: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Mean negative log-likelihood of labels (batch, sequence), each predicted one position before.
+
+        Also the logits (batch, actions, bins) of action tokens, None where rows have unequal numbers of them.
+        """
         targets = labels[:, 1:]
         predicted = targets != IGNORE_INDEX
         if logits is None:
             logits = self.language_model.lm_head(hidden[:, :-1][predicted])
         else:
             logits = logits[:, :-1][predicted]
-        return F.cross_entropy(logits.float(), targets[predicted])
+        is_action = targets > self.config.action_token_begin_id
+        per_row = is_action.sum(1)
+        even = len(per_row) > 0 and bool((per_row == per_row[0]).all())
+        actions = self._bins_of(logits[is_action[predicted]]) if even else None
+        if actions is not None:
+            actions = actions.view(len(labels), -1, actions.shape[-1])
+        return F.cross_entropy(logits.float(), targets[predicted]), actions
+
+    def _bins_of(self, logits: Tensor) -> Tensor:
+        """(…, vocabulary) -> (…, bins): the action tokens alone."""
+        first = self.config.action_token_begin_id + 1
+        return logits[..., first : first + self.config.n_action_bins]
 
     def _forward_parallel(
         self,
@@ -330,7 +353,7 @@ class OpenVLAForActionPrediction(ActingModel):
         hidden, hidden_states = self._decode_bidirectional(embeddings, mask, output_hidden_states)
 
         first = extra - 1 + (sequence.prompt_length if sequence.uniform is None else sequence.uniform)
-        loss = logits = predicted = None
+        loss = logits = predicted = action_logits = None
         if config.action_head == "l1":
             predicted = self.action_head(_take(hidden, first, slots))
             if actions is not None:
@@ -341,6 +364,7 @@ class OpenVLAForActionPrediction(ActingModel):
                 self.bins.decode_tensor(scores[:, :-1].argmax(-1)).float().view(len(scores), -1, config.action_dim)
             )
             logits = None if return_logits is False else scores
+            action_logits = self._bins_of(scores[:, :-1])
             if actions is not None and labels is None:
                 targets = F.pad(self.bins.encode_tensor(actions.flatten(1)), (0, 1), value=self._stop_id)
                 loss = F.cross_entropy(scores.flatten(0, 1).float(), targets.flatten())
@@ -348,7 +372,7 @@ class OpenVLAForActionPrediction(ActingModel):
             logits = self.language_model.lm_head(hidden)
         if labels is not None and loss is None:
             labels = insert_after_bos(labels, labels.new_full((len(labels), extra), IGNORE_INDEX))
-            loss = self._cross_entropy(hidden, labels, logits)
+            loss, action_logits = self._cross_entropy(hidden, labels, logits)
         roles = token_roles(
             sequence.prompt_length, hidden.shape[1], features.shape[1], bool(config.proprio_dim), slots
         )
@@ -356,6 +380,7 @@ class OpenVLAForActionPrediction(ActingModel):
             loss=loss,
             logits=logits,
             predicted_actions=predicted,
+            action_logits=action_logits if config.action_head == "discrete" else None,
             hidden_states=hidden_states,
             projector_features=features,
             token_roles=roles,
