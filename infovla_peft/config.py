@@ -62,13 +62,16 @@ class InfoVLAConfig(TrainingArguments):
 
     Args:
         method: what is added to plain fine-tuning (see `methods.py`). `sequential`: nothing. `er`: experience replay.
-            `infovla`: replay + RAC + CMI. `infovla_paper`: the same as the paper has it, on LoRA; this sets
-            `teacher="previous"`, `cmi_mode="paper"`, `anchor_bank=0` and `near_duplicate_window=0`.
+            `infovla`: replay + counterfactual frames + RAC + CMI + output. `infovla_paper`: replay + RAC + CMI as the
+            paper has them, on LoRA; this sets `teacher="previous"`, `cmi_mode="paper"`, `anchor_bank=0` and
+            `near_duplicate_window=0`. `der++` sets `teacher="auto"`, `lwf` sets `teacher="previous"`.
         lambda_rac: weight λ1 of the replay-anchor contrastive term, ≥ 0; 0 leaves it out. Paper, §5.1.
         lambda_cmi: weight λ2 of the cross-modal mutual information term, ≥ 0; 0 leaves it out. Paper, §5.1.
+        lambda_output: weight λ3 of the distance to the teacher's answers, ≥ 0; 0 leaves it out. Unverified.
         cmi_mode: `infonce`, `relational` or `paper`; see `losses.cross_modal_mi_from_summaries`. Unverified default.
         temperature: τ > 0 of both terms. The paper states none; unverified.
-        teacher: `base` = the base model, adapters off; `previous` = the adapter of stage k−1, frozen (the paper's).
+        teacher: `base` = the base model, adapters off; `auto` = the base for its own tasks and, for a task learned
+            later, the frozen adapter that learned it; `previous` = the adapter of stage k−1, frozen (the paper's).
         tap_layer: layer whose hidden states are the features, counted as in `hidden_states` (-1 = last, after the
             final norm). The paper's "layer that fuses" has no counterpart in a causal language model; unverified.
         anchor_bank: that many stored anchors (at most; chosen once per stage) are the negatives of RAC and of CMI, so
@@ -80,8 +83,12 @@ class InfoVLAConfig(TrainingArguments):
 
     Args:
         replay_fraction: share of each batch drawn from the memory, in [0, 1). Unverified.
-        anchor_views: shifted views of each memory frame for which anchors are kept, ≥ 1. The first is the frame
-            itself, so 1 means that replay samples are not augmented while their anchors are in use.
+        anchor_views: augmented views of each replayed frame for which anchors are kept, ≥ 1. The first of a memory
+            frame is the frame itself, so 1 means that memory samples are not augmented while anchors are in use.
+
+        counterfactual_share: share of the replay samples that are frames of the current task under the instruction of
+            an old one, the teacher's answer being the label; in [0, 1], 0 = none. Unverified.
+        counterfactual_frames: that many such pairs of frame and instruction are chosen per stage. Unverified.
 
     > Parameters that control augmentation
 
@@ -104,17 +111,20 @@ class InfoVLAConfig(TrainingArguments):
 
     _argument_group_name: ClassVar[str] = "training"
 
-    method: Literal["sequential", "er", "infovla", "infovla_paper"] = _option(
+    method: Literal["sequential", "er", "infovla", "infovla_paper", "der++", "lwf"] = _option(
         "infovla",
-        "What is added to plain fine-tuning: sequential (nothing), er (replay), infovla (replay, RAC, CMI), "
-        "infovla_paper (as in the paper).",
+        "What is added to plain fine-tuning: sequential (nothing), er (replay), infovla (replay, counterfactual "
+        "frames, RAC, CMI, output), infovla_paper (as in the paper), der++, lwf.",
     )
     lambda_rac: float = _option(0.1, "Weight of the replay-anchor contrastive term; 0 leaves it out.")
     lambda_cmi: float = _option(0.1, "Weight of the cross-modal mutual information term; 0 leaves it out.")
+    lambda_output: float = _option(1.0, "Weight of the distance to the teacher's answers; 0 leaves it out.")
     cmi_mode: Literal["infonce", "relational", "paper"] = _option("relational", "Estimator of the cross-modal term.")
     temperature: float = _option(0.1, "Temperature of both terms.")
-    teacher: Literal["base", "previous"] = _option(
-        "base", "Frozen teacher: base (adapters off) or previous (the adapter of the stage before)."
+    teacher: Literal["base", "auto", "previous"] = _option(
+        "base",
+        "Frozen teacher: base (adapters off), auto (the base for its own tasks, for a later one the adapter that "
+        "learned it) or previous (the adapter of the stage before).",
     )
     tap_layer: int = _option(-1, "Layer whose hidden states are the features; -1 = last, after the final norm.")
     anchor_bank: int = _option(1024, "Stored anchors used as negatives; 0 = those of the mini-batch, as in Eq. 1.")
@@ -126,6 +136,10 @@ class InfoVLAConfig(TrainingArguments):
     anchor_views: int = _option(
         1, "Views of each memory frame that have anchors: the frame itself and anchor_views - 1 shifted ones."
     )
+    counterfactual_share: float = _option(
+        0.5, "Share of the replay samples that are frames of the current task under an old instruction."
+    )
+    counterfactual_frames: int = _option(2048, "Pairs of frame and old instruction that are chosen per stage.")
 
     image_shift: int = _option(4, "Random image shift in pixels of the model's input; 0 turns it off.")
     proprio_noise: float = _option(0.0, "Standard deviation of noise on the normalised proprioception.")
@@ -148,15 +162,21 @@ class InfoVLAConfig(TrainingArguments):
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.method == "infovla_paper":
             self.teacher, self.cmi_mode, self.anchor_bank, self.near_duplicate_window = "previous", "paper", 0, 0
-        _check_at_least(self, 0, "lambda_rac", "lambda_cmi", "anchor_bank", "near_duplicate_window", "image_shift")
+        elif self.method in ("der++", "lwf"):
+            self.teacher = "auto" if self.method == "der++" else "previous"
+        _check_at_least(
+            self, 0, "lambda_rac", "lambda_cmi", "lambda_output", "anchor_bank", "near_duplicate_window", "image_shift"
+        )
         _check_at_least(self, 0, "proprio_noise")
-        _check_at_least(self, 1, "lora_r", "lora_alpha", "anchor_views")
+        _check_at_least(self, 1, "lora_r", "lora_alpha", "anchor_views", "counterfactual_frames")
         _check_choices(self)
         if not self.temperature > 0:
             raise ValueError(f"temperature must be > 0, got {self.temperature}")
         for name in ("replay_fraction", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.counterfactual_share <= 1:
+            raise ValueError(f"counterfactual_share must be in [0, 1], got {self.counterfactual_share}")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay False: batches carry more than the model's arguments")
         if self.tap_layer == 0:

@@ -20,12 +20,14 @@ class Features(NamedTuple):
         vision: (B, Nv, D), all patches.
         language: (B, Nl, D), the instruction's tokens, 0 where a row has fewer than Nl.
         language_mask: (B, Nl) bool.
+        output: (B, K, O), see `policy_output`; None where nobody asked.
     """
 
     action: Tensor
     vision: Tensor
     language: Tensor
     language_mask: Tensor
+    output: Tensor | None = None
 
 
 class FeatureTap:
@@ -68,6 +70,16 @@ class FeatureTap:
 
     def _keep(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._hidden = output[0] if isinstance(output, tuple) else output
+
+
+def policy_output(output: Any, rows: slice = slice(None)) -> Tensor:
+    """What the policy answers, of some samples: (B, K, O).
+
+    With the L1 head the normalised chunk (K = its length, O = action dim), with tokens the logits of the action
+    vocabulary at each action position (K = positions, O = bins).
+    """
+    answer = output.action_logits if output.action_logits is not None else output.predicted_actions
+    return answer[rows]  # type: ignore[no-any-return]
 
 
 def extract_features(hidden: Tensor, roles: TokenRoles, rows: slice = slice(None)) -> Features:

@@ -308,6 +308,40 @@ def cross_modal_mi_loss(
     )
 
 
+def output_distillation_loss(student: Tensor, teacher: Tensor, *, kind: Literal["actions", "logits"]) -> Tensor:
+    """How far the policy's answers on replayed samples have moved from the frozen teacher's.
+
+    Not in the paper. The distillation of DER++ (Buzzega et al., 2004.07211) and LwF (Li & Hoiem, 1606.09282), in the
+    units of the policy's own loss: ``actions``: mean |student − teacher| over all numbers of the chunks; ``logits``:
+    mean KL(teacher ‖ student) over the action positions, in nats.
+
+    Args:
+        student, teacher: (B, K, O), any floating dtype; normalised actions, or logits over O bins.
+
+    Returns:
+        Scalar ≥ 0, the mean over B; an exact 0 for B = 0.
+
+    Raises:
+        ValueError: shapes that differ, or an unknown kind.
+
+    Example:
+        >>> import torch
+        >>> float(output_distillation_loss(torch.zeros(1, 2, 2), torch.ones(1, 2, 2), kind="actions"))
+        1.0
+    """
+    if student.shape != teacher.shape or student.ndim != 3:
+        raise ValueError(f"expected equal shapes (B, K, O), got {tuple(student.shape)} and {tuple(teacher.shape)}")
+    if len(student) == 0:
+        return _zero(student)
+    with torch.autocast(student.device.type, enabled=False):
+        mine, target = _full(student), _full(teacher.detach())
+        if kind == "actions":
+            return (mine - target).abs().mean()
+        if kind == "logits":
+            return _divergence(target.log_softmax(-1), mine.log_softmax(-1), dim=-1).mean()
+    raise ValueError(f"kind must be 'actions' or 'logits', got {kind!r}")
+
+
 def near_duplicates(
     trajectory: Tensor,
     frame: Tensor,

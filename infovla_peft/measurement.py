@@ -43,7 +43,7 @@ def gather_results(stream: Stream, stage: Stage) -> Results:
         suite=config.suite,
         seed=training.seed,
         base_model=config.base_model,
-        teacher=training.teacher if METHODS[training.method].terms else None,
+        teacher=training.teacher if METHODS[training.method].has_teacher else None,
         assets=stream.assets.name,
         renderer=config.renderer,
         step_cap=config.rollout_max_steps or STEP_CAPS[config.suite],

@@ -2,7 +2,7 @@
 
 memory/
   frames/               Arrow: the kept rows of the demonstrations, images included
-  anchors.safetensors   the teacher's features of each frame, written once per stage
+  anchors.safetensors   what the frozen teacher made of each frame; a task's are computed once and kept
   memory.json           tasks, episodes, and a checksum of each file
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,32 +23,36 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from .files import atomic_file, atomic_folder, write_json
 from .losses import CrossModalSummary
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Anchors:
-    """The teacher's features of N memory frames, each in V views (view 0 is the frame itself, the others are shifted).
+    """What the teacher makes of N frames, each in V views (see `data.sampling.Views`).
 
     Attributes:
         action: (V, N, D) float32, the anchors of RAC.
         affinity: (V, N, Nv, Nl) float32, vision-language affinities, 0 beyond the instruction.
         fused: (V, N, F) float32, vision-language latents.
+        output: (V, N, K, O) float32, the teacher's output, see `features.policy_output`.
         words: (N,) number of language tokens.
         shifts: (V, N, 2) pixels.
-        spec: what they were computed with; other values mean other anchors.
+        spec: for each task, in the order of its rows, what its anchors were computed with; other values mean other
+            anchors. The key "rows" tells how many there are.
     """
 
     action: Tensor
     affinity: Tensor
     fused: Tensor
+    output: Tensor
     words: Tensor
     shifts: Tensor
-    spec: Mapping[str, str]
+    spec: Mapping[str, Mapping[str, str]]
 
     def __len__(self) -> int:
         return self.action.shape[1]
@@ -58,6 +62,7 @@ class Anchors:
         view, row = rows.unbind(1)
         mask = torch.arange(longest, device=rows.device) < self.words[row][:, None]  # (B, Nl)
         affinity = self.affinity[view, row, :, :longest]
+        affinity = F.pad(affinity, (0, longest - affinity.shape[-1]))
         patches = torch.ones(affinity.shape[:2], dtype=torch.bool, device=rows.device)
         return CrossModalSummary(affinity, self.fused[view, row], patches, mask)
 
@@ -65,12 +70,35 @@ class Anchors:
         return Anchors(**{name: tensor.to(device) for name, tensor in self.tensors().items()}, spec=self.spec)
 
     def tensors(self) -> dict[str, Tensor]:
-        names = ("action", "affinity", "fused", "words", "shifts")
+        names = ("action", "affinity", "fused", "output", "words", "shifts")
         return {name: getattr(self, name) for name in names}
+
+    def of_task(self, task: str) -> Anchors:
+        """The rows of one task of `spec`."""
+        counts = [int(each["rows"]) for each in self.spec.values()]
+        place = list(self.spec).index(task)
+        rows = slice(sum(counts[:place]), sum(counts[: place + 1]))
+        tensors = {
+            name: tensor[rows] if name == "words" else tensor[:, rows] for name, tensor in self.tensors().items()
+        }
+        return Anchors(**tensors, spec={task: self.spec[task]})
+
+    @classmethod
+    def join(cls, parts: Sequence[Anchors]) -> Anchors:
+        """The rows of several tables with equal numbers of views, one after another."""
+        longest = max(part.affinity.shape[3] for part in parts)
+        tables = [
+            {**part.tensors(), "affinity": F.pad(part.affinity, (0, longest - part.affinity.shape[3]))}
+            for part in parts
+        ]
+        tensors = {
+            name: torch.cat([table[name] for table in tables], dim=0 if name == "words" else 1) for name in tables[0]
+        }
+        return cls(**tensors, spec={task: spec for part in parts for task, spec in part.spec.items()})
 
     def save(self, path: Path) -> None:
         with atomic_file(path) as temporary:
-            metadata = {"spec": json.dumps(dict(self.spec), sort_keys=True)}
+            metadata = {"spec": json.dumps({task: dict(spec) for task, spec in self.spec.items()})}
             save_file({name: tensor.contiguous() for name, tensor in self.tensors().items()}, temporary, metadata)
 
     @classmethod
@@ -85,7 +113,7 @@ class ReplayMemory:
 
     Args:
         frames: rows as `data.chunks.ChunkDataset` wants them; None for an empty memory.
-        anchors: of the same rows; None until a stage has computed them.
+        anchors: of the same rows, or of the first of them; None until a stage has computed them.
         folder: where it is kept; set by `save` and `load`.
 
     Example:
@@ -97,7 +125,7 @@ class ReplayMemory:
     def __init__(
         self, frames: datasets.Dataset | None = None, anchors: Anchors | None = None, folder: Path | None = None
     ) -> None:
-        if anchors is not None and len(anchors) != (0 if frames is None else len(frames)):
+        if anchors is not None and len(anchors) > (0 if frames is None else len(frames)):
             raise ValueError(f"{len(anchors)} anchors do not belong to {0 if frames is None else len(frames)} frames")
         self.frames, self.anchors, self.folder = frames, anchors, folder
 
@@ -110,10 +138,17 @@ class ReplayMemory:
         """The past tasks, oldest first."""
         return list(dict.fromkeys(self.frames["task"])) if self.frames is not None else []
 
+    @property
+    def instructions(self) -> dict[str, str]:
+        """Name → instruction of the past tasks, oldest first."""
+        return (
+            dict(zip(self.frames["task"], self.frames["instruction"], strict=True)) if self.frames is not None else {}
+        )
+
     def add(self, demonstrations: datasets.Dataset, *, trajectories: int = 1, seed: int = 0) -> ReplayMemory:
         """A memory that also holds some random trajectories of each task in `demonstrations`. Paper, §4.1: one.
 
-        The choice depends on the seed and the task's name alone. The anchors are gone, because rows are added.
+        The choice depends on the seed and the task's name alone. The anchors of earlier tasks stay.
 
         Raises:
             ValueError: a task is in the memory already.
@@ -131,7 +166,8 @@ class ReplayMemory:
         chosen = demonstrations.select(np.concatenate(rows))
         if not len(chosen):
             return self
-        return ReplayMemory(chosen if self.frames is None else datasets.concatenate_datasets([self.frames, chosen]))
+        frames = chosen if self.frames is None else datasets.concatenate_datasets([self.frames, chosen])
+        return ReplayMemory(frames, self.anchors)
 
     def with_anchors(self, anchors: Anchors, *, save: bool = True) -> ReplayMemory:
         """The same memory with anchors; written into its folder, if it has one, unless `save` is False."""

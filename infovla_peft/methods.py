@@ -1,20 +1,31 @@
-"""What each method adds to plain fine-tuning: whether it replays, and which terms it adds to the policy loss.
+"""What each method adds to plain fine-tuning: what it replays, and which terms it adds to the policy loss.
 
-| method        | replay | terms                                       | teacher                          |
-|---------------|--------|---------------------------------------------|----------------------------------|
-| sequential    | no     | -                                           | -                                |
-| er            | yes    | -                                           | -                                |
-| infovla       | yes    | RAC (λ1), CMI (λ2)                          | base, or previous                |
-| infovla_paper | yes    | RAC and CMI with the paper's own estimators | previous                         |
+| method        | replays                       | terms                                       | teacher            |
+|---------------|-------------------------------|---------------------------------------------|--------------------|
+| sequential    | -                             | -                                           | -                  |
+| er            | memory                        | -                                           | -                  |
+| infovla       | memory, counterfactual frames | RAC (λ1), CMI (λ2), output (λ3)             | base, or as chosen |
+| infovla_paper | memory                        | RAC and CMI with the paper's own estimators | previous           |
+| der++         | memory                        | output                                      | auto               |
+| lwf           | counterfactual frames         | -                                           | previous           |
 
-L = L_policy(current + replay) + λ1 · L_RAC + λ2 · L_CMI (paper, Eq. 7); the terms see replay samples only.
+L = L_policy(current + replay) + λ1 · L_RAC + λ2 · L_CMI (paper, Eq. 7) + λ3 · L_output; the terms see replay samples
+only.
+
+- **er**: Experience Replay (Chaudhry et al., 1902.10486).
+- **der++**: Dark Experience Replay++ (Buzzega et al., 2004.07211): replayed labels, and the outputs the network gave
+  when the task had just been learned. Deviations: distance in the policy's own loss instead of the logits' MSE;
+  stratified batches instead of reservoir sampling, as all methods here.
+- **lwf**: Learning without Forgetting (Li & Hoiem, 1606.09282): on the new task's inputs, the old tasks' outputs stay
+  those of the network before the stage. A language-conditioned policy has instructions in place of old heads, so these
+  are frames of the current task under the instructions of old ones, with the teacher's answers as labels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +37,7 @@ from .losses import (
     cmi_is_informative,
     cross_modal_mi_from_summaries,
     near_duplicates,
+    output_distillation_loss,
     rac_is_informative,
     replay_anchor_contrastive_loss,
     summarize_cross_modal,
@@ -34,17 +46,30 @@ from .memory import Anchors
 
 
 class Method(NamedTuple):
-    """A row of the table above."""
+    """A row of the table above.
+
+    Attributes:
+        replay: memory samples are part of each batch.
+        counterfactual: frames of the current task under old instructions are.
+        terms: names of the terms it may add.
+    """
 
     replay: bool
+    counterfactual: bool = False
     terms: tuple[str, ...] = ()
+
+    @property
+    def has_teacher(self) -> bool:
+        return bool(self.terms) or self.counterfactual
 
 
 METHODS: dict[str, Method] = {
     "sequential": Method(replay=False),
     "er": Method(replay=True),
-    "infovla": Method(replay=True, terms=("rac", "cmi")),
+    "infovla": Method(replay=True, counterfactual=True, terms=("rac", "cmi", "output")),
     "infovla_paper": Method(replay=True, terms=("rac", "cmi")),
+    "der++": Method(replay=True, terms=("output",)),
+    "lwf": Method(replay=False, counterfactual=True),
 }
 
 
@@ -173,7 +198,31 @@ class CrossModalInformation:
         )
 
 
-def make_terms(config: InfoVLAConfig) -> Sequence[Term]:
-    """The terms of `config.method` whose weight is not 0."""
-    every: dict[str, Term] = {"rac": ReplayAnchorContrast(config), "cmi": CrossModalInformation(config)}
+class OutputDistillation:
+    """The policy's answer on a replay sample stays the teacher's."""
+
+    name = "output"
+    network: nn.Module | None = None
+
+    def __init__(self, config: InfoVLAConfig, kind: Literal["actions", "logits"]) -> None:
+        self.weight, self._kind = config.lambda_output, kind
+
+    def __call__(self, student: Features, contrast: Contrast) -> Tensor | None:
+        if not len(contrast.own) or student.output is None:
+            return None
+        teacher = contrast.anchors.output[tuple(contrast.own.T)].to(student.output.device)
+        return output_distillation_loss(student.output, teacher, kind=self._kind)
+
+
+def make_terms(config: InfoVLAConfig, output: Literal["actions", "logits"] = "actions") -> Sequence[Term]:
+    """The terms of `config.method` whose weight is not 0.
+
+    Args:
+        output: what the model answers, see `losses.output_distillation_loss`.
+    """
+    every: dict[str, Term] = {
+        "rac": ReplayAnchorContrast(config),
+        "cmi": CrossModalInformation(config),
+        "output": OutputDistillation(config, output),
+    }
     return [every[name] for name in METHODS[config.method].terms if every[name].weight > 0]

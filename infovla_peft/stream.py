@@ -31,6 +31,7 @@ from .hub import load_policy, relative_base
 from .inference import Policy
 from .measurement import gather_results
 from .memory import ReplayMemory
+from .methods import METHODS
 from .models.openvla import build_tiny_openvla, load_openvla
 from .plan import Stage, describe_plan, describe_results, plan_stages, step_name, tiny_shape, workers
 from .progress import show_progress
@@ -273,17 +274,28 @@ class Stream:
     def load_previous(self, stage: Stage, model: Any) -> tuple[Any, str | None]:
         """The base `model` with the adapter of the stage before, and its name; the base alone and None in stage 1.
 
+        Where each task's teacher is the adapter that learned it, the other earlier adapters are loaded as well.
+
         Raises:
             RunError: something that the stage builds on is not finished or not there.
         """
         before = self.stages[stage.index - 1]
         self._need(step_name("remember", before), self.run_folder.memory)
-        if before.index == 0:
-            return model, None
-        folder = self.run_folder.adapter(before.name)
-        self._need(step_name("learn", before), folder)
-        model, _ = load_adapter(model, folder, before.name)
-        return model, before.name
+        every = METHODS[self.training.method].has_teacher and self.training.teacher == "auto"
+        for earlier in self.stages[1 : stage.index] if every else [before] if before.index else []:
+            folder = self.run_folder.adapter(earlier.name)
+            self._need(step_name("learn", earlier), folder)
+            model, _ = load_adapter(model, folder, earlier.name)
+        return model, before.name if before.index else None
+
+    def past(self, stage: Stage) -> dict[str, Any]:
+        """What the trainer of a stage is told of the stages before: tasks, and which adapter learned them."""
+        earlier = self.stages[: stage.index]
+        return {
+            "previous_adapter": earlier[-1].name if len(earlier) > 1 else None,
+            "past_tasks": {task.name: task.instruction for each in earlier for task in each.tasks},
+            "learned_by": {task.name: each.name for each in earlier[1:] for task in each.tasks},
+        }
 
     def save_adapter(self, model: Any, stage: Stage, normaliser: Normaliser) -> None:
         """Write the folder of a stage's adapter, and remove the checkpoints that led to it."""
@@ -437,8 +449,8 @@ def train_adapter(stream: Stream, stage: Stage) -> None:
         stream.samples(stage.tasks, model, collator),
         collator,
         memory=stream.memory(),
-        previous_adapter=previous,
         callbacks=stream.callbacks(stage),
+        **stream.past(stage),
     )
     show_progress(trainer, f"stage {stage.index}")
     trainer.train(resume_from_checkpoint=True)

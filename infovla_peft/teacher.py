@@ -1,4 +1,4 @@
-"""The frozen teacher: the base with its adapters off, or the adapter of the stage before. Runs once per stage."""
+"""The frozen teacher: the base with its adapters off, or an earlier adapter. Runs once per stage."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .adapters import base_model, fingerprint
-from .data.chunks import ChunkDataset
+from .data.chunks import FrameTable
 from .data.collator import VLACollator
-from .features import FeatureTap, extract_features
+from .data.sampling import Augmentation, Views
+from .features import FeatureTap, extract_features, policy_output
 from .losses import summarize_cross_modal
 from .memory import Anchors
-
-_VIEWS = 2  # stream of random numbers, beside those of `data.sampling`
 
 
 @contextmanager
@@ -69,25 +68,31 @@ def _without_adapters(model: nn.Module) -> AbstractContextManager[None]:
     return context
 
 
-def view_shifts(frames: int, views: int, shift: int, seed: int) -> NDArray[np.int64]:
-    """(views, frames, 2) pixels by which each view of each memory frame is moved; the first is the frame itself."""
-    shifts = np.random.default_rng((seed, _VIEWS)).integers(-shift, shift + 1, (views, frames, 2))
-    shifts[0] = 0
-    return shifts
+@contextmanager
+def _statistics(model: Any, statistics: dict[str, Any]) -> Iterator[None]:
+    """Let `predict_action` un-normalise with these statistics."""
+    before = model.config.norm_stats
+    model.config.norm_stats = statistics
+    try:
+        yield
+    finally:
+        model.config.norm_stats = before
 
 
 def anchor_spec(
-    model: nn.Module, data: ChunkDataset, *, adapter: str | None, tap_layer: int, temperature: float,
-    shifts: NDArray[np.int64], dtype: str,
+    model: nn.Module, data: FrameTable, rows: NDArray[np.int64], views: Views, *, adapter: str | None, tap_layer: int,
+    temperature: float, dtype: str,
 ) -> dict[str, str]:  # fmt: skip
-    """All that anchors depend on; equal specifications mean equal anchors."""
-    rows = hashlib.sha256(json.dumps([data.tasks, data.task.tolist(), data.frame.tolist()]).encode())
-    rows.update(data.states.tobytes() + shifts.tobytes())
+    """All that the anchors of some rows depend on; equal specifications mean equal anchors."""
+    content = hashlib.sha256(
+        json.dumps([data.frame[rows].tolist(), sorted({data.tasks[k] for k in data.task[rows]})]).encode()
+    )
+    content.update(data.states[rows].tobytes() + views.shifts.tobytes() + views.proprio_noise.tobytes())
     return {
         "base": fingerprint(model)["weights"],
         "teacher": "base" if adapter is None else fingerprint(model, adapter)["weights"],
-        "rows": rows.hexdigest(),
-        "image": f"{data.pipeline.side} px, {', '.join(data.cameras)}",
+        "rows": str(len(rows)),
+        "content": content.hexdigest(),
         "tap_layer": str(tap_layer),
         "temperature": str(temperature),
         "dtype": dtype,
@@ -96,54 +101,106 @@ def anchor_spec(
 
 def compute_anchors(
     model: nn.Module,
-    data: ChunkDataset,
+    data: FrameTable,
     collator: VLACollator,
     *,
     adapter: str | None = None,
     tap_layer: int = -1,
     temperature: float = 0.1,
-    shifts: NDArray[np.int64] | None = None,
+    views: Views | None = None,
+    rows: NDArray[np.int64] | None = None,
     batch_size: int = 16,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     dtype: str = "no",
+    name: str = "memory",
 ) -> Anchors:
-    """The teacher's features of all memory frames, in all views. Runs the model views · frames / batch_size times.
+    """The teacher's features and output of some frames, in all views. Runs the model views · rows / batch_size times.
 
     Args:
         model: not wrapped by DistributedDataParallel; on any device, where the batches are moved to.
-        data: the memory's frames.
+        data: the frames.
         adapter: None = the base.
         tap_layer, temperature: as for the student.
-        shifts: (V, N, 2), see `view_shifts`; None = the frames themselves.
+        views: of these rows; None = the frames themselves.
+        rows: which rows of `data`; None = all.
         autocast: the context in which the student will run, and `dtype`, its name: half precision of both must agree.
+        name: under which `spec` has them.
 
     Returns:
         Anchors on the CPU, float32.
     """
-    shifts = np.zeros((1, len(data), 2), dtype=np.int64) if shifts is None else shifts
+    rows = np.arange(len(data)) if rows is None else rows
+    views = Views.draw(data, 1, Augmentation(), 0).rows(rows) if views is None else views
     spec = anchor_spec(
-        model, data, adapter=adapter, tap_layer=tap_layer, temperature=temperature, shifts=shifts, dtype=dtype
+        model, data, rows, views, adapter=adapter, tap_layer=tap_layer, temperature=temperature, dtype=dtype
     )
     inner = base_model(model)
     device = next(inner.parameters()).device
-    batches: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    order = np.stack(np.meshgrid(np.arange(len(shifts)), np.arange(len(data)), indexing="ij"), -1).reshape(-1, 2)
+    batches: list[tuple[Tensor, ...]] = []
+    order = np.stack(np.meshgrid(np.arange(views.count), np.arange(len(rows)), indexing="ij"), -1).reshape(-1, 2)
     with teacher_mode(model, adapter), tqdm(total=len(order), desc="anchors", unit="frame", delay=2) as bar:
         for start in range(0, len(order), batch_size):
             view, row = order[start : start + batch_size].T
-            samples = replace(data.__getitems__(row), shifts=shifts[view, row])
+            samples = replace(
+                data.__getitems__(rows[row]),
+                shifts=views.shifts[view, row],
+                proprio_noise=views.proprio_noise[view, row],
+            )
             batch = {name: tensor.to(device) for name, tensor in collator(samples).items()}
             with autocast(), FeatureTap(inner, tap_layer) as tap:
-                roles = model(**batch, return_logits=False).token_roles
-            features = extract_features(tap.hidden, roles)
+                output = model(**batch, return_logits=False)
+            features = extract_features(tap.hidden, output.token_roles)
             summary = summarize_cross_modal(
                 features.vision, features.language, None, features.language_mask, temperature=temperature
             )
-            found = (features.action, summary.affinity, summary.fused, features.language_mask.sum(1))
-            batches.append(tuple(tensor.float().cpu() for tensor in found))  # type: ignore[arg-type]
+            found = (
+                features.action, summary.affinity, summary.fused, policy_output(output), features.language_mask.sum(1)
+            )  # fmt: skip
+            batches.append(tuple(tensor.float().cpu() for tensor in found))
             bar.update(len(row))
-    longest = max(affinity.shape[2] for _, affinity, _, _ in batches)
-    padded = [(a, F.pad(affinity, (0, longest - affinity.shape[2])), f, w) for a, affinity, f, w in batches]
+    longest = max(affinity.shape[2] for _, affinity, _, _, _ in batches)
+    padded = [(a, F.pad(affinity, (0, longest - affinity.shape[2])), f, o, w) for a, affinity, f, o, w in batches]
     whole = [torch.cat(parts) for parts in zip(*padded, strict=True)]
-    action, affinity, fused, words = (tensor.view(*shifts.shape[:2], *tensor.shape[1:]) for tensor in whole)
-    return Anchors(action, affinity, fused, words[0].long(), torch.from_numpy(shifts), spec)
+    action, affinity, fused, answer, words = (
+        tensor.view(views.count, len(rows), *tensor.shape[1:]) for tensor in whole
+    )
+    return Anchors(action, affinity, fused, answer, words[0].long(), torch.from_numpy(views.shifts), {name: spec})
+
+
+def teacher_answers(
+    model: nn.Module,
+    data: FrameTable,
+    collator: VLACollator,
+    *,
+    adapter: str | None = None,
+    rows: NDArray[np.int64],
+    views: Views,
+    batch_size: int = 16,
+) -> NDArray[np.float32]:
+    """The actions the teacher would take, as `predict_action` decodes them.
+
+    Args:
+        rows, views: which frames, and their views, of which the first is used.
+
+    Returns:
+        (rows, T, A), the model's convention, not normalised.
+    """
+    inner, answers = base_model(model), []
+    device, normaliser = next(inner.parameters()).device, collator.normaliser
+    with (
+        _statistics(inner, normaliser.as_statistics()),
+        teacher_mode(model, adapter),
+        tqdm(total=len(rows), desc="answers", unit="frame", delay=2) as bar,
+    ):
+        for start in range(0, len(rows), batch_size):
+            part = slice(start, start + batch_size)
+            samples = replace(
+                data.__getitems__(rows[part]),
+                shifts=views.shifts[0, part],
+                proprio_noise=views.proprio_noise[0, part],
+            )
+            batch = {name: tensor.to(device) for name, tensor in collator.observations(samples).items()}
+            actions = np.asarray(inner.predict_action(**batch, unnorm_key=normaliser.key), dtype=np.float32)
+            answers.append(actions.reshape(len(rows[part]), -1, actions.shape[-1]))
+            bar.update(len(answers[-1]))
+    return np.concatenate(answers)

@@ -6,10 +6,11 @@ import copy
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, TypeVar, cast
 
+import numpy as np
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -20,15 +21,17 @@ from transformers.trainer_utils import TrainOutput
 
 from .adapters import base_model, freeze_unused, read_adapter_weights, write_adapter_weights
 from .config import InfoVLAConfig
-from .data.chunks import ChunkDataset, ReplayRows
+from .data.chunks import ChunkDataset, FrameTable, ReplayRows
 from .data.collator import VLACollator
-from .data.sampling import Augmentation, ReplayMixture, StratifiedBatchSampler
-from .features import FeatureTap, extract_features
+from .data.counterfactual import CounterfactualDataset
+from .data.sampling import Augmentation, ReplayMixture, StratifiedBatchSampler, Views
+from .features import FeatureTap, extract_features, policy_output
 from .files import atomic_file
 from .memory import Anchors, ReplayMemory
 from .methods import METHODS, Negatives, make_terms
-from .teacher import anchor_spec, compute_anchors, view_shifts
+from .teacher import anchor_spec, compute_anchors, teacher_answers
 
+Part = TypeVar("Part")
 _TERM_WEIGHTS = "term_networks.safetensors"
 
 
@@ -37,13 +40,14 @@ class InfoVLATrainer(Trainer):
 
         L = L_policy(current + replay) + Σ λ_t L_t(replay)         (paper, Eq. 7)
 
-    The teacher runs once, when `train` begins, over the memory; its features (anchors) are stored with the memory.
-    A training step is one forward pass of the student, of which one layer is tapped. A term without information in a
-    batch (a single candidate, say) is skipped and counted. The log holds, beside Trainer's own entries, `policy_loss`,
-    each term (`rac`, `cmi`: means over the batches since the last entry, before λ) and `rac_skipped`, `cmi_skipped`.
+    The teacher runs once, when `train` begins, over the replayed frames; what it makes of the memory (its anchors) is
+    stored with it. A training step is one forward pass of the student, of which one layer is tapped. A term without
+    information in a batch (a single candidate, say) is skipped and counted. The log holds, beside Trainer's own
+    entries, `policy_loss`, each term (`rac`, `cmi`, `output`: means over the batches since the last entry, before λ)
+    and `rac_skipped` and so on.
 
-    Without a PEFT model, all parameters are trained that ever receive a gradient: that is the base stage. Without a
-    memory, or with an empty one, there is no replay and no term.
+    Without a PEFT model, all parameters are trained that ever receive a gradient: that is the base stage. Without past
+    tasks there is no replay and no term.
 
     Two processes with batches of B give the loss and the gradient of one with 2B. A resumed run reproduces the
     uninterrupted one: batch k is a function of the seed and k. Trainer's "epoch" is the whole of this training.
@@ -56,10 +60,13 @@ class InfoVLATrainer(Trainer):
         memory: of past tasks. If it has a folder, anchors are stored there.
         previous_adapter: name of the adapter of the stage before; None where that stage is the base. Only used by
             `teacher="previous"`.
+        past_tasks: name → instruction of the tasks learned before, for counterfactual frames; None = the memory's.
+        learned_by: name of a past task → name of the adapter that learned it; tasks that are not in it are the base's.
+            Only used by `teacher="auto"`.
         kwargs: further arguments of `Trainer`.
 
     Raises:
-        ValueError: `teacher="previous"` without the adapter it names, a batch too small for replay, nothing to train.
+        ValueError: a teacher whose adapter is not loaded, a batch too small for replay, nothing to train.
 
     Example:
         >>> trainer = InfoVLATrainer(model, args, dataset, collator, memory=memory)  # doctest: +SKIP
@@ -77,16 +84,32 @@ class InfoVLATrainer(Trainer):
         *,
         memory: ReplayMemory | None = None,
         previous_adapter: str | None = None,
+        past_tasks: Mapping[str, str] | None = None,
+        learned_by: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         args = copy.copy(args)
         method = METHODS[args.method]
+        if past_tasks is None:
+            past_tasks = memory.instructions if memory is not None else {}
         self.memory = memory if memory is not None and len(memory) and method.replay and args.replay_fraction else None
         self._memory_data: ChunkDataset | None = None
         if self.memory is not None and self.memory.frames is not None:
             self._memory_data = train_dataset.like(self.memory.frames)
-        self.terms = make_terms(args) if self._memory_data is not None else []
-        self._teacher = _teacher_adapter(model, args, previous_adapter) if self.terms else None
+        self._counterfactual: CounterfactualDataset | None = None
+        if past_tasks and method.counterfactual and args.counterfactual_share and args.replay_fraction:
+            self._counterfactual = CounterfactualDataset(
+                train_dataset, past_tasks, frames=args.counterfactual_frames, seed=_data_seed(args)
+            )
+        self._replayed = [table for table in (self._memory_data, self._counterfactual) if table is not None]
+        self._answers: Literal["actions", "logits"] = (
+            "actions" if base_model(model).config.action_head == "l1" else "logits"
+        )
+        self.terms = make_terms(args, self._answers) if self._replayed else []
+        self._teachers: dict[str, str | None] = {}
+        if self.terms or self._counterfactual is not None:
+            tasks = dict.fromkeys(task for table in self._replayed for task in table.tasks)
+            self._teachers = _teacher_adapters(model, args, tasks, previous_adapter, learned_by or {})
         self._anchors: Anchors | None = None
         for term in self.terms:
             if term.network is not None:
@@ -102,28 +125,34 @@ class InfoVLATrainer(Trainer):
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # everything trainable receives a gradient in every step
         if args.max_steps <= 0:
-            args.max_steps = _steps(args, len(train_dataset), self.memory is not None)
+            args.max_steps = _steps(args, len(train_dataset), bool(self._replayed))
         self._current, self._collator = train_dataset, data_collator
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self.loss_is_scaled_for_ga = False  # `compute_loss` gives the mean of its batch
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._negatives: Negatives | None = None
-        self._sampler(self._views())  # fails now, not after the anchors are computed
+        self._views = self._draw_views()
+        self._sampler()  # fails now, not after the anchors are computed
 
     # --- data --------------------------------------------------------------------------------------------------------
 
-    def _views(self) -> Any:
-        if self._memory_data is None or not self.terms:
-            return None
-        config = self.args
-        return view_shifts(len(self._memory_data), config.anchor_views, config.image_shift, self._seed)
-
     @property
-    def _seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+    def _augmentation(self) -> Augmentation:
+        return Augmentation(self.args.image_shift, self.args.proprio_noise)
 
-    def _sampler(self, views: Any) -> StratifiedBatchSampler:
+    def _draw_views(self) -> Views | None:
+        if not self._teachers:
+            return None
+        seed, count = _data_seed(self.args), self.args.anchor_views
+        return Views.join(
+            [
+                Views.draw(table, count, self._augmentation, seed, plain=table is self._memory_data)
+                for table in self._replayed
+            ]
+        )
+
+    def _sampler(self) -> StratifiedBatchSampler:
         config = self.args
         return StratifiedBatchSampler(
             self._current,
@@ -131,20 +160,22 @@ class InfoVLATrainer(Trainer):
             batch_size=self._train_batch_size,
             replay_fraction=config.replay_fraction,
             batches=config.max_steps * config.gradient_accumulation_steps,
-            seed=self._seed,
+            seed=_data_seed(config),
             processes=config.world_size,
             rank=config.process_index,
-            augmentation=Augmentation(config.image_shift, config.proprio_noise),
-            view_shifts=views,
+            augmentation=self._augmentation,
+            counterfactual=self._counterfactual,
+            counterfactual_share=config.counterfactual_share,
+            views=self._views,
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches for this process. Not prepared by Accelerate: the sampler knows the processes already."""
         config = self.args
         # A batch is addressed by a `Draw` and fetched as `Samples`, not by and as lists.
-        sampler, collator = cast(Any, self._sampler(self._views())), cast(Any, self._collator)
+        sampler, collator = cast(Any, self._sampler()), cast(Any, self._collator)
         return DataLoader(
-            ReplayMixture(self._current, self._memory_data),
+            ReplayMixture(self._current, self._replayed),
             batch_sampler=sampler,
             collate_fn=collator,
             num_workers=config.dataloader_num_workers,
@@ -156,33 +187,69 @@ class InfoVLATrainer(Trainer):
     # --- the teacher -------------------------------------------------------------------------------------------------
 
     def prepare_anchors(self) -> Anchors | None:
-        """The anchors of the memory: those stored with it if they still fit, else computed (and stored) now.
+        """What the teacher makes of the replayed frames; None where no term needs any.
 
-        Every process computes them, the main one stores them. None where no term needs any.
+        A memory task's anchors are those stored with it if they still fit, else they are computed (and stored) now.
+        Every process computes them, the main one stores them. Counterfactual frames get the teacher's answers as their
+        labels, and anchors too.
         """
-        if self.memory is None or self._memory_data is None or not self.terms:
+        if self._views is None:
             return None
-        config, data, views = self.args, self._memory_data, self._views()
-        model: Any = self.model
-        dtype = self.accelerator.mixed_precision
-        spec = anchor_spec(
-            model, data, adapter=self._teacher, tap_layer=config.tap_layer, temperature=config.temperature,
-            shifts=views, dtype=dtype,
-        )  # fmt: skip
-        anchors = self.memory.anchors
-        if anchors is None or dict(anchors.spec) != spec:
-            anchors = compute_anchors(
-                model, data, self._collator, adapter=self._teacher, tap_layer=config.tap_layer,
-                temperature=config.temperature, shifts=views, batch_size=self._train_batch_size,
-                autocast=self.accelerator.autocast, dtype=dtype,
-            )  # fmt: skip
-            self.memory = self.memory.with_anchors(anchors, save=config.should_save)
-        self._anchors = anchors
+        parts: list[Anchors] = []
+        first = 0
+        for table in self._replayed:
+            views = self._views.rows(np.arange(first, first + len(table)))
+            first += len(table)
+            if table is self._counterfactual and not (self.terms and self._answers == "actions"):
+                table.answer(np.concatenate(list(self._each_task(table, views, self._ask))))
+            if self.terms:
+                anchors = Anchors.join(list(self._each_task(table, views, self._anchor)))
+                parts.append(anchors)
+                if table is self._counterfactual and self._answers == "actions":
+                    answers = self._collator.normaliser.unnormalise_actions(anchors.output[0].numpy())
+                    table.answer(answers)
+                elif self.memory is not None and table is self._memory_data and self.memory.anchors is not anchors:
+                    self.memory = self.memory.with_anchors(anchors, save=self.args.should_save)
+        if not self.terms:
+            return None
+        offsets = np.cumsum([0, *(int(table.trajectory.max()) + 1 for table in self._replayed)])
+        trajectory = np.concatenate([t.trajectory + o for t, o in zip(self._replayed, offsets, strict=False)])
         self._negatives = Negatives(
-            torch.from_numpy(data.episode), torch.from_numpy(data.frame), bank_size=config.anchor_bank,
-            window=config.near_duplicate_window, seed=self._seed,
+            torch.from_numpy(trajectory),
+            torch.from_numpy(np.concatenate([table.frame for table in self._replayed])),
+            bank_size=self.args.anchor_bank,
+            window=self.args.near_duplicate_window,
+            seed=_data_seed(self.args),
+        )
+        self._anchors = Anchors.join(parts)
+        return self._anchors
+
+    def _each_task(self, table: FrameTable, views: Views, work: Callable[..., Part]) -> Iterator[Part]:
+        for number, task in enumerate(table.tasks):  # a task's rows are neighbours
+            rows = np.flatnonzero(table.task == number)
+            yield work(table, rows, views.rows(rows), task)
+
+    def _ask(self, table: FrameTable, rows: Any, views: Views, task: str) -> Any:
+        return teacher_answers(
+            cast(nn.Module, self.model), table, self._collator, adapter=self._teachers[task], rows=rows, views=views,
+            batch_size=self._train_batch_size,
         )  # fmt: skip
-        return anchors
+
+    def _anchor(self, table: FrameTable, rows: Any, views: Views, task: str) -> Anchors:
+        model, config, dtype = cast(nn.Module, self.model), self.args, self.accelerator.mixed_precision
+        options: dict[str, Any] = {
+            "adapter": self._teachers[task], "tap_layer": config.tap_layer, "temperature": config.temperature,
+            "dtype": dtype,
+        }  # fmt: skip
+        stored = self.memory.anchors if self.memory is not None and table is self._memory_data else None
+        if stored is not None and task in stored.spec:
+            spec = anchor_spec(model, table, rows, views, **options)
+            if dict(stored.spec[task]) == spec:
+                return stored.of_task(task)
+        return compute_anchors(
+            model, table, self._collator, rows=rows, views=views, batch_size=self._train_batch_size,
+            autocast=self.accelerator.autocast, name=task, **options,
+        )  # fmt: skip
 
     # --- training ----------------------------------------------------------------------------------------------------
 
@@ -213,18 +280,19 @@ class InfoVLATrainer(Trainer):
         else:
             with FeatureTap(base_model(cast(nn.Module, self.model)), self.args.tap_layer) as tap:
                 outputs = model(**inputs, return_logits=False)
-            loss = outputs.loss + self._terms_loss(tap.hidden, outputs.token_roles, replay)
+            loss = outputs.loss + self._terms_loss(tap.hidden, outputs, replay)
         self._note("policy_loss", outputs.loss)
         return (loss, outputs) if return_outputs else loss
 
-    def _terms_loss(self, hidden: Tensor, roles: Any, replay: ReplayRows) -> Tensor:
+    def _terms_loss(self, hidden: Tensor, outputs: Any, replay: ReplayRows) -> Tensor:
         if self._anchors is None or self._negatives is None:
             raise RuntimeError("no anchors: call `train`, or `prepare_anchors` before `compute_loss`")
         own, peers = torch.from_numpy(replay.own), torch.from_numpy(replay.peers)
         # The mean over processes shall be the mean over all replay samples, however they are spread.
         share = len(own) * self.args.world_size / (len(own) + len(peers))
         total = hidden.new_zeros((), dtype=torch.float32)
-        features = extract_features(hidden, roles, slice(len(hidden) - len(own), None))
+        rows = slice(len(hidden) - len(own), None)
+        features = extract_features(hidden, outputs.token_roles, rows)._replace(output=policy_output(outputs, rows))
         contrast = self._negatives(self._anchors, own, peers)
         for term in self.terms:
             value = term(features, contrast) if len(own) else total
@@ -310,20 +378,31 @@ class InfoVLATrainer(Trainer):
         }
 
 
-def _teacher_adapter(model: nn.Module, config: InfoVLAConfig, previous: str | None) -> str | None:
-    if config.teacher == "base":
-        return None
+def _data_seed(config: InfoVLAConfig) -> int:
+    return config.seed if config.data_seed is None else config.data_seed
+
+
+def _teacher_adapters(
+    model: nn.Module, config: InfoVLAConfig, tasks: Iterable[str], previous: str | None, learned_by: Mapping[str, str]
+) -> dict[str, str | None]:
+    """The adapter that is the teacher of each past task; None = the base."""
     known = list(model.peft_config) if isinstance(model, PeftModel) else []
-    if previous is not None and previous not in known:
-        raise ValueError(
-            f"teacher='previous' needs an adapter of the stage before ({previous!r}), found only {known}; "
-            "load it first (adapters.load_adapter), or use teacher='base'"
-        )
-    if previous is None and len(known) > 1:
-        raise ValueError(
-            f"teacher='previous': which of {known} is the adapter of the stage before? Name it by previous_adapter="
-        )
-    return previous
+    if config.teacher == "previous":
+        if previous is None and len(known) > 1:
+            raise ValueError(
+                f"teacher='previous': which of {known} is of the stage before? Name it by previous_adapter="
+            )
+        learned_by = dict.fromkeys(tasks, previous) if previous is not None else {}
+    elif config.teacher == "base":
+        learned_by = {}
+    teachers = {task: learned_by.get(task) for task in tasks}
+    for adapter in filter(None, teachers.values()):
+        if adapter not in known:
+            raise ValueError(
+                f"teacher={config.teacher!r} needs the adapter {adapter!r}, found only {known}; "
+                "load it first (adapters.load_adapter), or use teacher='base'"
+            )
+    return teachers
 
 
 def _steps(config: InfoVLAConfig, samples: int, replay: bool) -> int:

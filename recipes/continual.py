@@ -74,8 +74,8 @@ def train_adapter(stream: Stream, stage: Stage) -> None:
         samples,
         collator,
         memory=stream.memory(),
-        previous_adapter=previous,
         callbacks=stream.callbacks(stage),  # log.jsonl, for the report's curves
+        **stream.past(stage),  # which tasks came before, and which adapter learned them
     )
     show_progress(trainer, f"stage {stage.index}")
     trainer.train(resume_from_checkpoint=True)

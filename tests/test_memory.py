@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from toy_demonstrations import TASKS, toy_demonstrations
 
 from infovla_peft.data.chunks import ChunkDataset
+from infovla_peft.data.counterfactual import CounterfactualDataset
 from infovla_peft.data.images import ImagePipeline
-from infovla_peft.data.sampling import Augmentation, Draw, ReplayMixture, StratifiedBatchSampler
+from infovla_peft.data.sampling import Augmentation, Draw, ReplayMixture, StratifiedBatchSampler, Views
 from infovla_peft.memory import Anchors, ReplayMemory
 from infovla_peft.models.openvla import OpenVLAImageProcessor
 
@@ -24,9 +26,10 @@ def some_anchors(frames: int) -> Anchors:
         action=torch.randn(2, frames, 3),
         affinity=torch.randn(2, frames, 4, 5),
         fused=torch.randn(2, frames, 6),
+        output=torch.randn(2, frames, 4, 7),
         words=torch.arange(frames) % 5 + 1,
         shifts=torch.zeros(2, frames, 2, dtype=torch.long),
-        spec={"teacher": "base", "base": "abc"},
+        spec={DRAWER: {"teacher": "base", "rows": str(frames)}},
     )
 
 
@@ -71,7 +74,7 @@ def test_it_reads_back(tmp_path: Path) -> None:
     assert again.frames is not None
     assert again.frames[3] == memory.frames[3]
     assert again.anchors is not None
-    assert again.anchors.spec == {"teacher": "base", "base": "abc"}
+    assert again.anchors.spec == {DRAWER: {"teacher": "base", "rows": "12"}}
     for name, tensor in again.anchors.tensors().items():
         assert torch.equal(tensor, memory.anchors.tensors()[name])  # type: ignore[union-attr]
     assert ReplayMemory().save(tmp_path / "empty").tasks == []
@@ -85,8 +88,29 @@ def test_anchors_are_replaced_in_the_folder(tmp_path: Path) -> None:
     stored = ReplayMemory.load(tmp_path).anchors
     assert stored is not None
     assert torch.equal(stored.action, anchors.action)
-    with pytest.raises(ValueError, match="11 anchors do not belong to 12 frames"):
-        memory.with_anchors(some_anchors(11), save=False)
+    with pytest.raises(ValueError, match="13 anchors do not belong to 12 frames"):
+        memory.with_anchors(some_anchors(13), save=False)
+
+
+def test_anchors_of_earlier_tasks_stay_when_one_is_added() -> None:
+    memory = ReplayMemory().add(toy_demonstrations([DRAWER])).with_anchors(some_anchors(12))
+    later = memory.add(toy_demonstrations([STOVE]))
+    assert later.anchors is memory.anchors
+    assert later.instructions == {DRAWER: TASKS[DRAWER], STOVE: TASKS[STOVE]}
+
+
+def test_anchors_are_joined_and_taken_apart_by_task() -> None:
+    drawer, stove = some_anchors(12), some_anchors(5)
+    stove = replace(stove, affinity=stove.affinity[..., :3], spec={STOVE: {"teacher": "one", "rows": "5"}})
+    both = Anchors.join([drawer, stove])
+    assert len(both) == 17
+    assert torch.equal(both.affinity[:, 12:, :, :3], stove.affinity)
+    assert not both.affinity[:, 12:, :, 3:].any()
+    again = both.of_task(STOVE)
+    assert again.spec == stove.spec
+    for name in ("action", "fused", "output", "words", "shifts"):
+        assert torch.equal(getattr(again, name), getattr(stove, name))
+        assert torch.equal(getattr(both.of_task(DRAWER), name), getattr(drawer, name))
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
@@ -192,17 +216,78 @@ def test_two_processes_share_the_batch_of_one(current: ChunkDataset, memory: Chu
 
 
 def test_samples_with_anchors_show_the_views_that_have_them(current: ChunkDataset, memory: ChunkDataset) -> None:
-    views = np.zeros((2, len(memory), 2), dtype=np.int64)
-    views[1] = np.random.default_rng(0).integers(-4, 5, (len(memory), 2))
+    views = Views.draw(memory, 2, Augmentation(4, 0.1), seed=0)
     sampler = StratifiedBatchSampler(
         current, memory, batch_size=8, replay_fraction=0.5, batches=20, seed=0,
-        augmentation=Augmentation(4, 0.1), view_shifts=views,
+        augmentation=Augmentation(4, 0.1), views=views,
     )  # fmt: skip
     for draw in sampler:
-        np.testing.assert_array_equal(draw.shifts[4:], views[draw.replay.own[:, 0], draw.replay.own[:, 1]])
+        chosen = tuple(draw.replay.own.T)
         assert draw.proprio_noise is not None
-        assert not draw.proprio_noise[4:].any()
+        np.testing.assert_array_equal(draw.shifts[4:], views.shifts[chosen])
+        np.testing.assert_array_equal(draw.proprio_noise[4:], views.proprio_noise[chosen])
         assert draw.proprio_noise[:4].all()
+
+
+def test_the_views_of_a_task_do_not_depend_on_the_others(current: ChunkDataset, memory: ChunkDataset) -> None:
+    augmentation = Augmentation(4, 0.1)
+    both, alone = (
+        Views.draw(data, 3, augmentation, 7)
+        for data in (memory, current.like(toy_demonstrations([STOVE], episodes=1)))
+    )
+    np.testing.assert_array_equal(both.rows(np.flatnonzero(memory.task == 1)).shifts, alone.shifts)
+    assert not both.shifts[0].any()
+    assert not both.proprio_noise[0].any()
+    assert np.abs(both.shifts).max() == 4
+    assert Views.draw(memory, 3, augmentation, 7, plain=False).shifts[0].any()
+    assert (Views.draw(memory, 3, augmentation, 8).shifts != both.shifts).any()
+
+
+# --- counterfactual frames -------------------------------------------------------------------------------------------
+
+
+def test_counterfactual_frames_are_the_current_ones_under_old_instructions(current: ChunkDataset) -> None:
+    old = {DRAWER: TASKS[DRAWER], STOVE: TASKS[STOVE]}
+    data = CounterfactualDataset(current, old, frames=50, seed=0)  # more than the 36 that there are
+    assert np.bincount(data.task).tolist() == [25, 25]
+    assert set(data.rows.tolist()) == set(range(36))
+    rows = [0, 30, 49]
+    samples, source = data.__getitems__(rows), current.__getitems__(data.rows[rows])
+    assert samples.instructions == [TASKS[DRAWER], TASKS[STOVE], TASKS[STOVE]]
+    np.testing.assert_array_equal(samples.images, source.images)
+    np.testing.assert_array_equal(samples.states, source.states)
+    answers = np.random.default_rng(0).normal(size=(50, 8, 7)).astype(np.float32)
+    data.answer(answers)
+    np.testing.assert_array_equal(data.__getitems__(rows).actions, answers[rows])
+    # A frame under two instructions is two trajectories, so that one is a negative of the other.
+    moments = {
+        (row, task): trajectory for row, task, trajectory in zip(data.rows, data.task, data.trajectory, strict=True)
+    }
+    assert all(moments[row, 0] != moments[row, 1] for row in range(36) if (row, 0) in moments and (row, 1) in moments)
+    with pytest.raises(ValueError, match="counterfactual_frames must be at least 2"):
+        CounterfactualDataset(current, old, frames=1, seed=0)
+
+
+@pytest.mark.parametrize("remembers", [True, False])
+def test_counterfactual_frames_have_their_share_of_the_replay(
+    current: ChunkDataset, memory: ChunkDataset, remembers: bool
+) -> None:
+    data = CounterfactualDataset(current, {DRAWER: TASKS[DRAWER], STOVE: TASKS[STOVE]}, frames=20, seed=0)
+    tables = [memory, data] if remembers else [data]
+    first = len(memory) if remembers else 0
+    draws = list(
+        StratifiedBatchSampler(
+            current, memory if remembers else None, batch_size=16, replay_fraction=0.5, batches=200, seed=0,
+            counterfactual=data, counterfactual_share=0.25,
+        )
+    )  # fmt: skip
+    for draw in draws:
+        rows = draw.replay.own[:, 1]
+        assert (rows >= first).tolist() == [False] * (6 if remembers else 0) + [True] * (2 if remembers else 8)
+        samples = ReplayMixture(current, tables).__getitems__(draw)
+        expected = [data.states[row - first] if row >= first else memory.states[row] for row in rows]
+        np.testing.assert_array_equal(samples.states[8:], expected)
+    assert {row - first for draw in draws for row in draw.replay.own[:, 1] if row >= first} == set(range(20))
 
 
 def test_few_replay_samples(current: ChunkDataset, memory: ChunkDataset) -> None:
@@ -221,7 +306,7 @@ def test_few_replay_samples(current: ChunkDataset, memory: ChunkDataset) -> None
 def test_a_mixture_puts_replay_last(current: ChunkDataset, memory: ChunkDataset) -> None:
     sampler = StratifiedBatchSampler(current, memory, batch_size=6, replay_fraction=0.5, batches=1, seed=0)
     draw = sampler.draw(0)
-    samples = ReplayMixture(current, memory).__getitems__(draw)
+    samples = ReplayMixture(current, [memory]).__getitems__(draw)
     np.testing.assert_array_equal(samples.states[:3], current.states[draw.current])
     np.testing.assert_array_equal(samples.states[3:], memory.states[draw.replay.own[:, 1]])
     assert samples.instructions[:3] == [TASKS[BOWL]] * 3

@@ -38,7 +38,8 @@ def features(rows: int, seed: int) -> Features:
 def anchors() -> Anchors:
     teacher = features(2 * FRAMES, seed=1)  # two views
     summary = summarize_cross_modal(teacher.vision, teacher.language)
-    views = {"action": teacher.action, "affinity": summary.affinity, "fused": summary.fused}
+    output = torch.randn(2 * FRAMES, 4, 7, generator=torch.Generator().manual_seed(4))
+    views = {"action": teacher.action, "affinity": summary.affinity, "fused": summary.fused, "output": output}
     return Anchors(
         **{name: tensor.view(2, FRAMES, *tensor.shape[1:]) for name, tensor in views.items()},
         words=torch.full((FRAMES,), WORDS),
@@ -57,7 +58,7 @@ def contrast(anchors: Anchors, own: torch.Tensor, peers: torch.Tensor, **options
 
 def test_every_method_has_a_row() -> None:
     assert tuple(METHODS) == get_args(get_type_hints(InfoVLAConfig)["method"])
-    assert all(method.replay or not method.terms for method in METHODS.values())
+    assert all(method.replay or method.counterfactual or not method.terms for method in METHODS.values())
 
 
 def test_negatives_of_the_mini_batch_are_those_of_all_processes(anchors: Anchors) -> None:
@@ -84,7 +85,7 @@ def test_negatives_of_the_bank_do_not_depend_on_the_batch(anchors: Anchors) -> N
 
 @pytest.mark.parametrize("bank_size", [0, 8])
 def test_rac_is_the_loss_on_the_anchors_of_its_views(tmp_path: Path, anchors: Anchors, bank_size: int) -> None:
-    (rac,) = make_terms(config(tmp_path, lambda_cmi=0.0, temperature=0.3))
+    (rac,) = make_terms(config(tmp_path, lambda_output=0.0, lambda_cmi=0.0, temperature=0.3))
     student, own, peers = features(3, seed=2), pairs((0, 0), (1, 5), (0, 12)), pairs((1, 17))
     chosen = contrast(anchors, own, peers, bank_size=bank_size)
     value = rac(student, chosen)
@@ -105,7 +106,7 @@ def test_rac_is_the_loss_on_the_anchors_of_its_views(tmp_path: Path, anchors: An
 
 @pytest.mark.parametrize("mode", ["infonce", "relational", "paper"])
 def test_cmi_is_the_loss_on_stored_summaries(tmp_path: Path, anchors: Anchors, mode: str) -> None:
-    (cmi,) = make_terms(config(tmp_path, lambda_rac=0.0, cmi_mode=mode))
+    (cmi,) = make_terms(config(tmp_path, lambda_output=0.0, lambda_rac=0.0, cmi_mode=mode))
     student, chosen = features(3, seed=3), contrast(anchors, pairs((0, 0), (1, 5), (0, 12)), pairs((1, 17)))
     across = {"bank": anchors.fused[1, 17][None], "exclude": chosen.exclude} if mode != "paper" else {}
     expected = cross_modal_mi_from_summaries(
@@ -122,22 +123,40 @@ def test_cmi_is_the_loss_on_stored_summaries(tmp_path: Path, anchors: Anchors, m
 
 
 def test_terms_without_information(tmp_path: Path, anchors: Anchors) -> None:
-    rac, cmi = make_terms(config(tmp_path, cmi_mode="infonce"))
+    rac, cmi = make_terms(config(tmp_path, lambda_output=0.0, cmi_mode="infonce"))
     alone = contrast(anchors, pairs((0, 0), (0, 1)), pairs(), window=2)
     assert rac(features(2, seed=2), alone) is None
     assert cmi(features(2, seed=2), alone) is None
-    (relational,) = make_terms(config(tmp_path, lambda_rac=0.0, cmi_mode="relational"))
+    (relational,) = make_terms(config(tmp_path, lambda_output=0.0, lambda_rac=0.0, cmi_mode="relational"))
     assert relational(features(2, seed=2), alone) is not None  # within a sample there is a structure
 
 
 def test_a_term_at_its_anchors_is_near_zero(tmp_path: Path, anchors: Anchors) -> None:
-    rac, cmi = make_terms(config(tmp_path, temperature=0.01))
+    rac, cmi = make_terms(config(tmp_path, lambda_output=0.0, temperature=0.01))
     teacher = features(2 * FRAMES, seed=1)
     own = pairs((0, 0), (0, 5), (0, 12))
-    student = Features(*(tensor[own[:, 1]] for tensor in teacher))
+    student = Features(*(tensor[own[:, 1]] for tensor in teacher[:4]))
     chosen = contrast(anchors, own, pairs())
     for term in (rac, cmi):
         value = term(student, chosen)
         assert value is not None
         assert value < 0.05
     assert replay_anchor_contrastive_loss(student.action, student.action, temperature=0.01) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["actions", "logits"])
+def test_output_is_the_distance_to_the_stored_answers(tmp_path: Path, anchors: Anchors, kind: Any) -> None:
+    (term,) = make_terms(config(tmp_path, method="der++", lambda_output=0.5), kind)
+    own = pairs((0, 0), (1, 5), (0, 12))
+    answers = torch.randn(3, 4, 7)
+    value = term(features(3, seed=2)._replace(output=answers), contrast(anchors, own, pairs()))
+    stored = torch.stack([anchors.output[view, row] for view, row in own.tolist()])
+    if kind == "actions":
+        expected = (answers - stored).abs().mean()
+    else:
+        expected = F.kl_div(answers.log_softmax(-1), stored.log_softmax(-1), reduction="none", log_target=True)
+        expected = expected.sum(-1).mean()
+    assert value is not None
+    torch.testing.assert_close(value, expected)
+    assert term.weight == 0.5
+    assert term(features(0, seed=2), contrast(anchors, pairs(), pairs())) is None

@@ -13,11 +13,12 @@ from tiny_policy import TinyPolicy, tiny_policy
 
 from infovla_peft.adapters import activate, add_adapter
 from infovla_peft.data.chunks import ChunkDataset
+from infovla_peft.data.sampling import Augmentation, Views
 from infovla_peft.features import FeatureTap, extract_features
 from infovla_peft.losses import summarize_cross_modal
 from infovla_peft.memory import Anchors, ReplayMemory
 from infovla_peft.models.openvla import OpenVLAForActionPrediction
-from infovla_peft.teacher import compute_anchors, teacher_mode, view_shifts
+from infovla_peft.teacher import compute_anchors, teacher_answers, teacher_mode
 
 
 def flags(model: Any) -> tuple[list[bool], list[bool], str]:
@@ -88,10 +89,10 @@ def test_anchors_equal_those_of_a_freshly_loaded_base(tmp_path: Path) -> None:
     policy.model.save_pretrained(tmp_path / "base")
     model = two_adapters(policy, tmp_path)
     data = memory_data(policy)
-    shifts = view_shifts(len(data), views=2, shift=3, seed=0)
-    ours = compute_anchors(model, data, policy.collator, shifts=shifts, batch_size=5)
+    views = Views.draw(data, 2, Augmentation(3, 0.1), 0)
+    ours = compute_anchors(model, data, policy.collator, views=views, batch_size=5)
     fresh = OpenVLAForActionPrediction.from_pretrained(tmp_path / "base")
-    theirs = compute_anchors(fresh, data, policy.collator, shifts=shifts, batch_size=5)
+    theirs = compute_anchors(fresh, data, policy.collator, views=views, batch_size=5)
     assert ours.spec == theirs.spec
     for name, tensor in ours.tensors().items():
         torch.testing.assert_close(tensor, theirs.tensors()[name], rtol=0, atol=1e-6)
@@ -100,22 +101,24 @@ def test_anchors_equal_those_of_a_freshly_loaded_base(tmp_path: Path) -> None:
 def test_anchors_equal_features_computed_by_hand(tmp_path: Path) -> None:
     policy = tiny_policy()
     data = memory_data(policy)
-    shifts = view_shifts(len(data), views=2, shift=3, seed=0)
-    anchors = compute_anchors(policy.model, data, policy.collator, shifts=shifts, batch_size=7)
+    views = Views.draw(data, 2, Augmentation(3, 0.1), 0)
+    anchors = compute_anchors(policy.model, data, policy.collator, views=views, batch_size=7)
     assert anchors.action.shape[:2] == (2, len(data)) == (2, 36)
-    assert not shifts[0].any()
+    assert not views.shifts[0].any()
     policy.model.eval()
     for view, row in ((0, 0), (1, 13), (1, 35)):
         batch = policy.collator(data.__getitems__([row]))
-        down, right = shifts[view, row]
+        down, right = views.shifts[view, row]
+        batch["proprio"] += torch.from_numpy(views.proprio_noise[view, row])
         pixels = torch.nn.functional.pad(batch["pixel_values"], (3, 3, 3, 3), mode="replicate")
         batch["pixel_values"] = pixels[..., 3 - down : 35 - down, 3 - right : 35 - right]
         with torch.no_grad(), FeatureTap(policy.model, -1) as tap:
-            roles = policy.model(**batch).token_roles
-        features = extract_features(tap.hidden, roles)
+            output = policy.model(**batch)
+        features = extract_features(tap.hidden, output.token_roles)
         expected = summarize_cross_modal(features.vision, features.language)
         stored = anchors.summary(torch.tensor([[view, row]]), longest=features.language.shape[1])
         torch.testing.assert_close(anchors.action[view, row], features.action[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(anchors.output[view, row], output.predicted_actions[0], atol=1e-5, rtol=1e-5)
         assert torch.equal(stored.language_mask, expected.language_mask)
         torch.testing.assert_close(stored.affinity, expected.affinity, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(stored.fused, expected.fused, atol=1e-5, rtol=1e-5)
@@ -123,26 +126,50 @@ def test_anchors_equal_features_computed_by_hand(tmp_path: Path) -> None:
 
 def spec(policy: TinyPolicy, model: Any, **options: Any) -> dict[str, str]:
     anchors: Anchors = compute_anchors(model, memory_data(policy), policy.collator, batch_size=36, **options)
-    return dict(anchors.spec)
+    return dict(anchors.spec["memory"])
 
 
 def test_a_specification_names_everything_that_matters(tmp_path: Path) -> None:
     policy = tiny_policy()
     model = two_adapters(policy, tmp_path)
-    shifted = view_shifts(36, 2, 3, 0)
+    data = memory_data(policy)
+    shifted = Views.draw(data, 2, Augmentation(3), 0)
+    noisy = Views(shifted.shifts, shifted.proprio_noise + 0.1)
     specs = [
         spec(policy, model),
         spec(policy, model, adapter="one"),
         spec(policy, model, adapter="two"),
         spec(policy, model, tap_layer=1),
         spec(policy, model, temperature=0.2),
-        spec(policy, model, shifts=shifted),
+        spec(policy, model, views=shifted),
+        spec(policy, model, views=noisy),
+        spec(policy, model, rows=np.arange(24)),
         spec(policy, tiny_policy(seed=1).model),
     ]
     assert len({tuple(sorted(each.items())) for each in specs}) == len(specs)
     assert spec(policy, model) == specs[0]
 
 
-def test_views_are_reproducible() -> None:
-    np.testing.assert_array_equal(view_shifts(5, 3, 4, 7), view_shifts(5, 3, 4, 7))
-    assert np.abs(view_shifts(50, 3, 4, 7)).max() == 4
+def test_anchors_of_some_rows_are_those_rows(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    data = memory_data(policy)
+    views = Views.draw(data, 2, Augmentation(3), 0)
+    whole = compute_anchors(policy.model, data, policy.collator, views=views)
+    rows = np.arange(12, 24)
+    part = compute_anchors(policy.model, data, policy.collator, rows=rows, views=views.rows(rows), name="some")
+    torch.testing.assert_close(part.action, whole.action[:, rows], atol=1e-6, rtol=1e-5)
+    assert part.spec["some"]["rows"] == "12"
+
+
+@pytest.mark.parametrize("autoregressive", [False, True])
+def test_answers_are_what_the_teacher_would_do(tmp_path: Path, autoregressive: bool) -> None:
+    policy = tiny_policy(autoregressive=autoregressive)
+    data, rows = memory_data(policy), np.arange(5, 12)
+    views = Views.draw(data, 1, Augmentation(), 0).rows(rows)
+    statistics = policy.model.config.norm_stats
+    found = teacher_answers(policy.model, data, policy.collator, rows=rows, views=views, batch_size=3)
+    for row, answer in zip(rows, found, strict=True):
+        batch = policy.collator.observations(data.__getitems__([row]))
+        expected = policy.model.predict_action(**batch, unnorm_key="libero_goal")
+        np.testing.assert_allclose(answer, np.atleast_2d(expected), atol=1e-5)
+    assert policy.model.config.norm_stats is statistics

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from launcher import launch_two
@@ -17,7 +18,7 @@ from two_processes import CASES, one_step
 from infovla_peft.adapters import activate, adapter_parameters, add_adapter, base_model
 from infovla_peft.config import InfoVLAConfig
 from infovla_peft.memory import ReplayMemory
-from infovla_peft.teacher import compute_anchors
+from infovla_peft.teacher import compute_anchors, teacher_mode
 from infovla_peft.trainer import InfoVLATrainer, LossLog, last_checkpoint
 
 DRAWER, STOVE, BOWL = "open_the_drawer", "turn_on_the_stove", "put_the_bowl_on_the_plate"
@@ -26,7 +27,8 @@ DRAWER, STOVE, BOWL = "open_the_drawer", "turn_on_the_stove", "put_the_bowl_on_t
 def config(folder: Path, **options: Any) -> InfoVLAConfig:
     plain = {
         "use_cpu": True, "max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "lora_r": 4,
-        "lora_alpha": 8, "image_shift": 2, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True,
+        "lora_alpha": 8, "image_shift": 2, "counterfactual_share": 0.0, "lambda_output": 0.0,
+        "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True,
     }  # fmt: skip
     return InfoVLAConfig(**{"output_dir": str(folder), **plain, **options})
 
@@ -94,13 +96,18 @@ def test_the_base_stage_trains_all_that_runs(tmp_path: Path) -> None:
     assert set(trainer.state.log_history[0]) == {"loss", "policy_loss", "grad_norm", "learning_rate", "epoch", "step"}
 
 
-@pytest.mark.parametrize("method", ["infovla", "infovla_paper"])
-@pytest.mark.parametrize("term", ["rac", "cmi"])
-@pytest.mark.parametrize("cmi_mode", ["infonce", "relational"])
+@pytest.mark.parametrize(
+    ("method", "term", "cmi_mode"),
+    [
+        *[("infovla", term, mode) for term in ("rac", "cmi") for mode in ("infonce", "relational")],
+        ("infovla", "output", "infonce"),
+        *[("infovla_paper", term, "paper") for term in ("rac", "cmi")],
+    ],
+)
 def test_the_gradient_of_each_term_reaches_the_adapter_and_nothing_else(
     tmp_path: Path, method: str, term: str, cmi_mode: str
 ) -> None:
-    weights = {"lambda_rac": float(term == "rac"), "lambda_cmi": float(term == "cmi")}
+    weights = {f"lambda_{name}": float(term == name) for name in ("rac", "cmi", "output")}
     trainer = adapter_stage(tmp_path, method=method, cmi_mode=cmi_mode, **weights)
     model: Any = trainer.model
     for _, parameter in adapter_parameters(model, "one"):
@@ -110,8 +117,8 @@ def test_the_gradient_of_each_term_reaches_the_adapter_and_nothing_else(
     policy_part = model(**{key: value for key, value in batch.items() if key != "replay"}).loss
     (trainer.compute_loss(model, batch) - policy_part).backward()
     for name, parameter in model.named_parameters():
-        # The action head comes after the tapped layer.
-        reached = ".lora_" in name and "action_head" not in name
+        # The action head comes after the tapped layer, and makes the answers.
+        reached = ".lora_" in name and (term == "output" or "action_head" not in name)
         has_gradient = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
         assert has_gradient == (reached or "cmi_network" in name), name
     assert all(tensor.grad is None for tensor in trainer.prepare_anchors().tensors().values())  # type: ignore[union-attr]
@@ -160,8 +167,8 @@ def test_the_teacher_of_an_adapter_is_the_base_or_the_adapter_before(tmp_path: P
         (anchors(teacher="previous", previous_adapter="one"), "one"),
     ):
         expected = compute_anchors(model, data, policy.collator, adapter=adapter, batch_size=8)
-        assert torch.equal(found.action, expected.action)
-    with pytest.raises(ValueError, match=r"needs an adapter of the stage before \('zero'\).*use teacher='base'"):
+        torch.testing.assert_close(found.action, expected.action, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"needs the adapter 'zero'.*use teacher='base'"):
         anchors(teacher="previous", previous_adapter="zero")
     with pytest.raises(ValueError, match="Name it by previous_adapter="):
         anchors(teacher="previous")
@@ -182,13 +189,87 @@ def test_stored_anchors_are_used_again_while_they_fit(tmp_path: Path) -> None:
     calls: list[int] = []
     handle = base_model(model).register_forward_hook(lambda *_: calls.append(1))
     first = trainer().prepare_anchors()
-    assert len(calls) == 3  # 24 frames by 8
+    assert len(calls) == 4  # 12 frames of each of two tasks, by 8
     again = trainer().prepare_anchors()
-    assert len(calls) == 3
+    assert len(calls) == 4
     assert torch.equal(first.action, again.action)  # type: ignore[union-attr]
     trainer(tap_layer=1).prepare_anchors()
-    assert len(calls) == 6
+    assert len(calls) == 8
     handle.remove()
+
+
+def three_stages(folder: Path, **options: Any) -> InfoVLATrainer:
+    """A third stage: the base learned to open the drawer, adapter "one" to turn on the stove; both differ."""
+    policy = tiny_policy(autoregressive=options.pop("autoregressive", False))
+    args = config(folder, teacher="auto", **options)
+    model = add_adapter(policy.model, "one", args)
+    torch.manual_seed(0)
+    for _, parameter in adapter_parameters(model, "one"):
+        nn.init.normal_(parameter, 0, 0.1)
+    model = add_adapter(model, "two", args, start_from="one")
+    return InfoVLATrainer(
+        model, args, policy.dataset.like(policy.task(BOWL)), policy.collator, memory=old_tasks(policy),
+        previous_adapter="one", learned_by={STOVE: "one"},
+    )  # fmt: skip
+
+
+def test_auto_asks_whoever_learned_a_task(tmp_path: Path) -> None:
+    trainer = three_stages(tmp_path, lambda_output=1.0)
+    anchors, model, data = trainer.prepare_anchors(), trainer.model, trainer._memory_data
+    assert anchors is not None
+    assert data is not None
+    for task, adapter, other in ((0, None, "one"), (1, "one", None)):
+        rows = data.task == task
+        expected = compute_anchors(model, data, trainer._collator, adapter=adapter)  # type: ignore[arg-type]
+        wrong = compute_anchors(model, data, trainer._collator, adapter=other)  # type: ignore[arg-type]
+        for name in ("action", "output", "fused"):
+            found = getattr(anchors, name)[:, rows]
+            torch.testing.assert_close(found, getattr(expected, name)[:, rows], atol=1e-5, rtol=1e-4)
+            assert (found - getattr(wrong, name)[:, rows]).abs().max() > 1e-3
+    policy = tiny_policy()
+    model = add_adapter(policy.model, "one", config(tmp_path))
+    with pytest.raises(ValueError, match="teacher='auto' needs the adapter 'zero'"):
+        InfoVLATrainer(
+            model, config(tmp_path, teacher="auto"), policy.dataset.like(policy.task(BOWL)), policy.collator,
+            memory=old_tasks(policy), learned_by={STOVE: "zero"},
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("autoregressive", [False, True])
+@pytest.mark.parametrize("method", ["infovla", "lwf"])
+def test_the_label_of_a_counterfactual_frame_is_the_answer_of_its_teacher(
+    tmp_path: Path, autoregressive: bool, method: str
+) -> None:
+    options: dict[str, Any] = {"counterfactual_share": 0.5, "counterfactual_frames": 10, "image_shift": 0}
+    trainer = three_stages(
+        tmp_path, method=method, lambda_output=1.0, autoregressive=autoregressive, max_steps=3, **options
+    )
+    trainer.prepare_anchors()
+    data, model = trainer._counterfactual, trainer.model
+    assert data is not None
+    assert isinstance(model, nn.Module)
+    for row in (0, 9):
+        adapter = "one" if (data.tasks[data.task[row]] == STOVE and method == "infovla") or method == "lwf" else None
+        with teacher_mode(model, adapter):
+            observations = trainer._collator.observations(data.__getitems__([row]))
+            expected = base_model(model).predict_action(**observations, unnorm_key="libero_goal")
+        found = data.__getitems__([row]).actions[0, : np.atleast_2d(expected).shape[0]]
+        torch.testing.assert_close(
+            torch.tensor(found).flatten().double(), torch.tensor(expected).flatten().double(), atol=1e-4, rtol=1e-4
+        )
+    trainer.train()
+    assert all(np.isfinite(losses(trainer)))
+
+
+def test_the_output_term_holds_autoregressive_answers_too(tmp_path: Path) -> None:
+    policy = tiny_policy(autoregressive=True)
+    trainer = adapter_stage(tmp_path, policy, lambda_output=1.0, lambda_rac=0.0, lambda_cmi=0.0)
+    anchors = trainer.prepare_anchors()
+    assert anchors is not None
+    assert anchors.output.shape == (1, 24, 7, 256)
+    trainer.train()
+    assert losses(trainer, "output")[0] == pytest.approx(0.0, abs=1e-5)  # the adapter begins as the base
+    assert losses(trainer, "output")[-1] > 1e-4
 
 
 # --- the loss, over processes, accumulation and precision ---
@@ -298,7 +379,7 @@ def test_bfloat16_autocast(tmp_path: Path) -> None:
         assert losses(half, name) != losses(single, name)
     anchors = half.memory.anchors  # type: ignore[union-attr]
     assert anchors is not None
-    assert (anchors.spec["dtype"], anchors.action.dtype) == ("bf16", torch.float32)
+    assert ({spec["dtype"] for spec in anchors.spec.values()}, anchors.action.dtype) == ({"bf16"}, torch.float32)
 
 
 # --- resuming ---
@@ -386,7 +467,10 @@ def test_the_loss_is_the_weighted_sum_of_what_is_logged(tmp_path: Path) -> None:
         ({"method": "er"}, [], True),
         ({"method": "infovla"}, ["rac", "cmi"], True),
         ({"method": "infovla", "lambda_cmi": 0.0}, ["rac"], True),
-        ({"method": "infovla", "replay_fraction": 0.0}, [], False),
+        ({"method": "infovla", "lambda_output": 1.0}, ["rac", "cmi", "output"], True),
+        ({"method": "infovla", "replay_fraction": 0.0, "counterfactual_share": 0.5}, [], False),
+        ({"method": "der++", "lambda_output": 1.0}, ["output"], True),
+        ({"method": "lwf", "counterfactual_share": 0.5}, [], True),
     ],
 )
 def test_what_a_method_adds(tmp_path: Path, options: dict[str, Any], terms: list[str], replay: bool) -> None:

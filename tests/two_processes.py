@@ -27,6 +27,8 @@ CASES: dict[str, dict[str, Any]] = {
     "bank": {"method": "infovla", "cmi_mode": "infonce"},
     "batch": {"method": "infovla", "cmi_mode": "relational", "anchor_bank": 0},
     "paper": {"method": "infovla_paper"},
+    "counterfactual": {"method": "infovla", "counterfactual_share": 0.5, "counterfactual_frames": 30},
+    "lwf": {"method": "lwf", "counterfactual_frames": 30},
     "accumulated": {"method": "infovla", "gradient_accumulation_steps": 2, "activation_checkpointing": True},
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
@@ -58,6 +58,28 @@ class ReplayRows:
     peers: NDArray[np.int64]
 
 
+class FrameTable(Protocol):
+    """Rows that samplers and the teacher can address: `ChunkDataset` and `CounterfactualDataset`.
+
+    Attributes:
+        states: (N, P).
+        tasks: names; task: (N,), each row's number among them.
+        trajectory, frame: (N,), which moment of which recording; trajectories are numbered over the table.
+    """
+
+    states: NDArray[np.float32]
+    tasks: list[str]
+    task: NDArray[np.int64]
+    frame: NDArray[np.int64]
+
+    @property
+    def trajectory(self) -> NDArray[np.int64]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, rows: Sequence[int] | NDArray[np.int64]) -> Samples: ...
+
+
 class ChunkDataset(torch.utils.data.Dataset[Samples]):
     """Samples out of the frames of demonstrations, gathered a batch at a time.
 
@@ -109,6 +131,10 @@ class ChunkDataset(torch.utils.data.Dataset[Samples]):
 
     def __len__(self) -> int:
         return len(self.states)
+
+    @property
+    def trajectory(self) -> NDArray[np.int64]:
+        return self.episode
 
     @property
     def num_episodes(self) -> int:

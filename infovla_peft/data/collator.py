@@ -61,14 +61,22 @@ class VLACollator:
         batch = self._tensors(samples)
         return batch if samples.replay is None else {**batch, "replay": samples.replay}
 
-    def _tensors(self, samples: Samples) -> dict[str, Tensor]:
+    def observations(self, samples: Samples) -> dict[str, Tensor]:
+        """What `predict_action` takes: the same without the actions."""
+        return {**self._seen(samples), **self._pad([self._prompt(each) for each in samples.instructions])}
+
+    def _seen(self, samples: Samples) -> dict[str, Tensor]:
         images = torch.from_numpy(samples.images)
         if samples.shifts is not None:
             images = random_shift(images, torch.from_numpy(samples.shifts))
         batch = {"pixel_values": self.pipeline.normalise(images)}
-        actions = self.normaliser.normalise_actions(samples.actions)
         if self.config.proprio_dim:
             batch["proprio"] = torch.from_numpy(self._proprio(samples))
+        return batch
+
+    def _tensors(self, samples: Samples) -> dict[str, Tensor]:
+        batch = self._seen(samples)
+        actions = self.normaliser.normalise_actions(samples.actions)
         prompts = [self._prompt(instruction) for instruction in samples.instructions]
         if self._parallel:
             return {**batch, **self._pad(prompts), "actions": torch.from_numpy(actions)}

@@ -6,7 +6,8 @@ drawn, and two processes with batches of B draw together what one process draws 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -14,9 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .chunks import ChunkDataset, ReplayRows, Samples, concatenate
+from .chunks import FrameTable, ReplayRows, Samples, concatenate
 
-_PERMUTATION, _BATCH = 0, 1  # streams of random numbers under one seed
+_PERMUTATION, _BATCH, _VIEWS = 0, 1, 2  # streams of random numbers under one seed
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,58 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
+class Views:
+    """V fixed augmentations of each of N frames: a replayed sample shows what its anchor was computed from.
+
+    Attributes:
+        shifts: (V, N, 2) pixels.
+        proprio_noise: (V, N, P) float32, on the normalised proprioception.
+    """
+
+    shifts: NDArray[np.int64]
+    proprio_noise: NDArray[np.float32]
+
+    @property
+    def count(self) -> int:
+        return len(self.shifts)
+
+    @classmethod
+    def draw(cls, data: FrameTable, count: int, augmentation: Augmentation, seed: int, *, plain: bool = True) -> Views:
+        """`count` views of each row; those of a task depend on the seed and its name alone.
+
+        Args:
+            plain: the first view is the frame itself.
+        """
+        shifts = np.zeros((count, len(data), 2), dtype=np.int64)
+        noise = np.zeros((count, *data.states.shape), dtype=np.float32)
+        for number, name in enumerate(data.tasks):
+            rows = np.flatnonzero(data.task == number)
+            random = np.random.default_rng((seed, _VIEWS, zlib.crc32(name.encode())))
+            shifts[:, rows] = random.integers(-augmentation.shift, augmentation.shift + 1, (count, len(rows), 2))
+            noise[:, rows] = random.normal(0, 1, (count, len(rows), noise.shape[2])) * augmentation.proprio_noise
+        if plain:
+            shifts[0], noise[0] = 0, 0
+        return cls(shifts, noise)
+
+    def rows(self, rows: NDArray[np.int64]) -> Views:
+        return Views(self.shifts[:, rows], self.proprio_noise[:, rows])
+
+    @classmethod
+    def join(cls, parts: Sequence[Views]) -> Views:
+        return cls(
+            np.concatenate([part.shifts for part in parts], 1),
+            np.concatenate([part.proprio_noise for part in parts], 1),
+        )
+
+
+@dataclass(frozen=True)
 class Draw:
     """One process's part of one batch, current samples first.
 
     Attributes:
         current: (C,) rows of the current task's data.
-        replay: (view, row) of the memory, this process's and the others'.
+        replay: (view, row) of the replayed frames, this process's and the others'; beyond the memory's rows,
+            counterfactual ones.
         shifts: (B, 2) pixels to move each sample's images by.
         proprio_noise: (B, P) noise on the normalised proprioception; None for none.
     """
@@ -53,8 +100,9 @@ class StratifiedBatchSampler(torch.utils.data.Sampler[Draw]):
     """Draws batches with a fixed share of replay, spread evenly over the past tasks.
 
     Of a batch (over all processes), round(replay_fraction · size) samples are replay, at least one, and at least two
-    from two tasks where the memory has two. Tasks take turns in random order; within a task, frames are drawn
-    uniformly. The current task's samples come from one random order after another, so each is used equally often.
+    from two tasks where there are two. Tasks take turns in random order; within a task, frames are drawn uniformly.
+    Of the replay samples, round(counterfactual_share · replay) are counterfactual, all where there is no memory. The
+    current task's samples come from one random order after another, so each is used equally often.
 
     Args:
         current: data of the task being learned.
@@ -64,8 +112,10 @@ class StratifiedBatchSampler(torch.utils.data.Sampler[Draw]):
         batches: how many; the length of the sampler.
         seed: of everything that is drawn.
         processes, rank: this process draws every `processes`-th sample of a batch, beginning with `rank`.
-        augmentation: of current samples, and of replay samples without `view_shifts`.
-        view_shifts: (views, rows, 2), the shifts of the replay samples' views for which anchors are kept.
+        augmentation: of current samples, and of replay samples without `views`.
+        counterfactual: frames of the current task under past instructions; their rows follow those of the memory.
+        counterfactual_share: of the replay samples, in [0, 1].
+        views: of all rows, memory and counterfactual, for which anchors are kept.
 
     Raises:
         ValueError: a batch too small to hold both kinds.
@@ -73,8 +123,8 @@ class StratifiedBatchSampler(torch.utils.data.Sampler[Draw]):
 
     def __init__(
         self,
-        current: ChunkDataset,
-        memory: ChunkDataset | None,
+        current: FrameTable,
+        memory: FrameTable | None,
         *,
         batch_size: int,
         replay_fraction: float,
@@ -83,23 +133,26 @@ class StratifiedBatchSampler(torch.utils.data.Sampler[Draw]):
         processes: int = 1,
         rank: int = 0,
         augmentation: Augmentation = Augmentation(),
-        view_shifts: NDArray[np.int64] | None = None,
+        counterfactual: FrameTable | None = None,
+        counterfactual_share: float = 0.0,
+        views: Views | None = None,
     ) -> None:
         self._batches, self._seed, self._rank, self._processes = batches, seed, rank, processes
-        self._augmentation, self._view_shifts = augmentation, view_shifts
+        self._augmentation, self._views = augmentation, views
         self._current, self._width = len(current), current.states.shape[1]
         self._size = batch_size * processes
-        self._by_task = [] if memory is None else [np.flatnonzero(memory.task == k) for k in range(len(memory.tasks))]
-        self._frames = np.array([len(rows) for rows in self._by_task])
-        self._replay = 0
-        if self._by_task and replay_fraction > 0:
-            fewest = min(2, len(self._by_task))
-            self._replay = max(round(replay_fraction * self._size), fewest)
-        if self._replay >= self._size:
+        remembered, imagined = _rows_by_task(memory, 0), _rows_by_task(counterfactual, len(memory or ()))
+        replay = 0
+        if (remembered or imagined) and replay_fraction > 0:
+            replay = max(round(replay_fraction * self._size), min(2, len(remembered or imagined)))
+        if replay >= self._size:
             raise ValueError(
-                f"a batch of {self._size} cannot hold {self._replay} replay samples and one of the current task; "
+                f"a batch of {self._size} cannot hold {replay} replay samples and one of the current task; "
                 "use larger batches or a smaller replay_fraction"
             )
+        swapped = (round(counterfactual_share * replay) if remembered else replay) if imagined else 0
+        self._parts = [(remembered, replay - swapped), (imagined, swapped)]
+        self._replay = replay
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
     def __len__(self) -> int:
@@ -117,12 +170,14 @@ class StratifiedBatchSampler(torch.utils.data.Sampler[Draw]):
         """This process's part of batch `number`."""
         random = np.random.default_rng((self._seed, _BATCH, number))
         current = self._draw_current(number)
-        replay, replay_shifts = self._draw_replay(random)
+        replay = np.concatenate([self._draw_replay(random, rows, count) for rows, count in self._parts])
         size, augmentation = self._size, self._augmentation
         shifts = random.integers(-augmentation.shift, augmentation.shift + 1, (size, 2))
         noise = random.normal(0, 1, (size, self._width)).astype(np.float32) * augmentation.proprio_noise
-        if replay_shifts is not None:
-            shifts[len(current) :], noise[len(current) :] = replay_shifts, 0
+        if self._views is not None:
+            chosen = tuple(replay.T)
+            shifts[len(current) :] = self._views.shifts[chosen]
+            noise[len(current) :] = self._views.proprio_noise[chosen]
         mine = np.arange(size) % self._processes == self._rank
         own = mine[len(current) :]
         return Draw(
@@ -144,32 +199,44 @@ class StratifiedBatchSampler(torch.utils.data.Sampler[Draw]):
     def _draw_order(self, turn: int) -> NDArray[np.int64]:
         return np.random.default_rng((self._seed, _PERMUTATION, turn)).permutation(self._current)
 
-    def _draw_replay(self, random: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-        if not self._replay:
-            return np.empty((0, 2), dtype=np.int64), None
-        turns = random.permutation(len(self._by_task))
-        tasks = turns[np.arange(self._replay) % len(turns)]
-        picks = random.integers(0, self._frames[tasks])
-        rows = np.array([self._by_task[task][pick] for task, pick in zip(tasks, picks, strict=True)])
-        if self._view_shifts is None:
-            return np.stack((np.zeros_like(rows), rows), axis=1), None
-        views = random.integers(0, len(self._view_shifts), len(rows))
-        return np.stack((views, rows), axis=1), self._view_shifts[views, rows]
+    def _draw_replay(
+        self, random: np.random.Generator, by_task: list[NDArray[np.int64]], count: int
+    ) -> NDArray[np.int64]:
+        """(count, 2), (view, row)."""
+        if not count:
+            return np.empty((0, 2), dtype=np.int64)
+        turns = random.permutation(len(by_task))
+        tasks = turns[np.arange(count) % len(turns)]
+        picks = random.integers(0, np.array([len(rows) for rows in by_task])[tasks])
+        rows = np.array([by_task[task][pick] for task, pick in zip(tasks, picks, strict=True)])
+        views = np.zeros_like(rows) if self._views is None else random.integers(0, self._views.count, len(rows))
+        return np.stack((views, rows), axis=1)
+
+
+def _rows_by_task(data: FrameTable | None, offset: int) -> list[NDArray[np.int64]]:
+    return [] if data is None else [offset + np.flatnonzero(data.task == k) for k in range(len(data.tasks))]
 
 
 class ReplayMixture(torch.utils.data.Dataset[Samples]):
-    """The current task's data and the memory's, addressed by a sampler's `Draw`; replay samples come last."""
+    """The current task's data and the replayed, addressed by a sampler's `Draw`; replay samples come last.
 
-    def __init__(self, current: ChunkDataset, memory: ChunkDataset | None) -> None:
-        self.current, self.memory = current, memory
+    Args:
+        replayed: tables whose rows are numbered one after another, as the sampler does.
+    """
+
+    def __init__(self, current: FrameTable, replayed: Sequence[FrameTable]) -> None:
+        self.current, self.replayed = current, list(replayed)
 
     def __len__(self) -> int:
-        return len(self.current) + (len(self.memory) if self.memory else 0)
+        return len(self.current) + sum(map(len, self.replayed))
 
     def __getitems__(self, draw: Draw) -> Samples:
-        samples = self.current.__getitems__(draw.current)
-        if self.memory is not None and len(draw.replay.own):
-            samples = concatenate(samples, self.memory.__getitems__(draw.replay.own[:, 1]))
+        samples, rows, first = self.current.__getitems__(draw.current), draw.replay.own[:, 1], 0
+        for table in self.replayed:  # a draw's rows are in the order of the tables
+            inside = rows[(rows >= first) & (rows < first + len(table))] - first
+            if len(inside):
+                samples = concatenate(samples, table.__getitems__(inside))
+            first += len(table)
         return replace(
             samples,
             shifts=draw.shifts if draw.shifts.any() else None,
