@@ -1,4 +1,4 @@
-"""`infovla <command>`: train, evaluate, demos, report, act, doctor, setup-libero."""
+"""`infovla <command>`: train, evaluate, analyse, demos, report, act, doctor, setup-libero."""
 
 from __future__ import annotations
 
@@ -187,6 +187,25 @@ def _report(options: argparse.Namespace) -> None:
     print(write_report(options.run))
 
 
+def _analyse(options: argparse.Namespace) -> None:
+    from .analysis import analyse_run, compare_analyses, is_analysed
+    from .progress import quiet_libraries
+
+    quiet_libraries(loading_bars=False)
+    for run in options.runs:
+        if options.again or not is_analysed(run):
+            analyse_run(
+                run,
+                frames=options.frames,
+                demonstrations=options.demonstrations_folder,
+                device=options.device,
+            )
+    print(compare_analyses(options.runs, options.output).table())
+    print("\n".join(f"report: {Path(run) / 'report' / 'index.html'}" for run in options.runs))
+    if options.output:
+        print(f"figure: {options.output}")
+
+
 def _act(options: argparse.Namespace) -> None:
     import numpy as np
     from PIL import Image
@@ -259,6 +278,14 @@ def make_parser() -> argparse.ArgumentParser:
 
     report = command("report", "draw the figures and the page of a run again", _report)
     report.add_argument("run", help="folder of a run")
+
+    analyse = command("analyse", "show what the stages of runs have kept, and compare the runs", _analyse)
+    analyse.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    analyse.add_argument("--output", help="PNG of the comparison")
+    analyse.add_argument("--frames", type=int, default=32, help="probe frames per task")
+    analyse.add_argument("--demonstrations_folder", help="where they are, if not where the run says")
+    analyse.add_argument("--device", default="cpu", help="where the policies run")
+    analyse.add_argument("--again", action="store_true", help="also analyse runs that are analysed already")
 
     act = command("act", "print the actions for one observation, as JSON", _act)
     _add_policy(act)

@@ -232,6 +232,9 @@ class StreamConfig:
     open_loop_steps: int = _option(8, "Actions executed of each predicted chunk.")
     rollout_max_steps: int | None = _option(None, "Step cap of a rollout; default: the suite's own.")
     videos_per_task: int = _option(2, "MP4s per task and stage, failures first.")
+    analyse: bool = _option(
+        False, "Also analyse what was kept: affinity maps, CKA, whether it listens; analysis.json, and in the report."
+    )
 
     tiny_image_size: int = _option(96, "Tiny base: side of its input images in pixels.")
     tiny_patch_size: int = _option(12, "Tiny base: side of a patch in pixels.")
@@ -258,6 +261,11 @@ class StreamConfig:
         if self.tiny_image_size % self.tiny_patch_size:
             raise ValueError(
                 f"tiny_image_size {self.tiny_image_size} is no multiple of tiny_patch_size {self.tiny_patch_size}"
+            )
+        if self.analyse and self.demonstrations <= self.memory_trajectories:
+            raise ValueError(
+                "analyse looks at demonstrations that are not in the replay memory, so there must be more of them: "
+                f"demonstrations is {self.demonstrations}, memory_trajectories {self.memory_trajectories}"
             )
         _check_at_least(
             self,

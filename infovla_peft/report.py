@@ -4,6 +4,7 @@
     report/success_matrix.png       heatmap, for cards and slides
     report/success_by_stage*.png    each task over the stages (`_narrow`: for phones)
     report/loss_terms*.png          each term of the loss over the optimiser steps
+    report/affinity.png …           where there is an analysis.json: what it found (see analysis_figures.py)
 
 Every number in the text is one of results.json, or follows from it. The loss curves are drawn from the training logs
 (stages/stage_NN/log.jsonl, one JSON object per line with `step` and the terms), and none of their values is quoted.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -21,6 +23,9 @@ from urllib.parse import quote
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from .analysis_figures import draw_analysis
+from .analysis_results import FILE as ANALYSIS
+from .analysis_results import Analysis
 from .figures import (
     LossCurve,
     cell_colours,
@@ -76,6 +81,40 @@ METRIC_TEXTS = {
     ),
 }
 
+ANALYSIS_TEXTS = {
+    "affinity": (
+        "What the instruction looks at",
+        "The brighter a patch, the nearer it is to the instruction's words in the policy's features: forgetting as "
+        "the paper describes it shows as light that leaves the named object, and as a diffusion that rises.",
+    ),
+    "diffusion": (
+        "Diffusion",
+        "Entropy of these maps, between all on one patch and spread evenly over all; a line that rises after the open "
+        "dot says that later tasks have blurred what the instruction points at.",
+    ),
+    "cka": (
+        "Representation kept",
+        "CKA of the action features with those right after the task was learned (the open dot): the lower the line, "
+        "the more later tasks have rearranged what the policy makes of the same frames.",
+    ),
+    "similarity": (
+        "Frame by frame",
+        "Each frame right after learning (rows) against each frame then (left) and after the last stage (right): the "
+        "same picture on both sides, with its diagonal, says that frames still mean what they meant.",
+    ),
+    "listening": (
+        "Does it still listen?",
+        "How much another instruction changes the action on the same frame, relative to right after learning (the "
+        "open dot): a line that falls to the bottom is a policy that does the same whatever it is told.",
+    ),
+    "action_error": (
+        "Error of the actions",
+        "Mean absolute difference to the recorded, normalised actions: it says whether what is still listened to is "
+        "also answered rightly; lower is better.",
+    ),
+}
+"""Figure of the analysis -> its heading, and how to read it."""
+
 
 def write_report(run_folder: str | os.PathLike[str]) -> Path:
     """Draw the figures and write the page of a run; an older report is replaced as a whole.
@@ -88,7 +127,7 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
 
     Raises:
         FileNotFoundError: no results.json.
-        ResultsError: results.json is damaged.
+        ResultsError, AnalysisError: results.json or analysis.json is damaged.
         ValueError: no stage has been evaluated yet.
     """
     run = Path(run_folder)
@@ -96,6 +135,7 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
     if not results.stages:
         raise ValueError(f"{run / 'results.json'} holds no evaluated stage yet; the report follows the first one")
     curves, unreadable = read_loss_curves(run)
+    analysis = Analysis.load(run) if (run / ANALYSIS).exists() else None
     with atomic_folder(run / "report") as folder:
         draw_success_matrix(results, folder / "success_matrix.png")
         draw_success_by_stage(results, folder / "success_by_stage.png", columns=3)
@@ -103,7 +143,10 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
         if curves:
             draw_loss_terms(curves, LOSS_TERMS, folder / "loss_terms.png", columns=3)
             draw_loss_terms(curves, LOSS_TERMS, folder / "loss_terms_narrow.png", columns=1)
-        page = render_page(results, run, has_curves=bool(curves), unreadable_log_lines=unreadable)
+        figures = [name for name, drawn in draw_analysis(analysis, run, folder).items() if drawn] if analysis else []
+        page = render_page(
+            results, run, has_curves=bool(curves), unreadable_log_lines=unreadable, analysis_figures=figures
+        )
         write_text(folder / "index.html", page)
     return run / "report" / "index.html"
 
@@ -136,7 +179,9 @@ def read_loss_curves(run: Path) -> tuple[list[LossCurve], int]:
     return curves, unreadable
 
 
-def render_page(results: Results, run: Path, *, has_curves: bool, unreadable_log_lines: int) -> str:
+def render_page(
+    results: Results, run: Path, *, has_curves: bool, unreadable_log_lines: int, analysis_figures: Sequence[str] = ()
+) -> str:
     """The HTML of the page. Everything that comes from data is escaped."""
     environment = Environment(
         loader=PackageLoader("infovla_peft"),
@@ -159,6 +204,7 @@ def render_page(results: Results, run: Path, *, has_curves: bool, unreadable_log
         missing_videos=sum(not (run / video.path).is_file() for video in results.videos),
         has_curves=has_curves,
         unreadable_log_lines=unreadable_log_lines,
+        analysis=[(name, *ANALYSIS_TEXTS[name]) for name in ANALYSIS_TEXTS if name in analysis_figures],
         config=[(key, json.dumps(value, ensure_ascii=False)) for key, value in results.config.items()],
     )
 

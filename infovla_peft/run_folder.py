@@ -9,6 +9,7 @@
     memory/                      replay trajectories and teacher anchors
     videos/stage_01/             rollouts as MP4
     results.json, success.csv, report/index.html
+    analysis.json, analysis/     what each stage has kept, and the frames shown (where it was asked for)
 
 Every step writes its product atomically and is then entered in state.json, so a killed run repeats at most the step it
 was in, and within training at most the optimiser steps since the last checkpoint.

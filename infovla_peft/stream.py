@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import datasets
 
 from .adapters import AdapterInfo, add_adapter, fingerprint, load_adapter, save_adapter
+from .analysis import analyse_run
+from .analysis_results import FILE as ANALYSIS
 from .config import InfoVLAConfig, StreamConfig, resolved_config
 from .data.chunks import ChunkDataset
 from .data.collator import VLACollator
@@ -52,6 +54,7 @@ HARMLESS = frozenset(
         "demonstration_workers",
         "eval_workers",
         "videos_per_task",
+        "analyse",
         "cache_images",
         "logging_steps",
         "logging_dir",
@@ -379,6 +382,18 @@ class Stream:
         if self.seen(stage):
             write_report(folder.path)
 
+    def analyse(self) -> None:
+        """Look at what every stage has kept of every task (`analysis.analyse_run`), if the recipe asks for it."""
+        if self.config.analyse:
+            self.run_folder.once("analyse", self._analyse, products=[self.run_folder / ANALYSIS])
+
+    def _analyse(self) -> None:
+        analyse_run(
+            self.run_folder.path,
+            demonstrations=self.demonstrations_folder,
+            policies=lambda stage: self.policy(self.stages[stage]),
+        )
+
     def policy(self, stage: Stage) -> Policy:
         """The policy after a stage, loaded as a user would load it."""
         device = self.training.device
@@ -399,6 +414,7 @@ class Stream:
                 self.learn(stage)
             self.remember(stage)
             self.measure(stage)
+        self.analyse()
 
     def summary(self) -> str:
         """The success matrix and the metrics of what is measured, as text, and where the report is."""

@@ -46,6 +46,8 @@ def main(argv: Sequence[str]) -> None:
             # Roll out every task seen so far: one column of the success matrix, videos, and the report.
             stream.measure(stage)
 
+        # With --analyse: what each stage has kept of the tasks before, as figures in the report; nothing without it.
+        stream.analyse()
         say(stream, stream.summary)
 
 
