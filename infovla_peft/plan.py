@@ -113,17 +113,18 @@ def describe_plan(
         learns = stage.index > 0 or tiny
         steps = config.stage_steps if stage.index else config.base_steps
         batch = training.per_device_train_batch_size if stage.index else config.base_batch_size
+        episodes = config.episodes(stage.index)
         seconds = 0.0
         if learns and ("base" if stage.index == 0 else step_name("learn", stage)) not in state:
             seconds += steps * batch * training.gradient_accumulation_steps * step_seconds
         if step_name("measure", stage) not in state:
             simulators = workers(config.eval_workers)
-            seconds += seen * (config.eval_episodes * SECONDS_PER_ROLLOUT / simulators + SECONDS_PER_ENVIRONMENT)
+            seconds += seen * (episodes * SECONDS_PER_ROLLOUT / simulators + SECONDS_PER_ENVIRONMENT)
         total += seconds
         what = f"{steps} steps, " if learns else ""
         lines.append(
             f"  {f'stage {stage.index}' if stage.index else 'base':<14}{names}\n"
-            f"{'':16}{what}{seen} x {config.eval_episodes} rollouts, {_about(seconds)}"
+            f"{'':16}{what}{seen} x {episodes} rollouts, {_about(seconds)}"
         )
     return "\n".join([*lines, f"  together      {_about(total)} from now; results in {training.output_dir}"])
 
