@@ -279,12 +279,17 @@ class StreamConfig:
 
 
 def load_recipe(
-    path: str | Path | None, argv: Sequence[str] = (), *, prog: str | None = None, description: str | None = None
+    path: str | Path | Mapping[str, Any] | None,
+    argv: Sequence[str] = (),
+    *,
+    prog: str | None = None,
+    description: str | None = None,
 ) -> tuple[StreamConfig, InfoVLAConfig]:
     """Read a recipe and the command-line arguments that override it.
 
     Args:
-        path: YAML file with fields of `StreamConfig` and `InfoVLAConfig`; None for the defaults.
+        path: YAML file with fields of `StreamConfig` and `InfoVLAConfig`, or what such a file holds; None for the
+            defaults.
         argv: arguments such as `["--lora_r", "8", "--no_anchor_bank"]`. `--help` prints every option and exits.
 
     Raises:
@@ -293,7 +298,9 @@ def load_recipe(
     """
     types: list[Any] = [StreamConfig, InfoVLAConfig]
     parser = _RecipeParser(types, prog=prog, description=description, allow_abbrev=False)
-    flags = _flags(_read_yaml(Path(path)), str(path)) if path is not None else []
+    flags: list[str] = []
+    if path is not None:
+        flags = _flags(path, "recipe") if isinstance(path, Mapping) else _flags(_read_yaml(Path(path)), str(path))
     stream, training, unknown = parser.parse_args_into_dataclasses(
         [*flags, *argv], return_remaining_strings=True, look_for_args_file=False
     )
