@@ -228,6 +228,7 @@ class StreamConfig:
     stage_steps: int = _option(600, "Optimiser steps of each adapter stage. Paper, section 5.1.")
 
     eval_episodes: int = _option(20, "Rollouts per task and stage, from the first of the 50 fixed initial states.")
+    final_eval_episodes: int | None = _option(None, "Rollouts per task after the last stage; default: eval_episodes.")
     eval_workers: int = _option(0, "Processes that simulate; 0 = one per core.")
     open_loop_steps: int = _option(8, "Actions executed of each predicted chunk.")
     rollout_max_steps: int | None = _option(None, "Step cap of a rollout; default: the suite's own.")
@@ -287,19 +288,36 @@ class StreamConfig:
             "eval_workers",
             "videos_per_task",
         )
+        if self.final_eval_episodes is not None:
+            _check_at_least(self, 1, "final_eval_episodes")
 
     @property
     def shape(self) -> StreamShape:
         return parse_stream(self.stream)
 
+    def episodes(self, stage: int) -> int:
+        """Rollouts per task after a stage, 0 = base.
+
+        >>> config = StreamConfig(stream="B3-2N1", eval_episodes=10, final_eval_episodes=20)
+        >>> [config.episodes(stage) for stage in range(3)]
+        [10, 10, 20]
+        """
+        last = stage == self.shape.steps
+        return self.final_eval_episodes if last and self.final_eval_episodes is not None else self.eval_episodes
+
 
 def load_recipe(
-    path: str | Path | None, argv: Sequence[str] = (), *, prog: str | None = None, description: str | None = None
+    path: str | Path | Mapping[str, Any] | None,
+    argv: Sequence[str] = (),
+    *,
+    prog: str | None = None,
+    description: str | None = None,
 ) -> tuple[StreamConfig, InfoVLAConfig]:
     """Read a recipe and the command-line arguments that override it.
 
     Args:
-        path: YAML file with fields of `StreamConfig` and `InfoVLAConfig`; None for the defaults.
+        path: YAML file with fields of `StreamConfig` and `InfoVLAConfig`, or what such a file holds; None for the
+            defaults.
         argv: arguments such as `["--lora_r", "8", "--no_anchor_bank"]`. `--help` prints every option and exits.
 
     Raises:
@@ -308,7 +326,9 @@ def load_recipe(
     """
     types: list[Any] = [StreamConfig, InfoVLAConfig]
     parser = _RecipeParser(types, prog=prog, description=description, allow_abbrev=False)
-    flags = _flags(_read_yaml(Path(path)), str(path)) if path is not None else []
+    flags: list[str] = []
+    if path is not None:
+        flags = _flags(path, "recipe") if isinstance(path, Mapping) else _flags(_read_yaml(Path(path)), str(path))
     stream, training, unknown = parser.parse_args_into_dataclasses(
         [*flags, *argv], return_remaining_strings=True, look_for_args_file=False
     )

@@ -119,7 +119,7 @@ def draw_success_matrix(results: Results, path: str | os.PathLike[str]) -> None:
         for stage, rate in enumerate(average_by_stage(success, results.learned_at)):
             if not np.isnan(rate):
                 cell(top, stage, rate, "", learned=False)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def draw_success_by_stage(results: Results, path: str | os.PathLike[str], *, columns: int = 3) -> None:
@@ -152,7 +152,7 @@ def draw_success_by_stage(results: Results, path: str | os.PathLike[str], *, col
             axes.grid(axis="y", color=GRID, linewidth=0.7)
             axes.set_axisbelow(True)
             axes.tick_params(length=0)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def draw_loss_terms(
@@ -196,7 +196,7 @@ def draw_loss_terms(
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             axes.grid(axis="y", color=GRID, linewidth=0.7)
             axes.tick_params(length=0, which="both")
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _panels(count: int, columns: int, *, height: float, bottom: float) -> tuple[Figure, list[Axes]]:
@@ -220,7 +220,8 @@ def _running_median(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1), axis=1)
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a PNG atomically, at 200 dots per inch unless the picture is huge."""
     width, height = figure.get_size_inches()
     resolution = min(200.0, (MAX_PIXELS / (width * height)) ** 0.5)
     with atomic_file(path) as temporary:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,17 +114,18 @@ def describe_plan(
         learns = stage.index > 0 or tiny
         steps = config.stage_steps if stage.index else config.base_steps
         batch = training.per_device_train_batch_size if stage.index else config.base_batch_size
+        episodes = config.episodes(stage.index)
         seconds = 0.0
         if learns and ("base" if stage.index == 0 else step_name("learn", stage)) not in state:
             seconds += steps * batch * training.gradient_accumulation_steps * step_seconds
         if step_name("measure", stage) not in state:
             simulators = workers(config.eval_workers)
-            seconds += seen * (config.eval_episodes * SECONDS_PER_ROLLOUT / simulators + SECONDS_PER_ENVIRONMENT)
+            seconds += seen * (episodes * SECONDS_PER_ROLLOUT / simulators + SECONDS_PER_ENVIRONMENT)
         total += seconds
         what = f"{steps} steps, " if learns else ""
         lines.append(
             f"  {f'stage {stage.index}' if stage.index else 'base':<14}{names}\n"
-            f"{'':16}{what}{seen} x {config.eval_episodes} rollouts, {_about(seconds)}"
+            f"{'':16}{what}{seen} x {episodes} rollouts, {_about(seconds)}"
         )
     return "\n".join([*lines, f"  together      {_about(total)} from now; results in {training.output_dir}"])
 
@@ -146,7 +148,9 @@ def describe_results(results: Results) -> str:
 def measure_step(config: StreamConfig, training: InfoVLAConfig) -> float:
     """About how many seconds a training step takes per sample of its batch: tried on the tiny base, else reckoned."""
     if config.base_model != "tiny":
-        return 4 * 7.5e9 * 300 / (0.4 * _throughput(training.device))  # forward and backward of 7.5 G frozen weights
+        # Forward and backward through frozen weights, held in 2 bytes each; 7.5 G of them if they are not here yet.
+        size = sum(file.stat().st_size for file in Path(config.base_model).glob("*.safetensors"))
+        return 4 * (size / 2 or 7.5e9) * 300 / (0.4 * _throughput(training.device))
     from .models.openvla import build_tiny_openvla
 
     model, processor = build_tiny_openvla(instructions=["plan"], num_images=len(config.cameras), **tiny_shape(config))

@@ -370,7 +370,7 @@ class Stream:
                     policy,
                     missing,
                     pool,
-                    episodes=config.eval_episodes,
+                    episodes=config.episodes(stage.index),
                     open_loop_steps=config.open_loop_steps,
                     max_steps=config.rollout_max_steps,
                     videos=config.videos_per_task,

@@ -50,6 +50,7 @@ def test_training_options_are_checked(tmp_path: Path, change: dict[str, object],
         ({"tasks": ["0", "1", "2", "3", "3"]}, "names a task twice"),
         ({"tiny_patch_size": 13}, "no multiple of tiny_patch_size"),
         ({"eval_episodes": 0}, "eval_episodes must be at least 1"),
+        ({"final_eval_episodes": 0}, "final_eval_episodes must be at least 1"),
     ],
 )
 def test_stream_options_are_checked(change: dict[str, object], message: str) -> None:

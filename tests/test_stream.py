@@ -316,6 +316,16 @@ def _on_two_processes(folder: str) -> None:
     patch.undo()
 
 
+def test_the_last_column_may_have_more_rollouts(make: Callable[..., Stream], tmp_path: Path) -> None:
+    with make({"stream": "B1-2N1", "eval_episodes": 1, "final_eval_episodes": 3}) as stream:
+        plan = stream.plan()
+        stream.run()
+    assert "2 x 1 rollouts" in plan
+    assert "3 x 3 rollouts" in plan
+    results = Results.load(tmp_path / "run" / "results.json")
+    assert results.episodes == [[1, 1, 3], [None, 1, 3], [None, None, 3]]
+
+
 @pytest.mark.slow
 def test_two_processes_train_together_and_one_writes(make: Callable[..., Stream], tmp_path: Path) -> None:
     with make({"stream": "B1-1N1"}) as stream:

@@ -1,0 +1,452 @@
+"""A benchmark: methods x seeds x task orders x memory sizes on some suites, as runs that share what they can share.
+
+A YAML file describes it::
+
+    output_dir: runs/bench                   one folder per run below it
+    cores_per_run: 1                         threads and simulation processes of a run (default 1)
+    workers: 2                               runs at once (default: as many as there are cores for)
+    recipe: {stream: B5-5N1, ...}            options that all runs have in common
+    suites:
+      libero_goal:                           a name; LIBERO's, unless the option `suite` says another
+        orders: {A: [0, 1, 2], B: [0, 2, 1]} tasks in the order of learning
+        image_size: 128                      options of this suite
+    methods:                                 rows of the tables that are more than the name of a method
+      infovla_rac_only: {method: infovla, lambda_cmi: 0}
+    runs:                                    the most informative first; seeds change slowest within an entry
+      - {suite: libero_goal, methods: [er, infovla_rac_only], seeds: [0, 1], orders: [A], memory: [1]}
+
+Runs with the same base tasks, in the same order, share their base: it is trained (or, if it is a checkpoint, taken)
+and measured once, by a run of its own, and the demonstrations of the suite are recorded then. A base does not depend
+on the seed, so that seeds differ in what is compared here: the learning of the new tasks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from .config import InfoVLAConfig, StreamConfig, load_recipe, parse_stream, resolved_config
+from .files import write_json
+from .results import Results, ResultsError
+from .run_folder import RunError, RunFolder, changed_keys
+from .stream import HARMLESS, Stream
+
+AGGREGATE_VERSION = 1
+BASE_SEED = 0
+ADAPTER_OPTIONS = frozenset(
+    {
+        "lambda_rac",
+        "lambda_cmi",
+        "cmi_mode",
+        "temperature",
+        "teacher",
+        "tap_layer",
+        "anchor_bank",
+        "near_duplicate_window",
+        "replay_fraction",
+        "anchor_views",
+        "adapter_init",
+        "lora_r",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_targets",
+        "stage_steps",
+        "learning_rate",
+        "per_device_train_batch_size",
+        "final_eval_episodes",
+    }
+)
+"""What the base does not depend on. An option that is missing here costs no more than a base trained again."""
+OWN_OPTIONS = frozenset({"output_dir", "seed", "tasks", "memory_trajectories", "method"})
+"""What a run's place in the benchmark decides."""
+BOOKKEEPING = HARMLESS | {
+    "use_cpu",
+    "bf16",
+    "fp16",
+    "assets_folder",
+    "processes",
+    "demonstrations_folder",
+}
+"""What may differ between the machine that ran and the one that reads, or is no choice of the method."""
+_ENTRY_KEYS = ("suite", "methods", "seeds", "orders", "memory")
+
+
+class RunKey(NamedTuple):
+    """Which run of the benchmark. `suite` and `method` are the names that the benchmark gives them."""
+
+    suite: str
+    method: str
+    seed: int
+    order: str
+    memory: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a base that others start from (`key` is None), or a run that is compared.
+
+    Attributes:
+        name: unique, and its folder below the benchmark's.
+        folder: of the run.
+        recipe: all its options.
+        base: the run whose base and whose measured base column this one takes over.
+    """
+
+    name: str
+    folder: Path
+    recipe: Mapping[str, Any] = field(hash=False)
+    key: RunKey | None = None
+    base: Job | None = None
+
+    @property
+    def is_base(self) -> bool:
+        return self.key is None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        stages: evaluated so far, base included.
+        planned: stages of the whole run.
+        seconds: spent in finished steps.
+        problem: why the run can neither be counted nor continued; None if all is well.
+    """
+
+    stages: int
+    planned: int
+    seconds: float
+    problem: str | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.stages == self.planned and self.problem is None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark as its YAML describes it.
+
+    Attributes:
+        name: of the file.
+        jobs: all runs in their order, each base before the first run that needs it.
+        common: name of a suite -> the options that all its runs have in common.
+        orders: name of a suite -> name of an order -> tasks, as in the file.
+        workers: runs at once; None for as many as there are cores for.
+    """
+
+    name: str
+    output_dir: Path
+    jobs: tuple[Job, ...]
+    common: Mapping[str, Mapping[str, Any]]
+    orders: Mapping[str, Mapping[str, Sequence[Any]]]
+    cores_per_run: int
+    workers: int | None
+
+    def select(self, methods: Iterable[str] | None = None) -> list[Job]:
+        """The runs of some methods, and the bases they need; all if None.
+
+        Raises:
+            ValueError: no run has one of the methods.
+        """
+        if methods is None:
+            return list(self.jobs)
+        wanted, known = set(methods), {job.key.method for job in self.jobs if job.key}
+        if wanted - known:
+            raise ValueError(f"no run of {', '.join(sorted(wanted - known))}; there are {', '.join(sorted(known))}")
+        chosen = [job for job in self.jobs if job.key and job.key.method in wanted]
+        needed = {job.base.name for job in chosen if job.base}
+        return [job for job in self.jobs if job.name in needed or (job.key and job.key.method in wanted)]
+
+    def check(self, jobs: Iterable[Job] | None = None) -> None:
+        """Parse the recipe of every run, or of some, so that a wrong option is found before the first one starts.
+
+        Raises:
+            ValueError: which run has which unusable option.
+        """
+        for job in self.jobs if jobs is None else jobs:
+            try:
+                _resolved(json.dumps(job.recipe))
+            except ValueError as error:
+                raise ValueError(f"{job.name}: {error}") from error
+
+
+def load_benchmark(path: str | os.PathLike[str]) -> Benchmark:
+    """Read the YAML of a benchmark.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be used; the message names the place.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no benchmark at {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    try:
+        return _plan(path.stem, _mapping(content, "the file"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _plan(name: str, content: Mapping[str, Any]) -> Benchmark:
+    _known(content, ("output_dir", "cores_per_run", "workers", "recipe", "suites", "methods", "runs"), "the file")
+    if not isinstance(content.get("output_dir"), str):
+        raise ValueError("output_dir must name a folder")
+    output_dir = Path(content["output_dir"])
+    recipe = _mapping(content.get("recipe") or {}, "recipe")
+    suites = _mapping(content.get("suites"), "suites")
+    methods = _mapping(content.get("methods") or {}, "methods")
+    cores = _count(content.get("cores_per_run", 1), "cores_per_run")
+    workers = content.get("workers")
+    common: dict[str, dict[str, Any]] = {}
+    orders: dict[str, dict[str, list[Any]]] = {}
+    for suite, entry in suites.items():
+        own = dict(_mapping(entry, f"suites.{suite}"))
+        orders[suite] = {
+            str(order): _list(tasks, f"suites.{suite}.orders.{order}")
+            for order, tasks in _mapping(own.pop("orders", None), f"suites.{suite}.orders").items()
+        }
+        common[suite] = {"suite": suite, **recipe, **own}
+        common[suite].setdefault("demonstrations_folder", str(output_dir / suite / "demonstrations"))
+        fixed = OWN_OPTIONS & set(common[suite])
+        if fixed:
+            raise ValueError(f"suites.{suite}: {', '.join(sorted(fixed))} follow from `runs`; leave them out")
+        if "stream" not in common[suite]:
+            raise ValueError(f"suites.{suite}: say `stream`, for example B5-5N1, here or in `recipe`")
+    for method, own in methods.items():
+        # Another suite, model or number of rollouts would be another benchmark, and the base would not fit.
+        protocol = (OWN_OPTIONS - {"method"}) | ({item.name for item in fields(StreamConfig)} - {"stage_steps"})
+        changed = protocol & set(_mapping(own, f"methods.{method}"))
+        if changed:
+            raise ValueError(f"methods.{method}: {', '.join(sorted(changed))} must be the same for all methods")
+    jobs: dict[str, Job] = {}
+    for number, entry in enumerate(_list(content.get("runs"), "runs")):
+        for key in _keys(_mapping(entry, f"runs[{number}]"), f"runs[{number}]", orders):
+            options, tasks = common[key.suite], orders[key.suite][key.order]
+            base = _base_job(output_dir, key.suite, options, tasks)
+            base = jobs.setdefault(base.name, base)
+            run_name = f"{key.suite}/{key.method}_{key.order}_m{key.memory}_s{key.seed}"
+            own = {"method": key.method, **methods.get(key.method, {})}
+            options = {**options, **own, "eval_workers": cores}
+            if options.get("base_model", "tiny") == "tiny":
+                options["base_model"] = str(base.folder / "base")
+            options |= {"tasks": _names(tasks), "seed": key.seed, "memory_trajectories": key.memory}
+            options["output_dir"] = str(output_dir / run_name)
+            jobs.setdefault(run_name, Job(run_name, output_dir / run_name, options, key, base))
+    return Benchmark(
+        name,
+        output_dir,
+        tuple(jobs.values()),
+        common,
+        orders,
+        cores,
+        None if workers is None else _count(workers, "workers"),
+    )
+
+
+def _keys(entry: Mapping[str, Any], where: str, orders: Mapping[str, Mapping[str, Any]]) -> list[RunKey]:
+    _known(entry, _ENTRY_KEYS, where)
+    suite = str(entry.get("suite"))
+    if suite not in orders:
+        raise ValueError(f"{where}.suite must be one of {', '.join(orders)}, got {suite!r}")
+    methods = [str(method) for method in _list(entry.get("methods"), f"{where}.methods")]
+    seeds = [_count(seed, f"{where}.seeds", 0) for seed in _list(entry.get("seeds"), f"{where}.seeds")]
+    chosen = [str(order) for order in _list(entry.get("orders", list(orders[suite])), f"{where}.orders")]
+    memory = [_count(size, f"{where}.memory", 0) for size in _list(entry.get("memory", [1]), f"{where}.memory")]
+    unknown = set(chosen) - set(orders[suite])
+    if unknown:
+        raise ValueError(f"{where}.orders: {suite} has no order {', '.join(sorted(unknown))}")
+    return [
+        RunKey(suite, method, seed, order, size)
+        for seed in seeds
+        for order in chosen
+        for size in memory
+        for method in methods
+    ]
+
+
+def _base_job(output_dir: Path, suite: str, options: Mapping[str, Any], tasks: Sequence[Any]) -> Job:
+    recipe = {name: value for name, value in options.items() if name not in ADAPTER_OPTIONS}
+    recipe |= {"method": "sequential", "seed": BASE_SEED}  # the base has neither memory nor teacher
+    first = parse_stream(str(options["stream"])).base_tasks
+    # The order of the later tasks is no matter, but their words are: the tiny base's tokeniser knows them.
+    tasks = _names(tasks)
+    later = sorted(tasks[first:]) if first else tasks
+    content = {**recipe, "tasks": [*tasks[:first], *later]}
+    content = {name: value for name, value in content.items() if name not in HARMLESS | {"demonstrations_folder"}}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    folder = output_dir / suite / f"base_{digest}"
+    recipe |= {"tasks": content["tasks"], "output_dir": str(folder)}
+    return Job(f"{suite}/base_{digest}", folder, recipe)
+
+
+def learn_base(config: StreamConfig, training: InfoVLAConfig) -> None:
+    """What all runs on one base share: demonstrations, the base, its column of rollouts."""
+    with Stream(config, training) as stream:
+        print(stream.plan(), flush=True)
+        stream.record()
+        stream.learn_base()
+        stream.remember(stream.stages[0])
+        stream.measure(stream.stages[0])
+
+
+def take_over_base(job: Job) -> None:
+    """Give a run the base column that was measured once: same policy, same start states, same seeds, same result."""
+    if job.base is None:
+        return
+    target = RunFolder(job.folder).stage(0) / "rollouts"
+    for cell in sorted((RunFolder(job.base.folder).stage(0) / "rollouts").glob("*.json")):
+        if not (target / cell.name).exists():
+            content = json.loads(cell.read_text(encoding="utf-8"))
+            write_json(target / cell.name, {**content, "videos": []})  # they lie in the base's folder
+
+
+def progress(job: Job) -> Progress:
+    """How far a run is, and whether what it has is what the benchmark asks for."""
+    folder = RunFolder(job.folder)
+    planned = 1 if job.is_base else parse_stream(str(job.recipe["stream"])).steps + 1
+    try:
+        state = folder.state()
+        seconds = sum(float(step["seconds"]) for step in state.values())
+        stages = sum(name.startswith("measure_") for name in state)
+        if job.is_base:
+            return Progress(min(stages, 1), 1, seconds)
+        if not folder.results.exists():
+            return Progress(0, planned, seconds)
+        results = Results.load(folder.results)
+    except (RunError, ResultsError, OSError, KeyError, TypeError, ValueError) as error:
+        return Progress(0, planned, 0.0, str(error))
+    changed = changed_keys(results.config, _comparable(job.recipe, results.config), ignore=_ignored(job.recipe))
+    problem = None
+    if changed:
+        listed = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())
+        problem = f"{job.folder} was run with another configuration ({listed}); move it away, or undo the change"
+    return Progress(min(stages, results.stages, planned), planned, seconds, problem)
+
+
+def _comparable(recipe: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What the benchmark asks for; an option that the run did not know yet is taken to have had its default."""
+    wanted = _resolved(json.dumps(recipe))
+    return {**stored, **{name: value for name, value in wanted.items() if name in stored}}
+
+
+def _ignored(recipe: Mapping[str, Any]) -> frozenset[str]:
+    return BOOKKEEPING | ({"assets"} if recipe.get("assets", "auto") == "auto" else set())
+
+
+@cache
+def _resolved(recipe: str) -> dict[str, Any]:
+    # The queue itself needs no GPU: what a recipe wants of one is checked by the run.
+    return resolved_config(*load_recipe(json.loads(recipe), ["--use_cpu=true", "--bf16=false", "--fp16=false"]))
+
+
+# --- the aggregate -----------------------------------------------------------------------------------------------
+
+
+def aggregate(benchmark: Benchmark) -> tuple[dict[str, Any], list[str]]:
+    """All finished runs as one JSON-compatible object (see `comparison`), and the names of those that are missing.
+
+    Raises:
+        ValueError: a run was made with another configuration than the benchmark's, or is damaged.
+    """
+    runs, missing = [], []
+    for job in benchmark.jobs:
+        if job.key is None:
+            continue
+        found = progress(job)
+        if found.problem:
+            raise ValueError(found.problem)
+        if not found.done:
+            missing.append(job.name)
+            continue
+        runs.append(_aggregate_run(job.key, Results.load(RunFolder(job.folder).results), benchmark))
+    return {"format_version": AGGREGATE_VERSION, "protocol": _protocol(benchmark), "runs": runs}, missing
+
+
+def _aggregate_run(key: RunKey, results: Results, benchmark: Benchmark) -> dict[str, Any]:
+    common = _resolved(json.dumps(dict(benchmark.common[key.suite])))
+    differing = changed_keys(common, results.config, ignore=_ignored(benchmark.common[key.suite]) | _PLACE)
+    timings = results.timings[1:]  # the base is shared
+    return {
+        **key._asdict(),
+        "tasks": [task.name for task in results.tasks],
+        "learned_at": [task.learned_at for task in results.tasks],
+        "success": [[None if math.isnan(rate) else rate for rate in row] for row in results.success.tolist()],
+        "episodes": results.episodes,
+        "assets": results.assets,
+        "renderer": results.renderer,
+        "step_cap": results.step_cap,
+        "commit": results.commit,
+        "versions": results.versions,
+        "train_seconds": round(sum(stage.get("train", 0.0) for stage in timings), 1),
+        "evaluate_seconds": round(sum(stage.get("evaluate", 0.0) for stage in timings), 1),
+        "config": {
+            "method": results.method,
+            **{name: new for name, (_, new) in differing.items() if name in results.config},
+        },
+    }
+
+
+_PLACE = frozenset({"output_dir", "seed", "tasks", "memory_trajectories", "base_model"})
+_PATHS = frozenset({"demonstrations_folder", "assets_folder"})
+
+
+def _protocol(benchmark: Benchmark) -> dict[str, Any]:
+    return {
+        "name": benchmark.name,
+        "seconds": "of the stages after the base, which all runs share",
+        "suites": {
+            suite: {
+                "orders": {order: list(tasks) for order, tasks in benchmark.orders[suite].items()},
+                "recipe": {name: value for name, value in common.items() if name not in _PATHS | HARMLESS},
+            }
+            for suite, common in benchmark.common.items()
+        },
+    }
+
+
+# --- checks ------------------------------------------------------------------------------------------------------
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{where} must be a mapping with names as keys, got {value!r:.80}")
+    return value
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{where} must be a list of at least one item, got {value!r:.80}")
+    return value
+
+
+def _count(value: Any, where: str, lowest: int = 1) -> int:
+    if type(value) is not int or value < lowest:
+        raise ValueError(f"{where} must be an integer of at least {lowest}, got {value!r:.80}")
+    return value
+
+
+def _known(content: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for name in content:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise ValueError(f"{where} has an unknown key {name!r}; {hint}")
+
+
+def _names(tasks: Sequence[Any]) -> list[str]:
+    return [str(task) for task in tasks]

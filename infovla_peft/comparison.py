@@ -1,0 +1,390 @@
+"""The aggregate of a benchmark -> means, intervals, paired differences and rankings. NumPy only.
+
+An aggregate is strict JSON with these keys and no others::
+
+    format_version  1
+    protocol        what all runs have in common, as an object; shown, not computed with
+    runs            [{
+        suite, method, seed, order, memory    names and numbers of the benchmark; no two runs agree in all five
+        tasks, learned_at                     names in the order of learning, and the stage of each, 0 = base
+        success, episodes                     [task][stage] rate in [0, 1] and number of rollouts, null where not
+                                              evaluated; the first column is the base
+        assets, renderer, step_cap            the same for all runs of a suite
+        commit, versions                      of what made the run
+        train_seconds, evaluate_seconds       of the stages after the base
+        config                                in what the run differs from the protocol
+    }]
+
+Intervals are percentile bootstrap intervals over runs (seeds and orders): with three runs they are narrower than they
+ought to be, and with one there is none.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .metrics import all_metrics, average_by_stage, forward_transfer
+
+FORMAT_VERSION = 1
+RESAMPLES = 10_000
+
+
+class ComparisonError(ValueError):
+    """An aggregate that cannot be used; the message names the file and the place."""
+
+
+class MetricColumn(NamedTuple):
+    """How a metric stands in a table."""
+
+    label: str
+    higher_is_better: bool
+    meaning: str
+
+
+METRICS: Mapping[str, MetricColumn] = {
+    "final_average": MetricColumn("FAA", True, "success on all tasks after the last stage"),
+    "auc": MetricColumn("AUC", True, "success of a task from its own stage on"),
+    "forward_transfer": MetricColumn("FWT", True, "success right after learning, base tasks included (diagonal)"),
+    "negative_backward_transfer": MetricColumn("NBT", False, "what a task loses afterwards, mean over later stages"),
+    "average_accuracy": MetricColumn("AA", True, "success on all tasks seen, mean over stages"),
+    "adaptation": MetricColumn("new", True, "success on the tasks after the base, right after learning"),
+    "retention": MetricColumn("old", True, "success on the tasks before the last stage, after it"),
+    "forgetting": MetricColumn("F", False, "fall from the best earlier stage to the last"),
+    "backward_transfer": MetricColumn("BWT", True, "change from a task's own stage to the last"),
+}
+"""The seven of `metrics.py`, and adaptation and retention apart from each other."""
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """One finished run; the attributes are the keys of the file (see the module)."""
+
+    suite: str
+    method: str
+    seed: int
+    order: str
+    memory: int
+    tasks: list[str]
+    learned_at: list[int]
+    success: list[list[float | None]]
+    episodes: list[list[int | None]]
+    assets: str
+    renderer: str
+    step_cap: int
+    commit: str | None
+    versions: dict[str, str]
+    train_seconds: float
+    evaluate_seconds: float
+    config: dict[str, Any]
+
+    @property
+    def matrix(self) -> NDArray[np.float64]:
+        """(tasks, stages) success rates in [0, 1], NaN where not evaluated."""
+        return np.array([[math.nan if cell is None else cell for cell in row] for row in self.success], np.float64)
+
+    def metrics(self) -> dict[str, float]:
+        """Every metric of `METRICS`, NaN where undefined."""
+        matrix, learned_at = self.matrix, np.array(self.learned_at)
+        new = learned_at > 0
+        return {
+            **all_metrics(matrix, learned_at),
+            "adaptation": forward_transfer(matrix[new], learned_at[new]),
+            "retention": float(average_by_stage(matrix, learned_at, old_only=True)[-1]),
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All runs of an aggregate."""
+
+    protocol: dict[str, Any]
+    runs: list[ComparedRun]
+
+    def groups(self) -> dict[tuple[str, int], list[ComparedRun]]:
+        """(suite, memory size) -> its runs, in the order of the file: what may be compared with each other."""
+        groups: dict[tuple[str, int], list[ComparedRun]] = {}
+        for run in self.runs:
+            groups.setdefault((run.suite, run.memory), []).append(run)
+        return groups
+
+
+class Estimate(NamedTuple):
+    """A mean with its interval, NaN where there is none, over `n` values."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+# --- statistics --------------------------------------------------------------------------------------------------
+
+
+def bootstrap_mean(
+    values: ArrayLike, *, resamples: int = RESAMPLES, confidence: float = 0.95, seed: int = 0
+) -> Estimate:
+    """The mean of some runs and its percentile bootstrap interval.
+
+    Args:
+        values: (runs,), NaN where a run has no value; those are left out.
+        resamples: draws with replacement.
+        confidence: in (0, 1).
+        seed: of the draws.
+
+    Returns:
+        NaN as mean without a value, and as interval with fewer than two.
+
+    Raises:
+        ValueError: values that are not one-dimensional, no resample, or a confidence outside (0, 1).
+
+    Example:
+        >>> bootstrap_mean([0.5, 0.5, float("nan")])
+        Estimate(mean=0.5, low=0.5, high=0.5, n=2)
+    """
+    given = np.asarray(values, dtype=np.float64)
+    if given.ndim != 1 or resamples < 1 or not 0 < confidence < 1:
+        raise ValueError(
+            f"expected (runs,) values, resamples >= 1 and a confidence in (0, 1), got shape {given.shape}, "
+            f"{resamples} and {confidence}"
+        )
+    kept = given[~np.isnan(given)]
+    if not len(kept):
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    mean = float(kept.mean())
+    if len(kept) == 1:
+        return Estimate(mean, math.nan, math.nan, 1)
+    drawn = np.random.default_rng(seed).integers(len(kept), size=(resamples, len(kept)))
+    means = kept[drawn].mean(axis=1)  # (resamples,)
+    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return Estimate(mean, float(low), float(high), len(kept))
+
+
+def paired_difference(
+    ours: Mapping[Any, float],
+    theirs: Mapping[Any, float],
+    *,
+    resamples: int = RESAMPLES,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """The mean difference, ours − theirs, over the pairs of runs that both have, and its paired bootstrap interval.
+
+    A pair shares what a key holds (here seed and order), and is drawn as a whole. A pair with a NaN is left out.
+
+    Example: the pairs differ by 0.25 and 0.25, whatever the level of each.
+
+    >>> estimate = paired_difference({0: 0.5, 1: 0.75, 2: 1.0}, {0: 0.25, 1: 0.5})
+    >>> estimate
+    Estimate(mean=0.25, low=0.25, high=0.25, n=2)
+    """
+    pairs = [key for key in ours if key in theirs]
+    differences = [ours[key] - theirs[key] for key in pairs]
+    return bootstrap_mean(differences, resamples=resamples, confidence=confidence, seed=seed)
+
+
+def rank(means: Mapping[str, float], *, higher_is_better: bool = True) -> list[list[str]]:
+    """Names from best to worst, those with equal means together; names without a mean (NaN) are left out.
+
+    >>> rank({"er": 0.5, "infovla": 0.7, "ewc": 0.5, "lwf": float("nan")})
+    [['infovla'], ['er', 'ewc']]
+    """
+    known = {name: round(mean, 12) for name, mean in means.items() if not math.isnan(mean)}
+    levels = sorted(set(known.values()), reverse=higher_is_better)
+    return [[name for name, mean in known.items() if mean == level] for level in levels]
+
+
+def rankings(runs: Sequence[ComparedRun], metric: str) -> dict[str, list[list[str]]]:
+    """Order of tasks -> ranking of the methods by their mean over its seeds.
+
+    With several orders only the methods that were run under all of them are ranked, and only over the seeds that all
+    of these have under that order: the rankings are then about the same thing.
+    """
+    values: dict[str, dict[str, dict[int, float]]] = {}
+    for run in runs:
+        values.setdefault(run.order, {}).setdefault(run.method, {})[run.seed] = run.metrics()[metric]
+    shared = [method for method in method_names(runs) if all(method in found for found in values.values())]
+    result = {}
+    for order, found in sorted(values.items()):
+        seeds = set.intersection(*(set(found[method]) for method in shared)) if shared else set()
+        means = {
+            method: bootstrap_mean([found[method][seed] for seed in sorted(seeds)], resamples=1).mean
+            for method in shared
+        }
+        result[order] = rank(means, higher_is_better=METRICS[metric].higher_is_better)
+    return result
+
+
+def same_ranking(by_order: Mapping[str, list[list[str]]]) -> bool | None:
+    """Whether all orders rank the same; None if there is nothing to compare (one order, or fewer than two methods).
+
+    >>> same_ranking({"A": [["infovla"], ["er"]], "B": [["infovla", "er"]]})
+    False
+    """
+    found = [[sorted(level) for level in ranking] for ranking in by_order.values()]
+    if len(found) < 2 or min(sum(len(level) for level in ranking) for ranking in found) < 2:
+        return None
+    return all(ranking == found[0] for ranking in found)
+
+
+def method_names(runs: Iterable[ComparedRun]) -> list[str]:
+    return list(dict.fromkeys(run.method for run in runs))
+
+
+def by_method(runs: Iterable[ComparedRun]) -> dict[str, list[ComparedRun]]:
+    """Method -> its runs, in the order of the file."""
+    found: dict[str, list[ComparedRun]] = {}
+    for run in runs:
+        found.setdefault(run.method, []).append(run)
+    return found
+
+
+def estimates(runs: Iterable[ComparedRun]) -> dict[str, dict[str, Estimate]]:
+    """Method -> metric -> mean over its runs. The runs must be of one suite and memory size."""
+    result = {}
+    for method, own in by_method(runs).items():
+        values = [run.metrics() for run in own]
+        result[method] = {name: bootstrap_mean([value[name] for value in values]) for name in METRICS}
+    return result
+
+
+def differences(runs: Sequence[ComparedRun], against: str) -> dict[str, dict[str, Estimate]]:
+    """Method -> metric -> paired difference to the method `against`, over their common seeds and orders.
+
+    The runs must be of one suite and memory size. Empty if `against` was not run there.
+    """
+    values = {method: {(run.seed, run.order): run.metrics() for run in own} for method, own in by_method(runs).items()}
+    if against not in values:
+        return {}
+    reference = values.pop(against)
+    return {
+        method: {
+            name: paired_difference(
+                {pair: found[name] for pair, found in own.items()},
+                {pair: found[name] for pair, found in reference.items()},
+            )
+            for name in METRICS
+        }
+        for method, own in values.items()
+    }
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def load_comparison(path: str | os.PathLike[str]) -> Comparison:
+    """Read and validate an aggregate.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ComparisonError: it is damaged, edited, or of another format version.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} does not exist: `recipes/benchmark.py aggregate` writes it") from error
+    except (ValueError, RecursionError) as error:
+        raise ComparisonError(f"{path} is no valid JSON ({error}); aggregate the benchmark again") from error
+    return read_comparison(content, source=str(path))
+
+
+def read_comparison(content: Any, *, source: str = "aggregate") -> Comparison:
+    """Validate the content of an aggregate; `source` names it in errors."""
+    return _Reader(source).comparison(content)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not allowed")
+
+
+class _Reader:
+    """Checks an aggregate piece by piece; every error names the file and the place."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def fail(self, where: str, expected: str, got: object) -> NoReturn:
+        raise ComparisonError(f"{self.source}: {where} must be {expected}, got {got!r:.80}")
+
+    def keys(self, value: Any, known: Sequence[str], where: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            self.fail(where, "an object", value)
+        if set(value) != set(known):
+            self.fail(where, f"an object with the keys {', '.join(known)}", sorted(set(value) ^ set(known)))
+        return value
+
+    def comparison(self, content: Any) -> Comparison:
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise ComparisonError(
+                f"{self.source} has format {version!r:.80}, this version of infovla-peft reads {FORMAT_VERSION}; "
+                "update infovla-peft, or aggregate the benchmark again"
+            )
+        self.keys(content, ("format_version", "protocol", "runs"), "the content")
+        if not isinstance(content["protocol"], dict):
+            self.fail("protocol", "an object", content["protocol"])
+        if not isinstance(content["runs"], list) or not content["runs"]:
+            self.fail("runs", "a list of at least one run", content["runs"])
+        runs = [self.run(item, f"runs[{index}]") for index, item in enumerate(content["runs"])]
+        seen: dict[Any, str] = {}
+        shown: dict[Any, Any] = {}
+        for index, run in enumerate(runs):
+            where = f"runs[{index}]"
+            key = (run.suite, run.method, run.seed, run.order, run.memory)
+            if key in seen:
+                self.fail(where, f"another run than {seen[key]}: no two may share suite, method, ...", key)
+            seen[key] = where
+            look = (run.assets, run.renderer, run.step_cap)
+            if shown.setdefault(run.suite, look) != look:
+                self.fail(f"{where}: assets, renderer and step_cap", f"those of the suite, {shown[run.suite]}", look)
+            if shown.setdefault((run.suite, "order", run.order), run.tasks) != run.tasks:
+                self.fail(f"{where}.tasks", f"the tasks of order {run.order}, as in the other runs", run.tasks)
+        return Comparison(content["protocol"], runs)
+
+    def run(self, value: Any, where: str) -> ComparedRun:
+        record = self.keys(value, [item.name for item in fields(ComparedRun)], where)
+        for name, kind, expected in _KINDS:
+            if not isinstance(record[name], kind) or isinstance(record[name], bool):
+                self.fail(f"{where}.{name}", expected, record[name])
+        if not all(isinstance(task, str) for task in record["tasks"]) or not record["tasks"]:
+            self.fail(f"{where}.tasks", "a list of names, at least one", record["tasks"])
+        tasks = len(record["tasks"])
+        stages = [stage for stage in record["learned_at"] if type(stage) is int and stage >= 0]
+        if len(stages) != tasks or stages != sorted(stages) or len(record["learned_at"]) != tasks:
+            self.fail(f"{where}.learned_at", f"{tasks} stages >= 0, ascending", record["learned_at"])
+        if len(record["success"]) != tasks or len(record["episodes"]) != tasks:
+            self.fail(f"{where}: success and episodes", f"tables of {tasks} rows", len(record["success"]))
+        for i, (rates, counts) in enumerate(zip(record["success"], record["episodes"], strict=True)):
+            width = stages[-1] + 1
+            if not all(isinstance(row, list) and len(row) == width for row in (rates, counts)):
+                self.fail(f"{where}: success and episodes, row {i}", f"lists of {width} stages", rates)
+            for j, (rate, count) in enumerate(zip(rates, counts, strict=True)):
+                if not _is_cell(rate, count):
+                    self.fail(f"{where}: task {i}, stage {j}", "a rate in [0, 1] of so many rollouts", (rate, count))
+        return ComparedRun(**record)
+
+
+def _is_cell(rate: Any, count: Any) -> bool:
+    if rate is None or count is None:
+        return rate is None and count is None
+    if type(rate) not in (int, float) or type(count) is not int or count < 1 or not 0 <= rate <= 1:
+        return False
+    return bool(abs(rate * count - round(rate * count)) < 1e-6)  # a number of successes
+
+
+_KINDS: tuple[tuple[str, Any, str], ...] = (
+    *((name, str, "a string") for name in ("suite", "method", "order", "assets", "renderer")),
+    *((name, int, "an integer") for name in ("seed", "memory", "step_cap")),
+    *((name, list, "a list") for name in ("tasks", "learned_at", "success", "episodes")),
+    *((name, (int, float), "a number of seconds") for name in ("train_seconds", "evaluate_seconds")),
+    *((name, dict, "an object") for name in ("versions", "config")),
+    ("commit", (str, type(None)), "a string or null"),
+)

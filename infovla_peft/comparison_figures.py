@@ -1,0 +1,194 @@
+"""The pictures of a comparison: success over the stages, matrices side by side, retention against adaptation."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter
+from numpy.typing import NDArray
+
+from .comparison import ComparedRun, Comparison, bootstrap_mean, by_method, estimates
+from .figures import ACCENT, GRID, MUTED, SECOND, STYLE, cell_colours, save_figure, stage_name
+from .metrics import average_by_stage
+
+MARKERS = "osD^vP*X<>"
+LABEL_WIDTH, CELL_WIDTH, CELL_HEIGHT, GAP, TOP = 2.3, 0.44, 0.34, 0.35, 0.62  # inches
+
+
+def draw_comparison(comparison: Comparison, folder: str | os.PathLike[str]) -> list[Path]:
+    """Draw every figure of an aggregate into a folder as PNG; gives their paths.
+
+    Per suite and memory size: `success_over_stages_…`, `retention_…`; and per order of tasks `matrices_…`.
+    """
+    paths = []
+    for (suite, memory), runs in comparison.groups().items():
+        name = f"{_file_name(suite)}_m{memory}"
+        title = f"{suite}, {memory} {'trajectory' if memory == 1 else 'trajectories'} per past task"
+        paths += [Path(folder) / f"{kind}_{name}.png" for kind in ("success_over_stages", "retention")]
+        draw_success_over_stages(runs, title, paths[-2])
+        draw_retention(runs, title, paths[-1])
+        for order in sorted({run.order for run in runs}):
+            paths.append(Path(folder) / f"matrices_{name}_{_file_name(order)}.png")
+            own = [run for run in runs if run.order == order]
+            draw_matrices(own, f"{title}, order {order}: mean over seeds", paths[-1])
+    return paths
+
+
+def draw_success_over_stages(runs: Sequence[ComparedRun], title: str, path: str | os.PathLike[str]) -> None:
+    """Mean success on the tasks seen so far after each stage, one line per method; bands are 95 % bootstrap intervals.
+
+    Args:
+        runs: of one suite and memory size.
+    """
+    groups = by_method(runs)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, max(3.4, 0.3 + 0.24 * len(groups))), layout="constrained")
+        axes = figure.add_subplot()
+        widest = 0
+        for (method, own), (colour, marker) in zip(groups.items(), _looks(list(groups)), strict=True):
+            curves = _curves(own)  # (runs, stages)
+            found = [bootstrap_mean(column) for column in curves.T]
+            stages = np.arange(len(found))
+            widest = max(widest, len(found))
+            axes.fill_between(
+                stages, [e.low for e in found], [e.high for e in found], color=colour, alpha=0.15, linewidth=0
+            )
+            label = f"{method} ({len(own)} {'run' if len(own) == 1 else 'runs'})"
+            axes.plot(stages, [e.mean for e in found], color=colour, marker=marker, markersize=4.5, label=label)
+        axes.set(xlim=(-0.2, widest - 0.8), ylim=(-0.03, 1.03), ylabel="success on the tasks seen")
+        axes.set_xticks(range(widest), [stage_name(stage) for stage in range(widest)])
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{100 * rate:.0f} %"))
+        axes.grid(axis="y", color=GRID, linewidth=0.7)
+        axes.tick_params(length=0)
+        axes.set_title(title, weight="bold")
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+        save_figure(figure, path)
+
+
+def draw_retention(runs: Sequence[ComparedRun], title: str, path: str | os.PathLike[str]) -> None:
+    """Success on the old tasks at the end against success on the new ones right after learning, a point per method.
+
+    Bars are 95 % bootstrap intervals. A method in which one of the two is not measured is left out.
+
+    Args:
+        runs: of one suite and memory size.
+    """
+    found = estimates(runs)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(5.8, max(3.9, 0.3 + 0.24 * len(found))), layout="constrained")
+        axes = figure.add_subplot()
+        for (method, values), (colour, marker) in zip(found.items(), _looks(list(found)), strict=True):
+            x, y = values["adaptation"], values["retention"]
+            if math.isnan(x.mean) or math.isnan(y.mean):
+                continue
+            if not math.isnan(x.low):
+                axes.plot([x.low, x.high], [y.mean] * 2, color=colour, alpha=0.45, linewidth=1.4)
+            if not math.isnan(y.low):
+                axes.plot([x.mean] * 2, [y.low, y.high], color=colour, alpha=0.45, linewidth=1.4)
+            axes.plot(x.mean, y.mean, marker, color=colour, markersize=6.5, label=method)
+        axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        axes.set(xlabel="adaptation: new tasks, right after learning", ylabel="retention: old tasks, at the end")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda rate, _: f"{100 * rate:.0f} %"))
+        axes.grid(color=GRID, linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0)
+        axes.set_title(title, weight="bold")
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+        save_figure(figure, path)
+
+
+def draw_matrices(runs: Sequence[ComparedRun], title: str, path: str | os.PathLike[str], *, columns: int = 4) -> None:
+    """The success matrix of each method, mean over its runs, side by side. A frame marks when a task was learned.
+
+    Args:
+        runs: of one suite, memory size and order of tasks.
+    """
+    groups, tasks, learned_at = by_method(runs), runs[0].tasks, runs[0].learned_at
+    stages, columns = max(learned_at) + 1, min(columns, len(groups))
+    rows = -(-len(groups) // columns)
+    panel_width, panel_height = stages * CELL_WIDTH + GAP, len(tasks) * CELL_HEIGHT + TOP
+    width, height = LABEL_WIDTH + columns * panel_width, rows * panel_height + 0.3
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, height))
+        axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+        axes.set(xlim=(0, width), ylim=(height, 0))
+        axes.axis("off")
+        axes.text(0.1, 0.18, title, weight="bold", va="center")
+        for index, (method, own) in enumerate(groups.items()):
+            row, column = divmod(index, columns)
+            left, top = LABEL_WIDTH + column * panel_width, 0.3 + row * panel_height + TOP - 0.1
+            axes.text(left, top - 0.36, f"{method} ({len(own)})", weight="bold", va="center")
+            for stage in range(stages):
+                centre = left + (stage + 0.5) * CELL_WIDTH
+                axes.text(centre, top - 0.12, stage_name(stage), ha="center", va="center", color=MUTED, size=7)
+            for i, rates in enumerate(_mean_matrix(own)):
+                middle = top + (i + 0.5) * CELL_HEIGHT
+                if column == 0:
+                    label = textwrap.fill(tasks[i].replace("_", " "), 34, max_lines=2, placeholder=" …")
+                    axes.text(left - 0.1, middle, label, ha="right", va="center", size=7, linespacing=1.1)
+                for stage, rate in enumerate(rates):
+                    if math.isnan(rate):
+                        continue
+                    background, ink = cell_colours(rate)
+                    corner = (left + stage * CELL_WIDTH, top + i * CELL_HEIGHT)
+                    _add_box(axes, corner, 0.02, facecolor=background)
+                    if stage == learned_at[i]:
+                        _add_box(axes, corner, 0.045, fill=False, edgecolor=ink, linewidth=0.9)
+                    axes.text(
+                        left + (stage + 0.5) * CELL_WIDTH, middle, f"{100 * rate:.0f}",
+                        ha="center", va="center", size=7.5, color=ink,
+                    )  # fmt: skip
+        save_figure(figure, path)
+
+
+def _add_box(axes: Axes, corner: tuple[float, float], inset: float, **style: Any) -> None:
+    place = (corner[0] + inset, corner[1] + inset)
+    axes.add_patch(Rectangle(place, CELL_WIDTH - 2 * inset, CELL_HEIGHT - 2 * inset, **style))
+
+
+def _curves(runs: Sequence[ComparedRun]) -> NDArray[np.float64]:
+    """(runs, stages) mean success on the tasks seen; NaN beyond the end of a shorter run."""
+    curves = [average_by_stage(run.matrix, np.array(run.learned_at)) for run in runs]
+    padded = np.full((len(curves), max(map(len, curves))), np.nan)
+    for row, curve in zip(padded, curves, strict=True):
+        row[: len(curve)] = curve
+    return padded
+
+
+def _mean_matrix(runs: Sequence[ComparedRun]) -> NDArray[np.float64]:
+    """(tasks, stages) mean over the runs that measured a cell; NaN where none did, and before a task is learned."""
+    stacked = np.stack([run.matrix for run in runs])  # (runs, tasks, stages)
+    known = ~np.isnan(stacked)
+    count = known.sum(axis=0)
+    alive = np.arange(stacked.shape[2]) >= np.array(runs[0].learned_at)[:, None]
+    mean: NDArray[np.float64] = np.where(known, stacked, 0.0).sum(axis=0) / np.maximum(count, 1)
+    return np.where((count > 0) & alive, mean, np.nan)
+
+
+def _looks(methods: Sequence[str]) -> list[tuple[str, str]]:
+    """A colour and a marker for each method: the accents for the two that are compared most, and no pair twice."""
+    fixed = {"infovla": ACCENT, "er": SECOND}
+    palette = colormaps["tab20"]
+    others = [method for method in methods if method not in fixed]
+    looks = {name: (colour, "o") for name, colour in fixed.items()}
+    for index, method in enumerate(others):
+        shade = (2 * index) % 20 + (index // 10) % 2  # the strong ones first
+        looks[method] = (to_hex(palette(shade)), MARKERS[1 + index % (len(MARKERS) - 1)])
+    return [looks[method] for method in methods]
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", text)

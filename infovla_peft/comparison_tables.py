@@ -1,0 +1,238 @@
+"""The tables of a comparison as Markdown, LaTeX and CSV: means with intervals, paired differences, rankings.
+
+Every number comes from the aggregate or follows from it; what it does not hold is "not measured".
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .comparison import (
+    METRICS,
+    ComparedRun,
+    Comparison,
+    Estimate,
+    MetricColumn,
+    by_method,
+    differences,
+    estimates,
+    method_names,
+    rankings,
+    same_ranking,
+)
+from .files import write_text
+
+NOT_MEASURED = "not measured"
+
+
+def write_tables(
+    comparison: Comparison, folder: str | os.PathLike[str], against: Sequence[str] = ("er",)
+) -> list[Path]:
+    """Write tables.md, tables.tex, metrics.csv and differences.csv into a folder; gives their paths.
+
+    Args:
+        against: methods to which the others are compared pair by pair, where they were run.
+
+    Raises:
+        ValueError: no run of one of `against`.
+    """
+    unknown = set(against) - set(method_names(comparison.runs))
+    if unknown:
+        raise ValueError(
+            f"no run of {', '.join(sorted(unknown))}; there are {', '.join(method_names(comparison.runs))}"
+        )
+    contents = {
+        "tables.md": markdown(comparison, against),
+        "tables.tex": latex(comparison, against),
+        "metrics.csv": metrics_csv(comparison),
+        "differences.csv": differences_csv(comparison, against),
+    }
+    for name, text in contents.items():
+        write_text(Path(folder) / name, text)
+    return [Path(folder) / name for name in contents]
+
+
+def markdown(comparison: Comparison, against: Sequence[str]) -> str:
+    """All tables as Markdown."""
+    parts = ["# Comparison of methods", _INTRODUCTION]
+    parts.append("\n".join(f"- **{column.label}**: {column.meaning}{_better(column)}" for column in METRICS.values()))
+    for (suite, memory), runs in comparison.groups().items():
+        parts += [f"## {suite}, {_trajectories(memory)} per past task", _provenance(runs)]
+        parts.append(_markdown_table(*_metric_rows(runs)))
+        for reference in against:
+            table = _difference_rows(runs, reference)
+            if table is not None:
+                title = f"Difference to `{reference}`, paired by seed and order, in percentage points"
+                parts += [f"### {title}", _markdown_table(*table)]
+        parts += ["### Ranking by FAA", _ranking_text(runs)]
+    return "\n\n".join(parts) + "\n"
+
+
+def latex(comparison: Comparison, against: Sequence[str]) -> str:
+    """All tables as LaTeX (`booktabs`), one `table` each."""
+    parts = ["% \\usepackage{booktabs}"]
+    for (suite, memory), runs in comparison.groups().items():
+        where = f"{suite}, {_trajectories(memory)} per past task"
+        caption = f"{where}. Mean over runs in per cent, bootstrap 95 % interval in brackets."
+        parts.append(_latex_table(caption, *_metric_rows(runs)))
+        for reference in against:
+            table = _difference_rows(runs, reference)
+            if table is not None:
+                caption = f"{where}. Difference to {reference} in percentage points, paired by seed and order."
+                parts.append(_latex_table(caption, *table))
+    return "\n\n".join(parts) + "\n"
+
+
+def metrics_csv(comparison: Comparison) -> str:
+    """One line per suite, memory size, method and metric: mean and bounds in [0, 1], and the number of runs."""
+    rows: list[Sequence[Any]] = [("suite", "memory", "method", "metric", "mean", "low", "high", "runs")]
+    for (suite, memory), runs in comparison.groups().items():
+        for method, found in estimates(runs).items():
+            rows += [(suite, memory, method, name, *_numbers(value), value.n) for name, value in found.items()]
+    return _csv(rows)
+
+
+def differences_csv(comparison: Comparison, against: Sequence[str]) -> str:
+    """One line per suite, memory size, method, reference and metric: mean difference, bounds, number of pairs."""
+    rows: list[Sequence[Any]] = [("suite", "memory", "method", "against", "metric", "mean", "low", "high", "pairs")]
+    for (suite, memory), runs in comparison.groups().items():
+        for reference in against:
+            for method, found in differences(runs, reference).items():
+                rows += [
+                    (suite, memory, method, reference, name, *_numbers(value), value.n)
+                    for name, value in found.items()
+                ]
+    return _csv(rows)
+
+
+_INTRODUCTION = (
+    "Success in per cent: mean over runs (seeds and task orders), bootstrap 95 % interval in brackets. An interval "
+    "over few runs is narrower than it ought to be; with one run there is none."
+)
+
+
+def _metric_rows(runs: Sequence[ComparedRun]) -> tuple[list[str], list[list[str]]]:
+    own = by_method(runs)
+    header = ["method", "runs", "orders", *(column.label for column in METRICS.values())]
+    rows = []
+    for method, found in estimates(runs).items():
+        orders = ", ".join(sorted({run.order for run in own[method]}))
+        cells = [_percent(found[name]) for name in METRICS]
+        rows.append([method, str(len(own[method])), orders, *cells])
+    return header, rows
+
+
+def _difference_rows(runs: Sequence[ComparedRun], against: str) -> tuple[list[str], list[list[str]]] | None:
+    found = differences(runs, against)
+    if not found:
+        return None
+    own = {method: {(run.seed, run.order) for run in group} for method, group in by_method(runs).items()}
+    header = ["method", "pairs", *(column.label for column in METRICS.values())]
+    return header, [
+        [method, str(len(own[method] & own[against])), *(_percent(values[name], signed=True) for name in METRICS)]
+        for method, values in found.items()
+    ]
+
+
+def _ranking_text(runs: Sequence[ComparedRun]) -> str:
+    by_order = rankings(runs, "final_average")
+    lines = [
+        f"- order {order}: " + (" > ".join(" = ".join(level) for level in ranking) or NOT_MEASURED)
+        for order, ranking in by_order.items()
+    ]
+    verdict = {
+        True: "The ranking is the same under all orders.",
+        False: "The ranking is **not** the same under all orders.",
+        None: "Whether the ranking is the same under all orders: " + NOT_MEASURED + ".",
+    }[same_ranking(by_order)]
+    if len(by_order) > 1:
+        verdict += " Ranked are the methods that were run under every order, over the seeds that they share."
+    return "\n".join([*lines, "", verdict])
+
+
+def _provenance(runs: Sequence[ComparedRun]) -> str:
+    cells = sorted({count for run in runs for row in run.episodes for count in row if count is not None})
+    last = sorted({row[-1] for run in runs for row in run.episodes if row[-1] is not None})
+    first = runs[0]
+    seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
+    commits = sorted({run.commit or "installed package" for run in runs})
+    orders = {run.order: run.tasks for run in runs}
+    lines = [
+        f"{len(runs)} runs, seeds {seeds}; {first.assets} assets, {first.renderer} renderer, step cap "
+        f"{first.step_cap}; rollouts per cell {_span(cells)}, in the last column {_span(last)}; commit "
+        f"{', '.join(commits)}.",
+        *(f"Order {order}: {', '.join(tasks)}." for order, tasks in sorted(orders.items())),
+    ]
+    return "\n".join(lines)
+
+
+def _span(counts: Sequence[int]) -> str:
+    if not counts:
+        return NOT_MEASURED
+    return str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
+
+
+def _trajectories(memory: int) -> str:
+    return f"{memory} {'trajectory' if memory == 1 else 'trajectories'}"
+
+
+def _better(column: MetricColumn) -> str:
+    return "" if column.higher_is_better else "; lower is better"
+
+
+def _percent(value: Estimate, *, signed: bool = False) -> str:
+    if math.isnan(value.mean):
+        return NOT_MEASURED
+    form = "+.1f" if signed else ".1f"
+    # Adding 0.0 turns the -0.0 of a small negative number into 0.0.
+    mean, low, high = (f"{round(100 * number, 1) + 0.0:{form}}".replace("-", "−") for number in value[:3])
+    return mean if math.isnan(value.low) else f"{mean} [{low}, {high}]"
+
+
+def _numbers(value: Estimate) -> list[str]:
+    return ["" if math.isnan(number) else f"{number:.4f}" for number in value[:3]]
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+_LATEX = {"\\": r"\textbackslash{}", "−": "$-$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
+    character: "\\" + character for character in "&%$#_{}"
+}
+
+
+def _latex_table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def text(value: str) -> str:
+        return "".join(_LATEX.get(character, character) for character in value)
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(text(cell) for cell in cells) + r" \\"
+
+    return "\n".join(
+        [
+            r"\begin{table}",
+            rf"\caption{{{text(caption)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+            r"\toprule",
+            line(header),
+            r"\midrule",
+            *map(line, rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+    )
+
+
+def _csv(rows: Iterable[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()

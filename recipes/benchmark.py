@@ -1,0 +1,139 @@
+"""Compare methods of continual learning: a queue of runs that continues where it was stopped, then tables and figures.
+
+    python recipes/benchmark.py run recipes/configs/bench/bench_s.yaml [--workers N] [--only METHOD ...] [--dry-run]
+    python recipes/benchmark.py status recipes/configs/bench/bench_s.yaml
+    python recipes/benchmark.py aggregate recipes/configs/bench/bench_s.yaml [--output recipes/results/bench_s.json]
+    python recipes/benchmark.py tables recipes/results/bench_s.json [--output FOLDER] [--against METHOD ...]
+
+The YAML says which methods, seeds, task orders and memory sizes (see `infovla_peft.benchmark`). Each run is
+`recipes/continual.py` in a process and a folder of its own; runs with the same base tasks share their base and its
+rollouts. `tables` needs the aggregate alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from infovla_peft.benchmark import Job, aggregate, learn_base, load_benchmark
+from infovla_peft.cli import run_command
+from infovla_peft.comparison import load_comparison
+from infovla_peft.comparison_figures import draw_comparison
+from infovla_peft.comparison_tables import write_tables
+from infovla_peft.config import load_recipe
+from infovla_peft.files import write_json
+from infovla_peft.plan import workers as cores
+from infovla_peft.progress import quiet_libraries
+from infovla_peft.run_queue import RunQueue, describe_status
+
+RECIPES = Path(__file__).resolve().parent
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The commands and their options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="work the runs off; what is finished is not repeated")
+    run.add_argument("config", type=Path, help="YAML of a benchmark")
+    run.add_argument("--workers", type=int, help="runs at once; default: the YAML's, else as many as cores allow")
+    run.add_argument("--only", nargs="+", metavar="METHOD", help="the runs of these methods, and their bases")
+    run.add_argument("--dry-run", action="store_true", help="check every recipe and show what would be run, in order")
+    run.set_defaults(handler=run_queue)
+
+    status = commands.add_parser("status", help="what is done, running, waiting, failed, and the times")
+    status.add_argument("config", type=Path, help="YAML of a benchmark")
+    status.set_defaults(handler=show_status, only=None, workers=None)
+
+    gather = commands.add_parser("aggregate", help="all finished runs in one JSON file")
+    gather.add_argument("config", type=Path, help="YAML of a benchmark")
+    gather.add_argument("--output", type=Path, help="default: recipes/results/<name of the YAML>.json")
+    gather.set_defaults(handler=write_aggregate)
+
+    tables = commands.add_parser("tables", help="Markdown, CSV, LaTeX and figures from an aggregate")
+    tables.add_argument("aggregate", type=Path, help="JSON written by `aggregate`")
+    tables.add_argument("--output", type=Path, help="folder; default: <name of the JSON>_tables beside it")
+    tables.add_argument("--against", nargs="+", metavar="METHOD", help="differences to these; default: er")
+    tables.set_defaults(handler=make_tables)
+
+    base = commands.add_parser("base", help="what the queue runs first: demonstrations, base, its column of rollouts")
+    base.add_argument("recipe", type=Path, help="YAML of a run")
+    base.set_defaults(handler=run_base)
+    return parser.parse_args(argv)
+
+
+def run_queue(options: argparse.Namespace) -> int:
+    """Work the queue off; 1 if a run failed."""
+    benchmark = load_benchmark(options.config)
+    jobs = benchmark.select(options.only)
+    benchmark.check(jobs)  # every option of every run, before the first one starts
+    at_once = options.workers or benchmark.workers or max(cores(0) // benchmark.cores_per_run, 1)
+    if options.dry_run:
+        print(describe_status(jobs, at_once))
+        return 0
+
+    queue = RunQueue(
+        jobs,
+        command,
+        workers=at_once,
+        cores_per_run=benchmark.cores_per_run,
+        say=lambda line: print(line, flush=True),
+    )
+    outcome = queue.run()
+    print(
+        f"{len(outcome.done)} of {len(jobs)} finished, {len(outcome.failed)} failed, "
+        f"{len(outcome.elsewhere)} left to another process"
+    )
+    if outcome.failed:
+        print("failed; the same command tries again:", *(failure.job.name for failure in outcome.failed), sep="\n  ")
+    return 1 if outcome.failed else 0
+
+
+def command(job: Job, recipe: Path) -> list[str]:
+    """How a run is started. A base stops after its first column; the others go through the whole stream."""
+    if job.is_base:
+        return [sys.executable, str(RECIPES / "benchmark.py"), "base", str(recipe)]
+    return [sys.executable, str(RECIPES / "continual.py"), str(recipe)]
+
+
+def run_base(options: argparse.Namespace) -> None:
+    """One shared base."""
+    config, training = load_recipe(options.recipe)
+    quiet_libraries(loading_bars=config.base_model != "tiny")
+    learn_base(config, training)
+
+
+def show_status(options: argparse.Namespace) -> None:
+    """A table of all runs."""
+    benchmark = load_benchmark(options.config)
+    at_once = benchmark.workers or max(cores(0) // benchmark.cores_per_run, 1)
+    print(describe_status(benchmark.jobs, at_once))
+
+
+def write_aggregate(options: argparse.Namespace) -> None:
+    """All finished runs in one file, which is read again to be sure of it."""
+    benchmark = load_benchmark(options.config)
+    content, missing = aggregate(benchmark)
+    if not content["runs"]:
+        raise ValueError(f"no run of {options.config} is finished yet; see `status`")
+    output = options.output or RECIPES / "results" / f"{benchmark.name}.json"
+    write_json(output, content)
+    load_comparison(output)
+    print(f"{output}: {len(content['runs'])} runs, {len(missing)} missing")
+    for name in missing:
+        print(f"  missing: {name}")
+
+
+def make_tables(options: argparse.Namespace) -> None:
+    """Tables and figures, from the aggregate alone."""
+    comparison = load_comparison(options.aggregate)
+    output = options.output or options.aggregate.with_name(f"{options.aggregate.stem}_tables")
+    against = options.against or [method for method in ("er",) if any(run.method == method for run in comparison.runs)]
+    for path in [*write_tables(comparison, output, against), *draw_comparison(comparison, output)]:
+        print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: (options := parse(sys.argv[1:])).handler(options)))

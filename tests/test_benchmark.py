@@ -1,0 +1,548 @@
+"""The queue of a benchmark: which runs there are, what they share, how they start, stop, fail, continue, add up.
+
+No simulator and no training: a run is a small script that writes what a run leaves behind.
+"""
+
+from __future__ import annotations
+
+import doctest
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY
+from safetensors.torch import load_file
+from stream_fakes import STREAM, TRAINING, FakePool, install_fakes
+from test_recipes import script
+
+from infovla_peft import benchmark as module
+from infovla_peft.benchmark import Benchmark, Job, aggregate, learn_base, load_benchmark, progress, take_over_base
+from infovla_peft.comparison import read_comparison
+from infovla_peft.config import load_recipe
+from infovla_peft.results import Results, TaskEntry
+from infovla_peft.run_folder import RunFolder
+from infovla_peft.run_queue import RunQueue, claim, describe_status, log_tail
+from infovla_peft.stream import Stream
+
+CONFIGS = sorted((REPOSITORY / "recipes" / "configs" / "bench").glob("*.yaml"))
+LAUNCH = ["--use_cpu", "true", "--bf16", "false"]
+CONFIG: dict[str, Any] = {
+    "recipe": {"stream": "B2-2N1", "eval_episodes": 2, "learning_rate": "1e-3", "videos_per_task": 0},
+    "suites": {"libero_goal": {"orders": {"A": [0, 1, 2, 3], "B": [0, 1, 3, 2], "C": [1, 0, 2, 3]}}},
+    "methods": {"rac_only": {"method": "infovla", "lambda_cmi": 0}},
+    "runs": [
+        {"suite": "libero_goal", "methods": ["er", "rac_only"], "seeds": [0, 1], "orders": ["A", "B"]},
+        {"suite": "libero_goal", "methods": ["er"], "seeds": [0], "orders": ["A"], "memory": [1, 0]},
+    ],
+}
+
+# What a run leaves behind, without a run. In its folder, `crash`, `hang` and `early` decide how it ends.
+FAKE_RUN = """
+import json, os, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+(folder / "started").write_text(str(os.getpid()))
+with (folder.parent / "starts.txt").open("a") as file:
+    file.write(f"{folder.name} {os.environ.get('OMP_NUM_THREADS')}\\n")
+print("working", flush=True)
+if (folder / "crash").exists():
+    print("10 %\\r20 %", flush=True)
+    print("it is broken", flush=True)
+    sys.exit(3)
+if (folder / "hang").exists():
+    time.sleep(600)
+time.sleep(0.2)
+if not (folder / "early").exists():
+    for source in Path(sys.argv[2]).iterdir():
+        (folder / source.name).write_bytes(source.read_bytes())
+"""
+
+
+def write_config(tmp_path: Path, **changes: Any) -> Path:
+    path = tmp_path / "bench.yaml"
+    content = {"output_dir": str(tmp_path / "bench"), **CONFIG, **changes}
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path) -> Benchmark:
+    return load_benchmark(write_config(tmp_path))
+
+
+def run_products(job: Job, folder: Path) -> None:
+    """What a finished run leaves: state.json and results.json."""
+    folder.mkdir(parents=True)
+    stages = 1 if job.is_base else 3
+    state = RunFolder(folder)
+    for stage in range(stages):
+        state.mark(f"learn_{stage:02d}", 30.0)
+        state.mark(f"measure_{stage:02d}", 10.0)
+    if not job.is_base:
+        results_of(job).save(folder / "results.json")
+
+
+def results_of(job: Job) -> Results:
+    config, training = load_recipe(job.recipe, LAUNCH)
+    results = Results(
+        method=training.method,
+        stream=config.stream,
+        suite=config.suite,
+        seed=training.seed,
+        base_model=config.base_model,
+        teacher="base",
+        assets="official",
+        renderer=config.renderer,
+        step_cap=300,
+        open_loop_steps=8,
+        tasks=[TaskEntry(f"task_{name}", name, max(0, i - 1)) for i, name in enumerate(config.tasks or [])],
+        versions={"python": "3.11.7"},
+        commit="0123abc",
+        config={**module.resolved_config(config, training), "assets": "official", "processes": 1},
+    )
+    names = [task.name for task in results.tasks]
+    for stage in range(3):
+        cells = dict.fromkeys(names[: 2 + stage], (1, 2))
+        results.add_row(stage, cells, timings={"train": 100.0, "evaluate": 50.0})
+    return results
+
+
+def fake_command(tmp_path: Path) -> Callable[[Job, Path], list[str]]:
+    (tmp_path / "fake.py").write_text(FAKE_RUN, encoding="utf-8")
+
+    def command(job: Job, recipe: Path) -> list[str]:
+        assert yaml.safe_load(recipe.read_text(encoding="utf-8")) == job.recipe
+        products = tmp_path / "products" / job.name.replace("/", "_")
+        if not products.exists():
+            run_products(job, products)
+        return [sys.executable, str(tmp_path / "fake.py"), str(job.folder), str(products)]
+
+    return command
+
+
+def queue(benchmark: Benchmark, tmp_path: Path, lines: list[str] | None = None, **options: Any) -> RunQueue:
+    say = (lines if lines is not None else []).append
+    return RunQueue(benchmark.jobs, fake_command(tmp_path), **{"workers": 2, "say": say, "poll": 0.02, **options})
+
+
+def starts(benchmark: Benchmark) -> list[str]:
+    file = benchmark.output_dir / "libero_goal" / "starts.txt"
+    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+
+
+def names(benchmark: Benchmark) -> list[str]:
+    return [job.folder.name for job in benchmark.jobs if job.key]
+
+
+# --- the matrix --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_benchmark_and_every_recipe_in_it_parses(path: Path) -> None:
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first == f"# python recipes/benchmark.py run recipes/configs/bench/{path.name}"
+    benchmark = load_benchmark(path)
+    assert benchmark.output_dir == Path("runs") / path.stem
+    benchmark.check()
+    for job in benchmark.jobs:
+        config, training = load_recipe(job.recipe, LAUNCH)
+        assert config.shape.total_tasks == len(config.tasks or [])
+        assert training.output_dir == str(job.folder)
+
+
+@pytest.mark.libero
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_benchmark_names_tasks_that_exist(path: Path) -> None:
+    from infovla_peft.simulation import find_task
+
+    benchmark = load_benchmark(path)
+    for suite, orders in benchmark.orders.items():
+        for tasks in orders.values():
+            assert len({find_task(benchmark.common[suite]["suite"], task).name for task in tasks}) == len(tasks)
+
+
+def test_bench_s_is_what_it_says() -> None:
+    jobs = load_benchmark(REPOSITORY / "recipes/configs/bench/bench_s.yaml").jobs
+    keys = [job.key for job in jobs if job.key]
+    assert [job.is_base for job in jobs].count(True) == 2
+    assert jobs[0].is_base
+    for method in ("er", "infovla"):
+        found = {(key.seed, key.order) for key in keys if key[:2] == ("libero_goal", method) and key.memory == 1}
+        assert found == {(seed, order) for seed in range(3) for order in "AB"}
+        assert {key.memory for key in keys if key.method == method} == {0, 1, 5}
+    for method in ("der++", "mir", "multitask", "infovla_paper", "infovla_rac_only", "infovla_cmi_only"):
+        assert {key.seed for key in keys if key.method == method} == {0, 1, 2}
+    assert len(keys) == len(set(keys)) == 12 + 18 + 10 + 8 + 6
+
+
+def test_runs_are_ordered_named_and_not_doubled(benchmark: Benchmark) -> None:
+    assert names(benchmark) == [
+        "er_A_m1_s0", "rac_only_A_m1_s0", "er_B_m1_s0", "rac_only_B_m1_s0",
+        "er_A_m1_s1", "rac_only_A_m1_s1", "er_B_m1_s1", "rac_only_B_m1_s1",
+        "er_A_m0_s0",
+    ]  # fmt: skip
+    assert [job.is_base for job in benchmark.jobs] == [True] + [False] * 9
+    first = benchmark.jobs[2]
+    assert first.recipe["method"] == "infovla"
+    assert first.recipe["lambda_cmi"] == 0
+    assert first.recipe["tasks"] == ["0", "1", "2", "3"]
+    assert first.recipe["eval_workers"] == 1
+    assert first.base == benchmark.jobs[0]
+    assert first.recipe["base_model"] == str(benchmark.jobs[0].folder / "base")
+    assert first.recipe["demonstrations_folder"] == benchmark.jobs[0].recipe["demonstrations_folder"]
+
+
+def test_a_base_is_shared_by_what_it_is(tmp_path: Path) -> None:
+    def bases(**changes: Any) -> list[str]:
+        return [job.name for job in load_benchmark(write_config(tmp_path, **changes)).jobs if job.is_base]
+
+    (base,) = bases()
+    run = CONFIG["runs"][0]
+    # Another order of the base tasks, or another option that it depends on, is another base.
+    assert len(bases(runs=[{**run, "orders": ["A", "B", "C"]}])) == 2
+    assert bases(recipe={**CONFIG["recipe"], "base_steps": 7}) != [base]
+    assert bases(recipe={**CONFIG["recipe"], "warmup_steps": 7}) != [base]
+    assert bases(recipe={**CONFIG["recipe"], "learning_rate": 2e-3, "lora_r": 4, "save_steps": 7}) == [base]
+    assert bases(runs=[{**run, "orders": ["B"]}]) == [base]
+    # A tiny base's tokeniser knows the words of the later tasks.
+    orders = {"A": [0, 1, 2, 4], "B": [0, 1, 2, 3]}
+    assert len(bases(suites={"libero_goal": {"orders": orders}})) == 2
+
+
+def test_a_checkpoint_stays_the_base(tmp_path: Path) -> None:
+    recipe = {**CONFIG["recipe"], "base_model": "openvla/openvla-7b"}
+    benchmark = load_benchmark(write_config(tmp_path, recipe=recipe))
+    assert {job.recipe["base_model"] for job in benchmark.jobs} == {"openvla/openvla-7b"}
+
+
+def test_methods_are_selected_with_their_bases(benchmark: Benchmark) -> None:
+    assert [job.folder.name.split("_")[0] for job in benchmark.select(["rac_only"])] == ["base"] + ["rac"] * 4
+    with pytest.raises(ValueError, match="no run of ewc; there are er, rac_only"):
+        benchmark.select(["ewc"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"suits": {}}, "unknown key 'suits'; did you mean suites"),
+        ({"output_dir": None}, "output_dir must name a folder"),
+        ({"runs": []}, "runs must be a list of at least one"),
+        ({"runs": [{"suite": "libero_goal", "methods": ["er"], "seeds": [0], "order": ["A"]}]}, "did you mean orders"),
+        ({"runs": [{"suite": "libero_gaol", "methods": ["er"], "seeds": [0]}]}, "must be one of libero_goal"),
+        ({"runs": [{"suite": "libero_goal", "methods": ["er"], "seeds": ["x"]}]}, "seeds must be an integer"),
+        ({"runs": [{"suite": "libero_goal", "methods": ["er"], "seeds": [0], "orders": ["Z"]}]}, "has no order Z"),
+        ({"recipe": {"stream": "B2-2N1", "seed": 3}}, "seed follow from `runs`"),
+        ({"recipe": {}}, "say `stream`"),
+        ({"methods": {"er": {"eval_episodes": 50}}}, "eval_episodes must be the same for all methods"),
+        ({"workers": 0}, "workers must be an integer of at least 1"),
+        ({"suites": {"libero_goal": {"orders": {}}}}, "has no order A"),
+    ],
+)
+def test_an_unusable_benchmark_is_explained(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_benchmark(write_config(tmp_path, **changes))
+
+
+def test_wrong_options_are_found_before_the_first_run(tmp_path: Path) -> None:
+    path = write_config(tmp_path, recipe={**CONFIG["recipe"], "lora_rr": 4})
+    with pytest.raises(ValueError, match=r"libero_goal/base_.*unknown option 'lora_rr'; did you mean lora_r"):
+        load_benchmark(path).check()
+    with pytest.raises(FileNotFoundError, match="no benchmark at"):
+        load_benchmark(tmp_path / "none.yaml")
+
+
+# --- the queue ---------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_queue_and_again(benchmark: Benchmark, tmp_path: Path) -> None:
+    lines: list[str] = []
+    outcome = queue(benchmark, tmp_path, lines).run()
+    assert (len(outcome.done), outcome.failed, outcome.elsewhere) == (10, [], [])
+    base, *others = starts(benchmark)
+    assert base == f"{benchmark.jobs[0].folder.name} None"  # all cores
+    assert sorted(others) == sorted(f"{name} 1" for name in names(benchmark))
+    assert any("starts: libero_goal/er_A_m1_s0" in line for line in lines)
+    log = (benchmark.jobs[1].folder / "log.txt").read_text(encoding="utf-8")
+    assert "fake.py" in log
+    assert "working" in log
+
+    outcome = queue(benchmark, tmp_path).run()
+    assert len(outcome.done) == 10
+    assert len(starts(benchmark)) == 10  # nothing again
+
+
+def test_the_base_column_is_taken_over(benchmark: Benchmark, tmp_path: Path) -> None:
+    rollouts = benchmark.jobs[0].folder / "stages" / "stage_00" / "rollouts"
+    rollouts.mkdir(parents=True)
+    cell = {"suite": "s", "task": "t", "successes": [True], "steps": [1], "seconds": 1.0, "videos": ["t.mp4"]}
+    (rollouts / "t.json").write_text(json.dumps(cell), encoding="utf-8")
+    queue(benchmark, tmp_path).run()
+    copied = benchmark.jobs[1].folder / "stages" / "stage_00" / "rollouts" / "t.json"
+    assert json.loads(copied.read_text(encoding="utf-8")) == {**cell, "videos": []}
+
+
+@pytest.mark.libero
+def test_a_run_on_a_shared_base_is_the_run_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_fakes(monkeypatch, tmp_path)
+    options = {**STREAM, **TRAINING, "eval_episodes": 3, "final_eval_episodes": 5}
+    benchmark = load_benchmark(write_config(tmp_path, recipe=options))
+    base, job = benchmark.jobs[:2]
+    assert not progress(base).done
+    learn_base(*load_recipe(base.recipe))
+    assert progress(base).done
+    take_over_base(job)
+    FakePool.calls.clear()
+    with Stream(*load_recipe(job.recipe)) as stream:
+        stream.run()
+    assert len(FakePool.calls) == 3 + 4  # nothing of the base column
+    assert progress(job).done
+    shared = Results.load(job.folder / "results.json")
+
+    own = {**job.recipe, "base_model": "tiny", "output_dir": str(tmp_path / "own")}
+    with Stream(*load_recipe(own)) as stream:
+        stream.run()
+    alone = Results.load(tmp_path / "own" / "results.json")
+    assert shared.successes == alone.successes
+    assert shared.episodes == alone.episodes == [[3, 3, 5], [3, 3, 5], [None, 3, 5], [None, None, 5]]
+    for adapter in sorted((tmp_path / "own" / "adapters").iterdir()):
+        ours = load_file(job.folder / "adapters" / adapter.name / "adapter_model.safetensors")
+        for name, weights in load_file(adapter / "adapter_model.safetensors").items():
+            assert torch.equal(ours[name], weights)
+
+
+def test_a_queue_needs_a_worker(benchmark: Benchmark, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="workers and cores_per_run must be at least 1"):
+        queue(benchmark, tmp_path, workers=0)
+
+
+def test_a_failed_run_is_reported_and_the_queue_goes_on(benchmark: Benchmark, tmp_path: Path) -> None:
+    crash, early = benchmark.jobs[1], benchmark.jobs[2]
+    for job, marker in ((crash, "crash"), (early, "early")):
+        job.folder.mkdir(parents=True)
+        (job.folder / marker).touch()
+    lines: list[str] = []
+    outcome = queue(benchmark, tmp_path, lines).run()
+    assert len(outcome.done) == 8
+    reasons = {failure.job.name: failure for failure in outcome.failed}
+    assert reasons[crash.name].reason == "exit code 3"
+    assert reasons[crash.name].log.splitlines()[-2:] == ["    20 %", "    it is broken"]
+    assert reasons[early.name].reason == "ended without having measured every stage"
+    assert any("it is broken" in line for line in lines)
+    status = describe_status(benchmark.jobs, 2)
+    assert f"exit code 3; see {crash.folder / 'log.txt'}" in status
+    assert "8 done" in status
+
+    for marker in (crash.folder / "crash", early.folder / "early"):
+        marker.unlink()
+    assert len(queue(benchmark, tmp_path).run().done) == 10  # the same command tries again
+
+
+def test_without_its_base_no_run_starts(benchmark: Benchmark, tmp_path: Path) -> None:
+    benchmark.jobs[0].folder.mkdir(parents=True)
+    (benchmark.jobs[0].folder / "crash").touch()
+    outcome = queue(benchmark, tmp_path).run()
+    assert len(outcome.failed) == 10
+    assert "is not finished" in outcome.failed[1].reason
+    assert len(starts(benchmark)) == 1
+
+
+def test_a_run_of_another_queue_is_left_alone(benchmark: Benchmark, tmp_path: Path) -> None:
+    lock = claim(benchmark.jobs[3])
+    assert lock is not None
+    with lock:
+        assert claim(benchmark.jobs[3]) is None
+        outcome = queue(benchmark, tmp_path).run()
+        assert [job.name for job in outcome.elsewhere] == [benchmark.jobs[3].name]
+        assert len(outcome.done) == 9
+    assert len(queue(benchmark, tmp_path).run().done) == 10
+
+
+@pytest.mark.slow
+def test_two_queues_at_once_run_nothing_twice(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from test_benchmark import queue, load_benchmark\n"
+        "outcome = queue(load_benchmark(sys.argv[2]), Path(sys.argv[3]), workers=1).run()\n"
+        "print(len(outcome.done), len(outcome.failed), len(outcome.elsewhere))\n"
+    )
+    benchmark = load_benchmark(config)
+    command = fake_command(tmp_path)
+    for job in benchmark.jobs:  # made beforehand, as both queues would make them
+        job.folder.mkdir(parents=True)
+        (job.folder / "recipe.yaml").write_text(yaml.safe_dump(dict(job.recipe)), encoding="utf-8")
+        command(job, job.folder / "recipe.yaml")
+    arguments = [sys.executable, "-c", code, str(Path(__file__).parent), str(config), str(tmp_path)]
+    both = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in both]
+    assert all(" 0 " in output for output in outputs), outputs
+    assert sorted(line.split()[0] for line in starts(benchmark)) == sorted(job.folder.name for job in benchmark.jobs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_queue_ends_its_runs_and_continues(tmp_path: Path, number: int) -> None:
+    benchmark = load_benchmark(write_config(tmp_path))
+    for job in benchmark.jobs[1:3]:
+        job.folder.mkdir(parents=True)
+        (job.folder / "hang").touch()
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from pathlib import Path\n"
+        "from infovla_peft.cli import run_command\n"
+        "from test_benchmark import queue, load_benchmark\n"
+        "work = queue(load_benchmark(sys.argv[2]), Path(sys.argv[3])).run\n"
+        "sys.exit(run_command(lambda: work() and None))\n"
+    )
+    arguments = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "bench.yaml"), str(tmp_path)]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    started = [job.folder / "started" for job in benchmark.jobs[1:3]]
+    deadline = time.monotonic() + 60
+    while not all(file.exists() and file.read_text() for file in started) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = [int(file.read_text()) for file in started]
+    assert describe_status(benchmark.jobs, 2).count("running") == 3  # two rows and the summary
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command continues" in errors
+    for child in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+    status = describe_status(benchmark.jobs, 2)
+    assert "2 stopped" in status
+    assert "1 done" in status
+
+    for job in benchmark.jobs[1:3]:
+        (job.folder / "hang").unlink()
+    assert len(queue(benchmark, tmp_path).run().done) == 10
+
+
+def test_a_log_tail_shows_the_last_state_of_a_bar(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_bytes(b"first\n\n 1%\r 2%\r\n 5%\r 9%\nlast\n")
+    assert log_tail(tmp_path / "log.txt") == "    first\n     2%\n     9%\n    last"
+    assert log_tail(tmp_path / "log.txt", lines=1) == "    last"
+    assert log_tail(tmp_path / "none.txt") == ""
+
+
+# --- progress and the aggregate ----------------------------------------------------------------------------------
+
+
+def finish(job: Job, change: Callable[[Results], None] = lambda _: None) -> None:
+    run_products(job, job.folder)
+    if not job.is_base:
+        results = Results.load(job.folder / "results.json")
+        change(results)
+        results.save(job.folder / "results.json")
+
+
+def test_a_run_that_was_made_otherwise_does_not_count(benchmark: Benchmark, tmp_path: Path) -> None:
+    finish(benchmark.jobs[0])
+    finish(benchmark.jobs[1], lambda results: results.config.update(learning_rate=0.5))
+    found = progress(benchmark.jobs[1])
+    assert not found.done
+    assert "learning_rate 0.5 -> 0.001" in str(found.problem)
+    assert "move it away" in str(found.problem)
+    with pytest.raises(ValueError, match="learning_rate"):
+        aggregate(benchmark)
+    assert "unusable" in describe_status(benchmark.jobs, 2)
+    outcome = queue(benchmark, tmp_path).run()
+    assert [failure.job.name for failure in outcome.failed] == [benchmark.jobs[1].name]
+
+
+def test_what_changes_no_number_may_differ(benchmark: Benchmark) -> None:
+    finish(benchmark.jobs[1], lambda results: results.config.update(eval_workers=7, processes=2, save_steps=9))
+    finish(benchmark.jobs[2], lambda results: results.config.pop("anchor_views"))  # of a version without it
+    assert progress(benchmark.jobs[1]).done
+    assert progress(benchmark.jobs[2]).done
+
+
+def test_a_damaged_run_is_named(benchmark: Benchmark) -> None:
+    finish(benchmark.jobs[1])
+    (benchmark.jobs[1].folder / "results.json").write_text("{", encoding="utf-8")
+    assert "no valid JSON" in str(progress(benchmark.jobs[1]).problem)
+
+
+def test_an_aggregate_holds_the_finished_runs(benchmark: Benchmark) -> None:
+    for job in benchmark.jobs[:4]:
+        finish(job)
+    content, missing = aggregate(benchmark)
+    assert missing == [f"libero_goal/{name}" for name in names(benchmark)[3:]]
+    runs = read_comparison(json.loads(json.dumps(content))).runs
+    assert [(run.method, run.seed, run.order, run.memory) for run in runs] == [
+        ("er", 0, "A", 1), ("rac_only", 0, "A", 1), ("er", 0, "B", 1),
+    ]  # fmt: skip
+    assert runs[1].config == {"method": "infovla", "lambda_cmi": 0.0}
+    assert runs[0].config == {"method": "er"}
+    assert (runs[0].train_seconds, runs[0].evaluate_seconds) == (200.0, 100.0)  # without the shared base
+    assert runs[0].success == [[0.5] * 3, [0.5] * 3, [None, 0.5, 0.5], [None, None, 0.5]]
+    assert (runs[0].learned_at, runs[0].tasks[-1]) == ([0, 0, 1, 2], "task_3")
+    assert content["protocol"]["suites"]["libero_goal"]["orders"]["B"] == [0, 1, 3, 2]
+    assert str(benchmark.output_dir) not in json.dumps(content)
+
+
+# --- the script --------------------------------------------------------------------------------------------------
+
+
+def test_the_script_is_short_and_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len((REPOSITORY / "recipes" / "benchmark.py").read_text(encoding="utf-8").splitlines()) < 200
+    with pytest.raises(SystemExit) as ended:
+        script("benchmark").parse(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("run", "status", "aggregate", "tables", "bench_s.yaml"))
+
+
+def test_the_script_from_the_queue_to_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = script("benchmark")
+    config = write_config(tmp_path)
+
+    def call(*argv: str) -> tuple[int, str]:
+        options = recipe.parse([*argv])
+        code = options.handler(options) or 0
+        return code, capsys.readouterr().out
+
+    code, text = call("run", str(config), "--dry-run", "--only", "er")
+    assert code == 0
+    assert "libero_goal/er_B_m1_s1" in text
+    assert "rac_only" not in text
+    assert not (tmp_path / "bench").exists()
+    with pytest.raises(ValueError, match=r"no run of .* is finished yet"):
+        call("aggregate", str(config))
+
+    recipe.command = fake_command(tmp_path)
+    code, text = call("run", str(config), "--workers", "2", "--only", "er")
+    assert code == 0
+    assert "6 of 6 finished, 0 failed" in text
+    _, text = call("status", str(config))
+    assert "6 done, 4 waiting" in text
+    aggregated = tmp_path / "bench_x.json"
+    _, text = call("aggregate", str(config), "--output", str(aggregated))
+    assert "5 runs, 4 missing" in text
+    assert "missing: libero_goal/rac_only_A_m1_s0" in text
+    _, text = call("tables", str(aggregated))
+    assert (tmp_path / "bench_x_tables" / "tables.md").exists()
+    assert "matrices_libero_goal_m1_A.png" in text
+
+    first = tmp_path / "bench" / "libero_goal" / "rac_only_A_m1_s0"
+    first.mkdir()
+    (first / "crash").touch()
+    code, text = call("run", str(config))
+    assert code == 1
+    assert "it is broken" in text
+    assert "9 of 10 finished, 1 failed" in text
+
+
+def test_doctests() -> None:
+    assert doctest.testmod(module).failed == 0

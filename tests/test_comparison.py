@@ -1,0 +1,253 @@
+"""Comparing methods: statistics on hand-computed cases; tables and figures say what the aggregate says, no more."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import doctest
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from infovla_peft import comparison as module
+from infovla_peft.comparison import (
+    Comparison,
+    ComparisonError,
+    bootstrap_mean,
+    differences,
+    estimates,
+    load_comparison,
+    paired_difference,
+    rank,
+    rankings,
+    read_comparison,
+    same_ranking,
+)
+from infovla_peft.comparison_figures import draw_comparison
+from infovla_peft.comparison_tables import write_tables
+
+LEARNED_AT = [0, 0, 1, 2]
+
+
+def run(method: str, seed: int = 0, order: str = "A", *, last: list[float] | None = None, **changes: Any) -> dict:
+    """A B2-2N1 run; `last` is its last column."""
+    end = last or [0.5, 0.7, 0.8, 0.6]
+    return {
+        "suite": "libero_goal",
+        "method": method,
+        "seed": seed,
+        "order": order,
+        "memory": 1,
+        "tasks": ["open_it", "push_it", "turn_it", "lift_it"]
+        if order == "A"
+        else ["open_it", "push_it", "b_1", "b_2"],
+        "learned_at": LEARNED_AT,
+        "success": [[0.9, 0.6, end[0]], [0.7, 0.7, end[1]], [None, 1.0, end[2]], [None, None, end[3]]],
+        "episodes": [[10, 10, 20], [10, 10, 20], [None, 10, 20], [None, None, 20]],
+        "assets": "official",
+        "renderer": "fast",
+        "step_cap": 300,
+        "commit": "0123abc",
+        "versions": {"python": "3.11.7"},
+        "train_seconds": 100.5,
+        "evaluate_seconds": 50,
+        "config": {"method": method},
+        **changes,
+    }
+
+
+def aggregate(*runs: dict[str, Any]) -> dict[str, Any]:
+    return {"format_version": 1, "protocol": {"name": "test"}, "runs": list(runs)}
+
+
+def compare(*runs: dict[str, Any]) -> Comparison:
+    return read_comparison(aggregate(*runs))
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
+def test_doctests() -> None:
+    assert doctest.testmod(module).failed == 0
+
+
+def test_a_bootstrap_interval_by_hand() -> None:
+    # Two runs, 0 and 1: the mean of a resample is 0, 1/2 or 1 with probability 1/4, 1/2, 1/4.
+    assert bootstrap_mean([0.0, 1.0]) == (0.5, 0.0, 1.0, 2)
+    assert bootstrap_mean([0.0, 1.0], confidence=0.4) == (0.5, 0.5, 0.5, 2)
+    assert bootstrap_mean([0.3] * 5)[1:3] == pytest.approx((0.3, 0.3))
+
+
+def test_nan_and_single_values_have_no_interval() -> None:
+    mean, low, high, n = bootstrap_mean([math.nan, 0.25])
+    assert (mean, n) == (0.25, 1)
+    assert math.isnan(low)
+    assert math.isnan(high)
+    assert math.isnan(bootstrap_mean([math.nan]).mean)
+    assert bootstrap_mean([]).n == 0
+
+
+def test_the_bootstrap_is_seeded_and_covers() -> None:
+    values = np.random.default_rng(1).normal(size=40)
+    first = bootstrap_mean(values)
+    assert first == bootstrap_mean(values)
+    assert first != bootstrap_mean(values, seed=1)
+    # Near the normal approximation, mean ± 1.96 standard errors.
+    error = values.std() / 40**0.5
+    assert first.low == pytest.approx(values.mean() - 1.96 * error, abs=0.03)
+    assert first.high == pytest.approx(values.mean() + 1.96 * error, abs=0.03)
+
+
+@pytest.mark.parametrize("options", [{"resamples": 0}, {"confidence": 1.0}])
+def test_unusable_bootstrap_options(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        bootstrap_mean([0.5], **options)
+    with pytest.raises(ValueError, match="expected"):
+        bootstrap_mean([[0.5]])
+
+
+def test_a_paired_difference_sees_only_common_pairs() -> None:
+    theirs = {(0, "A"): 0.1, (1, "A"): 0.9, (2, "A"): math.nan, (3, "A"): 0.0}
+    ours = {(0, "A"): 0.3, (1, "A"): 1.1, (2, "A"): 0.5, (0, "B"): 1.0}
+    # The runs differ by 0.8 among themselves, the pairs by nothing.
+    assert paired_difference(ours, theirs) == pytest.approx((0.2, 0.2, 0.2, 2))
+    assert paired_difference({}, theirs).n == 0
+
+
+def test_ranks_and_ties() -> None:
+    assert rank({"a": 0.1, "b": 0.3, "c": 0.2}, higher_is_better=False) == [["a"], ["c"], ["b"]]
+    assert rank({"a": 0.1 + 0.2, "b": 0.3}) == [["a", "b"]]
+    assert same_ranking({"A": [["a"], ["b"]]}) is None
+    assert same_ranking({"A": [["a"]], "B": [["a"]]}) is None
+    assert same_ranking({"A": [["a", "b"]], "B": [["b", "a"]]}) is True
+    assert same_ranking({"A": [["a"], ["b"]], "B": [["b"], ["a"]]}) is False
+
+
+def test_rankings_compare_the_same_methods_and_seeds() -> None:
+    good, bad = [0.9, 0.9, 0.9, 0.9], [0.1, 0.1, 0.1, 0.1]
+    runs = compare(
+        run("er", 0, "A", last=bad),
+        run("infovla", 0, "A", last=good),
+        run("er", 0, "B", last=good),
+        run("infovla", 0, "B", last=bad),
+        run("er", 1, "A", last=good),  # infovla has no seed 1 there
+        run("mir", 0, "A", last=good),  # not run under B
+    ).runs
+    assert rankings(runs, "final_average") == {"A": [["infovla"], ["er"]], "B": [["er"], ["infovla"]]}
+
+
+def test_metrics_of_a_run_by_hand() -> None:
+    found = compare(run("er")).runs[0].metrics()
+    assert found["final_average"] == pytest.approx((0.5 + 0.7 + 0.8 + 0.6) / 4)
+    assert found["forward_transfer"] == pytest.approx((0.9 + 0.7 + 1.0 + 0.6) / 4)
+    assert found["adaptation"] == pytest.approx((1.0 + 0.6) / 2)
+    assert found["retention"] == pytest.approx((0.5 + 0.7 + 0.8) / 3)
+    assert found["negative_backward_transfer"] == pytest.approx(((0.3 + 0.4) / 2 + 0.0 + 0.2) / 3)
+
+
+def test_estimates_and_differences() -> None:
+    better = [0.6, 0.8, 0.9, 0.7]
+    runs = compare(
+        run("er", 0), run("er", 1, last=[0.1, 0.3, 0.4, 0.2]), run("infovla", 0, last=better), run("infovla", 7)
+    ).runs
+    assert estimates(runs)["er"]["final_average"].mean == pytest.approx((0.65 + 0.25) / 2)
+    mean, low, _, n = differences(runs, "er")["infovla"]["final_average"]
+    assert (mean, n) == (pytest.approx(0.1), 1)
+    assert math.isnan(low)
+    assert differences(runs, "ewc") == {}
+
+
+def test_an_unmeasured_cell_is_no_number(tmp_path: Path) -> None:
+    content = run("er")
+    content["success"] = [[None] * 3 for _ in range(4)]
+    content["episodes"] = [[None] * 3 for _ in range(4)]
+    write_tables(compare(content), tmp_path, [])
+    text = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert text.count("| not measured") == 9
+    assert not any(word in text for word in ("nan", "0.0"))
+    rows = read_csv(tmp_path / "metrics.csv")
+    assert {row["mean"] for row in rows} == {""}
+
+
+def test_tables_hold_what_the_file_holds(tmp_path: Path) -> None:
+    runs = [run(method, seed, order) for method in ("er", "infovla_rac_only") for seed in (0, 1) for order in "AB"]
+    runs += [run("er", memory=0), run("infovla_rac_only", memory=0)]
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps(aggregate(*runs)), encoding="utf-8")
+    paths = write_tables(load_comparison(file), tmp_path / "tables", ["er"])
+    assert [path.name for path in paths] == ["tables.md", "tables.tex", "metrics.csv", "differences.csv"]
+    text = paths[0].read_text(encoding="utf-8")
+    assert "| er | 4 | A, B | 65.0 [65.0, 65.0] |" in text
+    assert "| infovla_rac_only | 4 | +0.0 [+0.0, +0.0] |" in text
+    assert "| er | 1 | A | 65.0 |" in text  # the section of memory 0: one run, no interval
+    assert "The ranking is the same under all orders." in text
+    assert "libero_goal, 0 trajectories per past task" in text
+    assert "8 runs, seeds 0, 1; official assets, fast renderer, step cap 300; rollouts per cell 10 to 20" in text
+    assert "0123abc" in text
+    tex = paths[1].read_text(encoding="utf-8")
+    assert r"infovla\_rac\_only & 4 & A, B & 65.0 [65.0, 65.0]" in tex
+    assert tex.count(r"\begin{tabular}{") == tex.count(r"\end{tabular}") == 4
+    rows = read_csv(paths[3])
+    assert {row["method"] for row in rows} == {"infovla_rac_only"}
+    assert {row["pairs"] for row in rows if row["memory"] == "1"} == {"4"}
+    with pytest.raises(ValueError, match="no run of ewc; there are er, infovla_rac_only"):
+        write_tables(load_comparison(file), tmp_path / "tables", ["ewc"])
+
+
+def test_figures_are_drawn(tmp_path: Path) -> None:
+    methods = ["er", "infovla", *(f"method_{index}" for index in range(11))]
+    paths = draw_comparison(compare(*(run(method, seed) for method in methods for seed in (0, 1))), tmp_path)
+    paths += draw_comparison(compare(run("er")), tmp_path / "one")
+    assert {path.name for path in paths} == {
+        "success_over_stages_libero_goal_m1.png",
+        "retention_libero_goal_m1.png",
+        "matrices_libero_goal_m1_A.png",
+    }
+    for path in paths:
+        with Image.open(path) as picture:
+            assert min(picture.size) > 200
+            assert np.asarray(picture.convert("L")).std() > 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(format_version=2), "has format 2"),
+        (lambda c: c.update(extra=1), "with the keys format_version, protocol, runs"),
+        (lambda c: c.update(runs=[]), "a list of at least one run"),
+        (lambda c: c["runs"].append(c["runs"][0]), r"another run than runs\[0\]"),
+        (lambda c: c["runs"][0].pop("order"), r"runs\[0\] must be an object with the keys"),
+        (lambda c: c["runs"][0].update(seed="0"), r"runs\[0\].seed must be an integer"),
+        (lambda c: c["runs"][0].update(seed=True), r"runs\[0\].seed must be an integer"),
+        (lambda c: c["runs"][0].update(learned_at=[0, 0, 2, 1]), r"runs\[0\].learned_at must be 4 stages"),
+        (lambda c: c["runs"][0]["success"].pop(), "tables of 4 rows"),
+        (lambda c: c["runs"][0]["success"][0].pop(), "row 0 must be lists of 3 stages"),
+        (lambda c: c["runs"][0]["success"][0].__setitem__(0, 1.5), "task 0, stage 0 must be a rate"),
+        (lambda c: c["runs"][0]["success"][0].__setitem__(0, 0.55), "task 0, stage 0 must be a rate"),
+        (lambda c: c["runs"][0]["success"][0].__setitem__(0, None), "task 0, stage 0 must be a rate"),
+        (lambda c: c["runs"][1].update(assets="primitive"), r"runs\[1\]: assets, renderer and step_cap must be those"),
+        (lambda c: c["runs"][1].update(tasks=list("abcd")), r"runs\[1\].tasks must be the tasks of order A"),
+    ],
+)
+def test_a_damaged_aggregate_is_refused(change: Any, message: str) -> None:
+    content = copy.deepcopy(aggregate(run("er"), run("infovla")))
+    change(content)
+    with pytest.raises(ComparisonError, match=message):
+        read_comparison(content, source="bench.json")
+
+
+def test_an_unreadable_aggregate(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="aggregate` writes it"):
+        load_comparison(tmp_path / "none.json")
+    (tmp_path / "torn.json").write_text('{"format_version": NaN}', encoding="utf-8")
+    with pytest.raises(ComparisonError, match="no valid JSON"):
+        load_comparison(tmp_path / "torn.json")
+    (tmp_path / "list.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(ComparisonError, match="has format None"):
+        load_comparison(tmp_path / "list.json")
