@@ -16,7 +16,7 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -177,6 +177,23 @@ def add_adapter(model: nn.Module, name: str, config: InfoVLAConfig, *, start_fro
             ) from error
     activate(peft_model, name, trainable=True)
     return peft_model
+
+
+def merge_adapters(model: PeftModel, names: Sequence[str], into: str, *, weight: float = 1.0) -> PeftModel:
+    """A new adapter, active and frozen, whose update is weight · Σ of those of `names`, exactly.
+
+    Its rank is the sum of theirs, so that B = [B_1 … B_n] and A = [A_1; …; A_n].
+
+    Raises:
+        AdapterError: a name is unknown, or `into` is taken.
+    """
+    unknown = [name for name in names if name not in model.peft_config]
+    if unknown or not names or into in model.peft_config:
+        raise AdapterError(f"cannot merge {list(names)} into {into!r}: the model has {list(model.peft_config)}")
+    tuner: Any = model.base_model
+    tuner.add_weighted_adapter(list(names), [weight] * len(names), into, combination_type="cat")
+    activate(model, into)
+    return model
 
 
 def activate(model: PeftModel, name: str, *, trainable: bool = False) -> None:

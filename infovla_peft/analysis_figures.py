@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from .analysis_results import Analysis, AnalysisError, Comparison, mean_of_runs
-from .figures import ACCENT, GRID, MUTED, SECOND, STYLE, _panels, _save, stage_name
+from .figures import ACCENT, GRID, MUTED, SECOND, STYLE, _panels, save_figure, stage_name
 
 WHEN = "when learned", "after the last stage"
 METHOD_COLOURS = (
@@ -128,7 +128,7 @@ def draw_affinity(analysis: Analysis, run: Path, path: str | os.PathLike[str]) -
         scale = figure.add_axes((1 - (bar - 0.2) / width, 0.08 / height, 0.12 / width, (side - 0.16) / height))
         figure.colorbar(drawn, cax=scale).set_label("affinity (1 = the even share)", size=7.5)
         scale.tick_params(length=0, labelsize=7)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def draw_over_stages(analysis: Analysis, table: str, path: str | os.PathLike[str], *, columns: int = 3) -> None:
@@ -157,7 +157,7 @@ def draw_over_stages(analysis: Analysis, table: str, path: str | os.PathLike[str
             axes.set(ylim=(low - margin, high + margin))
             _stage_axis(axes, analysis.stages)
             axes.yaxis.set_major_locator(MaxNLocator(4))
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def draw_similarity(analysis: Analysis, path: str | os.PathLike[str]) -> None:
@@ -188,7 +188,7 @@ def draw_similarity(analysis: Analysis, path: str | os.PathLike[str]) -> None:
         scale = figure.add_axes((1 - (bar - 0.2) / width, 0.33 / height, 0.12 / width, (side - 0.16) / height))
         figure.colorbar(drawn, cax=scale).set_label("cosine", size=7.5)
         scale.tick_params(length=0, labelsize=7)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def draw_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> None:
@@ -214,7 +214,7 @@ def draw_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> Non
             axes.yaxis.set_major_locator(MaxNLocator(5))
         handles, labels = grid[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=min(len(labels), 5), frameon=False, fontsize=8)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _stage_axis(axes: Axes, stages: int) -> None:

@@ -64,7 +64,8 @@ class InfoVLAConfig(TrainingArguments):
         method: what is added to plain fine-tuning (see `methods.py`). `sequential`: nothing. `er`: experience replay.
             `infovla`: replay + counterfactual frames + RAC + CMI + output. `infovla_paper`: replay + RAC + CMI as the
             paper has them, on LoRA; this sets `teacher="previous"`, `cmi_mode="paper"`, `anchor_bank=0` and
-            `near_duplicate_window=0`. `der++` sets `teacher="auto"`, `lwf` sets `teacher="previous"`.
+            `near_duplicate_window=0`. `der++` sets `teacher="auto"`, `lwf` sets `teacher="previous"`, `ewc`
+            `adapter_init="continue"`, `single_task` and `merge` `adapter_init="fresh"`.
         lambda_rac: weight λ1 of the replay-anchor contrastive term, ≥ 0; 0 leaves it out. Paper, §5.1.
         lambda_cmi: weight λ2 of the cross-modal mutual information term, ≥ 0; 0 leaves it out. Paper, §5.1.
         lambda_output: weight λ3 of the distance to the teacher's answers, ≥ 0; 0 leaves it out. Unverified.
@@ -78,6 +79,15 @@ class InfoVLAConfig(TrainingArguments):
             that a step costs the same however many tasks are remembered. 0: the other replay samples of the mini-batch
             are, as in Eq. 1. Unverified.
         near_duplicate_window: frames of one trajectory at most this far apart are no negatives of each other.
+
+    > Parameters of other methods
+
+    Args:
+        lambda_ewc: weight of EWC's penalty, ≥ 0. Unverified.
+        ewc_samples: frames per stage that estimate its Fisher information, ≥ 1. Unverified.
+        ewc_decay: γ in [0, 1] of online EWC; 1 forgets nothing. Unverified.
+        mir_candidates: MIR draws that many times as many memory samples as it then replays, ≥ 1. Unverified.
+        merge_weight: w of each adapter's update in the merged one; 1 is task arithmetic's sum. Unverified.
 
     > Parameters that control the replay memory
 
@@ -111,10 +121,23 @@ class InfoVLAConfig(TrainingArguments):
 
     _argument_group_name: ClassVar[str] = "training"
 
-    method: Literal["sequential", "er", "infovla", "infovla_paper", "der++", "lwf"] = _option(
+    method: Literal[
+        "sequential",
+        "er",
+        "infovla",
+        "infovla_paper",
+        "der++",
+        "mir",
+        "ewc",
+        "lwf",
+        "multitask",
+        "single_task",
+        "merge",
+    ] = _option(
         "infovla",
         "What is added to plain fine-tuning: sequential (nothing), er (replay), infovla (replay, counterfactual "
-        "frames, RAC, CMI, output), infovla_paper (as in the paper), der++, lwf.",
+        "frames, RAC, CMI, output), infovla_paper (as in the paper), der++, mir, ewc, lwf, multitask (upper bound), "
+        "single_task (an adapter per task, chosen by the task), merge (those merged).",
     )
     lambda_rac: float = _option(0.1, "Weight of the replay-anchor contrastive term; 0 leaves it out.")
     lambda_cmi: float = _option(0.1, "Weight of the cross-modal mutual information term; 0 leaves it out.")
@@ -141,6 +164,12 @@ class InfoVLAConfig(TrainingArguments):
     )
     counterfactual_frames: int = _option(2048, "Pairs of frame and old instruction that are chosen per stage.")
 
+    lambda_ewc: float = _option(1.0, "Weight of the penalty of `ewc`.")
+    ewc_samples: int = _option(256, "Frames per stage from which `ewc` estimates the Fisher information.")
+    ewc_decay: float = _option(1.0, "Factor of earlier stages' Fisher information at each stage, in [0, 1].")
+    mir_candidates: int = _option(3, "`mir` chooses among that many times as many samples as it replays.")
+    merge_weight: float = _option(1.0, "Weight of each adapter in what `merge` evaluates.")
+
     image_shift: int = _option(4, "Random image shift in pixels of the model's input; 0 turns it off.")
     proprio_noise: float = _option(0.0, "Standard deviation of noise on the normalised proprioception.")
     cache_images: bool = _option(True, "Decode all frames once and keep them in memory.")
@@ -164,11 +193,16 @@ class InfoVLAConfig(TrainingArguments):
             self.teacher, self.cmi_mode, self.anchor_bank, self.near_duplicate_window = "previous", "paper", 0, 0
         elif self.method in ("der++", "lwf"):
             self.teacher = "auto" if self.method == "der++" else "previous"
+        elif self.method == "ewc":
+            self.adapter_init = "continue"
+        elif self.method in ("single_task", "merge"):
+            self.adapter_init = "fresh"
         _check_at_least(
             self, 0, "lambda_rac", "lambda_cmi", "lambda_output", "anchor_bank", "near_duplicate_window", "image_shift"
         )
-        _check_at_least(self, 0, "proprio_noise")
+        _check_at_least(self, 0, "proprio_noise", "lambda_ewc", "ewc_decay")
         _check_at_least(self, 1, "lora_r", "lora_alpha", "anchor_views", "counterfactual_frames")
+        _check_at_least(self, 1, "ewc_samples", "mir_candidates")
         _check_choices(self)
         if not self.temperature > 0:
             raise ValueError(f"temperature must be > 0, got {self.temperature}")

@@ -7,7 +7,12 @@
 | infovla       | memory, counterfactual frames | RAC (λ1), CMI (λ2), output (λ3)             | base, or as chosen |
 | infovla_paper | memory                        | RAC and CMI with the paper's own estimators | previous           |
 | der++         | memory                        | output                                      | auto               |
+| mir           | memory, the most interfered   | -                                           | -                  |
+| ewc           | -                             | penalty on the adapter's parameters         | -                  |
 | lwf           | counterfactual frames         | -                                           | previous           |
+| multitask     | all demonstrations            | -                                           | -                  |
+| single_task   | - (a fresh adapter per task)  | -                                           | -                  |
+| merge         | - (fresh adapters, merged)    | -                                           | -                  |
 
 L = L_policy(current + replay) + λ1 · L_RAC + λ2 · L_CMI (paper, Eq. 7) + λ3 · L_output; the terms see replay samples
 only.
@@ -19,6 +24,15 @@ only.
 - **lwf**: Learning without Forgetting (Li & Hoiem, 1606.09282): on the new task's inputs, the old tasks' outputs stay
   those of the network before the stage. A language-conditioned policy has instructions in place of old heads, so these
   are frames of the current task under the instructions of old ones, with the teacher's answers as labels.
+- **mir**: Maximally Interfered Retrieval (Aljundi et al., 1908.04742), see `interference.py`. Costs three more forward
+  passes per step; gradient steps are as many as everybody's. Each process chooses among its own candidates.
+- **ewc**: online Elastic Weight Consolidation (1612.00796, 1805.06370), see `consolidation.py`. No memory.
+- **multitask**: the upper bound: replay of every demonstration of every task seen so far, with the same batches and
+  steps. Deviation from joint training from the start: a task's own stage gives it more samples than the others.
+- **single_task**: the reference without interference: a fresh adapter per task on the frozen base, without replay, and
+  at evaluation the task's own adapter (the base for its tasks), so the task's identity must be known.
+- **merge**: those adapters merged into one after each stage, ΔW = w Σ_k B_k A_k exactly (`cat`: rank Σ r_k), as in
+  task arithmetic (Ilharco et al., 2212.04089). PEFT's `linear` is not this sum: it mixes A and B separately.
 """
 
 from __future__ import annotations
@@ -52,11 +66,19 @@ class Method(NamedTuple):
         replay: memory samples are part of each batch.
         counterfactual: frames of the current task under old instructions are.
         terms: names of the terms it may add.
+        retrieves: replay samples are chosen by interference.
+        consolidates: moving parameters that past tasks depend on is penalised.
+        keeps_all: the memory holds every trajectory.
+        policy: what is evaluated after a stage: the `latest` adapter, each task's `own`, or all of them `merged`.
     """
 
     replay: bool
     counterfactual: bool = False
     terms: tuple[str, ...] = ()
+    retrieves: bool = False
+    consolidates: bool = False
+    keeps_all: bool = False
+    policy: Literal["latest", "own", "merged"] = "latest"
 
     @property
     def has_teacher(self) -> bool:
@@ -69,7 +91,12 @@ METHODS: dict[str, Method] = {
     "infovla": Method(replay=True, counterfactual=True, terms=("rac", "cmi", "output")),
     "infovla_paper": Method(replay=True, terms=("rac", "cmi")),
     "der++": Method(replay=True, terms=("output",)),
+    "mir": Method(replay=True, retrieves=True),
+    "ewc": Method(replay=False, consolidates=True),
     "lwf": Method(replay=False, counterfactual=True),
+    "multitask": Method(replay=True, keeps_all=True),
+    "single_task": Method(replay=False, policy="own"),
+    "merge": Method(replay=False, policy="merged"),
 }
 
 

@@ -11,17 +11,19 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
 
-from .adapters import AdapterInfo, add_adapter, fingerprint, load_adapter, save_adapter
+from .adapters import AdapterInfo, add_adapter, fingerprint, load_adapter, merge_adapters, save_adapter
 from .analysis import analyse_run
 from .analysis_results import FILE as ANALYSIS
 from .config import InfoVLAConfig, StreamConfig, resolved_config
+from .consolidation import Consolidation
 from .data.chunks import ChunkDataset
 from .data.collator import VLACollator
 from .data.demonstrations import CAMERA_COLUMNS, load_demonstrations
@@ -31,7 +33,7 @@ from .evaluation import evaluate
 from .files import atomic_folder, write_json
 from .hub import load_policy, relative_base
 from .inference import Policy
-from .measurement import gather_results
+from .measurement import gather_results, read_cell
 from .memory import ReplayMemory
 from .methods import METHODS
 from .models.openvla import build_tiny_openvla, load_openvla
@@ -291,14 +293,37 @@ class Stream:
             model, _ = load_adapter(model, folder, earlier.name)
         return model, before.name if before.index else None
 
-    def past(self, stage: Stage) -> dict[str, Any]:
-        """What the trainer of a stage is told of the stages before: tasks, and which adapter learned them."""
+    def past(self, stage: Stage, model: Any, collator: VLACollator) -> dict[str, Any]:
+        """What the trainer of a stage is told of the stages before: tasks, who learned them, what they depend on."""
         earlier = self.stages[: stage.index]
         return {
+            "consolidation": self._consolidate(stage, model, collator),
             "previous_adapter": earlier[-1].name if len(earlier) > 1 else None,
             "past_tasks": {task.name: task.instruction for each in earlier for task in each.tasks},
             "learned_by": {task.name: each.name for each in earlier[1:] for task in each.tasks},
         }
+
+    def _consolidate(self, stage: Stage, model: Any, collator: VLACollator) -> Consolidation | None:
+        """EWC's Fisher information of the tasks before a stage, at the adapter that it starts from."""
+        before = self.stages[stage.index - 1]
+        if not METHODS[self.training.method].consolidates or not before.tasks:
+            return None
+        file, earlier = (self.run_folder.stage(index) / "fisher.safetensors" for index in (stage.index, before.index))
+        if file.exists():
+            return Consolidation.load(file)
+        found = Consolidation.measure(
+            model,
+            stage.name,
+            self.samples(before.tasks, model, collator),
+            collator,
+            samples=self.training.ewc_samples,
+            seed=self.training.seed,
+            before=Consolidation.load(earlier) if earlier.exists() else None,
+            decay=self.training.ewc_decay,
+        )
+        if self.run_folder.main_process:
+            found.save(file)
+        return found
 
     def save_adapter(self, model: Any, stage: Stage, normaliser: Normaliser) -> None:
         """Write the folder of a stage's adapter, and remove the checkpoints that led to it."""
@@ -332,10 +357,10 @@ class Stream:
     def _remember(self, stage: Stage) -> None:
         memory = ReplayMemory() if stage.index == 0 else self.memory()
         new = [task for task in stage.tasks if task.name not in memory.tasks]  # all, unless a kill came just here
-        if new and self.config.memory_trajectories:
-            memory = memory.add(
-                self.demonstrations(new), trajectories=self.config.memory_trajectories, seed=self.training.seed
-            )
+        keeps_all = METHODS[self.training.method].keeps_all
+        trajectories = self.config.demonstrations if keeps_all else self.config.memory_trajectories
+        if new and trajectories:
+            memory = memory.add(self.demonstrations(new), trajectories=trajectories, seed=self.training.seed)
         memory.save(self.run_folder.memory)
 
     def seen(self, stage: Stage) -> list[Task]:
@@ -356,9 +381,10 @@ class Stream:
 
         config, folder = self.config, self.run_folder
         missing = [task for task in self.seen(stage) if not folder.cell(stage.index, task.name).exists()]
+        if METHODS[self.training.method].policy == "own":
+            missing = [task for task in missing if not self._measured_before(stage, task)]
         if missing:
             print(f"{f'stage {stage.index}' if stage.index else 'base'}: rollouts of {len(missing)} tasks", flush=True)
-            policy = self.policy(stage)
             with EnvironmentPool(
                 workers(config.eval_workers),
                 assets=self.assets,
@@ -366,18 +392,19 @@ class Stream:
                 cameras=config.cameras,
                 renderer=config.renderer,
             ) as pool:
-                for result in evaluate(
-                    policy,
-                    missing,
-                    pool,
-                    episodes=config.episodes(stage.index),
-                    open_loop_steps=config.open_loop_steps,
-                    max_steps=config.rollout_max_steps,
-                    videos=config.videos_per_task,
-                    video_folder=folder.videos(stage.index),
-                ):
-                    write_json(folder.cell(stage.index, result.task), result.to_dict())
-                    print(f"  {result.task}: {sum(result.successes)} of {result.episodes}", flush=True)
+                for policy, tasks in self._policies(stage, missing):
+                    for result in evaluate(
+                        policy,
+                        tasks,
+                        pool,
+                        episodes=config.episodes(stage.index),
+                        open_loop_steps=config.open_loop_steps,
+                        max_steps=config.rollout_max_steps,
+                        videos=config.videos_per_task,
+                        video_folder=folder.videos(stage.index),
+                    ):
+                        write_json(folder.cell(stage.index, result.task), result.to_dict())
+                        print(f"  {result.task}: {sum(result.successes)} of {result.episodes}", flush=True)
         gather_results(self, stage).save(folder.results)
         if self.seen(stage):
             write_report(folder.path)
@@ -394,15 +421,41 @@ class Stream:
             policies=lambda stage: self.policy(self.stages[stage]),
         )
 
+    def _policies(self, stage: Stage, tasks: Sequence[Task]) -> Iterator[tuple[Policy, list[Task]]]:
+        """What is evaluated after a stage, on which of the tasks."""
+        if METHODS[self.training.method].policy == "own":
+            for each in self.stages[: stage.index + 1]:
+                if mine := [task for task in tasks if task in each.tasks]:
+                    yield self.policy(each), mine
+        else:
+            yield self.policy(stage), list(tasks)
+
+    def _measured_before(self, stage: Stage, task: Task) -> bool:
+        """Take over the rollouts of the stage before: the same adapter, states and seeds give the same result."""
+        if task in stage.tasks:
+            return False
+        cell = read_cell(self.run_folder.cell(stage.index - 1, task.name))
+        wanted = self.config.episodes(stage.index)
+        if cell.episodes < wanted:
+            return False
+        same = replace(cell, successes=cell.successes[:wanted], steps=cell.steps[:wanted], seconds=0.0, videos=[])
+        write_json(self.run_folder.cell(stage.index, task.name), same.to_dict())
+        return True
+
     def policy(self, stage: Stage) -> Policy:
-        """The policy after a stage, loaded as a user would load it."""
+        """The policy after a stage, loaded as a user would load it; of `merge`, with all adapters so far in one."""
         device = self.training.device
-        if stage.index:
+        if stage.index and METHODS[self.training.method].policy != "merged":
             folder = self.run_folder.adapter(stage.name)
             self._need(step_name("learn", stage), folder)
             return load_policy(folder, base=self.base, device=device)
         model, processor, normaliser = self.load_base()
         model.config.norm_stats = normaliser.as_statistics()
+        if stage.index:
+            names = [each.name for each in self.stages[1 : stage.index + 1]]
+            for each in self.stages[1 : stage.index + 1]:
+                model, _ = load_adapter(model, self.run_folder.adapter(each.name), each.name)
+            model = merge_adapters(model, names, "merged", weight=self.training.merge_weight)
         return Policy(model.to(device), processor, normaliser, cameras=self.config.cameras)
 
     def run(self) -> None:
@@ -466,7 +519,7 @@ def train_adapter(stream: Stream, stage: Stage) -> None:
         collator,
         memory=stream.memory(),
         callbacks=stream.callbacks(stage),
-        **stream.past(stage),
+        **stream.past(stage, model, collator),
     )
     show_progress(trainer, f"stage {stage.index}")
     trainer.train(resume_from_checkpoint=True)

@@ -21,12 +21,14 @@ from transformers.trainer_utils import TrainOutput
 
 from .adapters import base_model, freeze_unused, read_adapter_weights, write_adapter_weights
 from .config import InfoVLAConfig
+from .consolidation import Consolidation
 from .data.chunks import ChunkDataset, FrameTable, ReplayRows
 from .data.collator import VLACollator
 from .data.counterfactual import CounterfactualDataset
 from .data.sampling import Augmentation, ReplayMixture, StratifiedBatchSampler, Views
 from .features import FeatureTap, extract_features, policy_output
 from .files import atomic_file
+from .interference import most_interfered
 from .memory import Anchors, ReplayMemory
 from .methods import METHODS, Negatives, make_terms
 from .teacher import anchor_spec, compute_anchors, teacher_answers
@@ -63,6 +65,7 @@ class InfoVLATrainer(Trainer):
         past_tasks: name → instruction of the tasks learned before, for counterfactual frames; None = the memory's.
         learned_by: name of a past task → name of the adapter that learned it; tasks that are not in it are the base's.
             Only used by `teacher="auto"`.
+        consolidation: what past tasks depend on, for `method="ewc"`.
         kwargs: further arguments of `Trainer`.
 
     Raises:
@@ -86,6 +89,7 @@ class InfoVLATrainer(Trainer):
         previous_adapter: str | None = None,
         past_tasks: Mapping[str, str] | None = None,
         learned_by: Mapping[str, str] | None = None,
+        consolidation: Consolidation | None = None,
         **kwargs: Any,
     ) -> None:
         args = copy.copy(args)
@@ -132,6 +136,7 @@ class InfoVLATrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._negatives: Negatives | None = None
+        self._consolidation = consolidation.to(args.device) if consolidation is not None else None
         self._views = self._draw_views()
         self._sampler()  # fails now, not after the anchors are computed
 
@@ -167,6 +172,7 @@ class InfoVLATrainer(Trainer):
             counterfactual=self._counterfactual,
             counterfactual_share=config.counterfactual_share,
             views=self._views,
+            candidates=config.mir_candidates if METHODS[config.method].retrieves else 1,
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -274,6 +280,8 @@ class InfoVLATrainer(Trainer):
         """The mean loss of one batch: policy loss and weighted terms, from one forward pass."""
         inputs = dict(inputs)
         replay: ReplayRows | None = inputs.pop("replay", None)
+        if replay is not None and METHODS[self.args.method].retrieves:
+            inputs = self._retrieve(inputs, len(replay.own))
         if replay is None or not self.terms:
             outputs = model(**inputs, return_logits=False)
             loss = outputs.loss
@@ -282,7 +290,21 @@ class InfoVLATrainer(Trainer):
                 outputs = model(**inputs, return_logits=False)
             loss = outputs.loss + self._terms_loss(tap.hidden, outputs, replay)
         self._note("policy_loss", outputs.loss)
+        if self._consolidation is not None and isinstance(self.model, PeftModel):
+            penalty = self._consolidation.penalty(self.model, self.model.active_adapter)
+            self._note("ewc", penalty)
+            loss = loss + self.args.lambda_ewc * penalty
         return (loss, outputs) if return_outputs else loss
+
+    def _retrieve(self, inputs: dict[str, Any], candidates: int) -> dict[str, Any]:
+        """The batch with only those of its last samples, the candidates, that the current ones hurt most."""
+        first = len(inputs["input_ids"]) - candidates
+        current = {name: tensor[:first] for name, tensor in inputs.items()}
+        offered = {name: tensor[first:] for name, tensor in inputs.items()}
+        rate = self._get_learning_rate() or self.args.learning_rate  # 0 in the first step of a warm-up
+        model = cast(nn.Module, self.model)
+        chosen = most_interfered(model, current, offered, candidates // self.args.mir_candidates, rate)
+        return {name: torch.cat((current[name], offered[name][chosen])) for name in inputs}
 
     def _terms_loss(self, hidden: Tensor, outputs: Any, replay: ReplayRows) -> Tensor:
         if self._anchors is None or self._negatives is None:
@@ -319,7 +341,7 @@ class InfoVLATrainer(Trainer):
         super().log(logs, start_time)
 
     def _drain(self) -> dict[str, float]:
-        names = ["policy_loss", *(term.name for term in self.terms)]
+        names = ["policy_loss", *(term.name for term in self.terms), *(["ewc"] if self._consolidation else [])]
         zero = torch.zeros((), device=self.args.device)
         rows = [
             (self._sums.get(name, zero), self._counts.get(name, 0), self._counts.get(f"{name}_skipped", 0))
@@ -333,7 +355,7 @@ class InfoVLATrainer(Trainer):
         ):
             if count:
                 entry[name] = total / count
-            if name != "policy_loss":
+            if name not in ("policy_loss", "ewc"):
                 entry[f"{name}_skipped"] = int(skipped)
         return entry
 

@@ -77,7 +77,7 @@ def train_adapter(stream: Stream, stage: Stage) -> None:
         collator,
         memory=stream.memory(),
         callbacks=stream.callbacks(stage),  # log.jsonl, for the report's curves
-        **stream.past(stage),  # which tasks came before, and which adapter learned them
+        **stream.past(stage, model, collator),  # which tasks came before, and which adapter learned them
     )
     show_progress(trainer, f"stage {stage.index}")
     trainer.train(resume_from_checkpoint=True)

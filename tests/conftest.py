@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from infovla_peft.simulation.headless import SimulatorNotFoundError, choose_gl
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("MUJOCO_GL", "osmesa")
-os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
+with suppress(SimulatorNotFoundError):  # the tests that need one say so themselves
+    os.environ.setdefault("MUJOCO_GL", choose_gl())
+    os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

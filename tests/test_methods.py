@@ -7,10 +7,14 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
+from tiny_policy import TinyPolicy, tiny_policy
 from torch.nn import functional as F
 
+from infovla_peft.adapters import AdapterError, adapter_parameters, add_adapter, merge_adapters
 from infovla_peft.config import InfoVLAConfig
+from infovla_peft.consolidation import Consolidation
 from infovla_peft.features import Features
+from infovla_peft.interference import most_interfered, sample_losses
 from infovla_peft.losses import cross_modal_mi_from_summaries, replay_anchor_contrastive_loss, summarize_cross_modal
 from infovla_peft.memory import Anchors
 from infovla_peft.methods import METHODS, Contrast, Negatives, make_terms
@@ -160,3 +164,115 @@ def test_output_is_the_distance_to_the_stored_answers(tmp_path: Path, anchors: A
     torch.testing.assert_close(value, expected)
     assert term.weight == 0.5
     assert term(features(0, seed=2), contrast(anchors, pairs(), pairs())) is None
+
+
+# --- methods that change more than the terms ---
+
+
+def moved_adapter(tmp_path: Path, **options: Any) -> tuple[TinyPolicy, Any]:
+    policy = tiny_policy()
+    model = add_adapter(policy.model, "one", config(tmp_path, lora_r=4, **options))
+    torch.manual_seed(0)
+    for _, parameter in adapter_parameters(model, "one"):
+        torch.nn.init.normal_(parameter, 0, 0.1)
+    return policy, model
+
+
+def split(policy: TinyPolicy) -> tuple[dict[str, Any], dict[str, Any]]:
+    return policy.batch([60, 61, 65]), policy.batch([0, 5, 13, 26, 30, 41])
+
+
+def test_mir_chooses_what_a_step_hurts_most(tmp_path: Path) -> None:
+    policy, model = moved_adapter(tmp_path)
+    current, candidates = split(policy)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    chosen = most_interfered(model, current, candidates, 2, learning_rate=0.5)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    # By hand: one sample at a time, before and after a real step.
+    rows = [{name: tensor[row : row + 1] for name, tensor in candidates.items()} for row in range(6)]
+    with torch.no_grad():
+        start = torch.stack([model(**row).loss for row in rows])
+    torch.testing.assert_close(sample_losses(model, candidates), start, atol=1e-5, rtol=1e-4)
+    step = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model(**current).loss.backward()
+    step.step()
+    with torch.no_grad():
+        harm = torch.stack([model(**row).loss for row in rows]) - start
+    assert set(chosen.tolist()) == set(harm.topk(2).indices.tolist())
+
+
+def test_sample_losses_of_action_tokens(tmp_path: Path) -> None:
+    policy = tiny_policy(autoregressive=True)
+    batch = policy.batch([0, 14])
+    for row, found in enumerate(sample_losses(policy.model, batch)):
+        alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+        labels = alone["labels"].clone()
+        labels[labels == policy.model.config.text_config.eos_token_id] = -100
+        length = int(alone["attention_mask"].sum())
+        logits = policy.model(
+            **{name: tensor[:, :length] if tensor.ndim == 2 else tensor for name, tensor in alone.items()}
+        ).logits
+        bins = logits[..., policy.model.config.action_token_begin_id + 1 :][..., :256]
+        patches = bins.shape[1] - length
+        places = (labels[0, 1:length] != -100).nonzero().flatten() + patches
+        targets = labels[0, 1:length][places - patches] - policy.model.config.action_token_begin_id - 1
+        torch.testing.assert_close(found, F.cross_entropy(bins[0, places], targets), atol=1e-5, rtol=1e-4)
+
+
+def test_fisher_is_the_mean_squared_gradient_of_samples(tmp_path: Path) -> None:
+    policy, model = moved_adapter(tmp_path)
+    data = policy.dataset.like(policy.task("open_the_drawer"))
+    found = Consolidation.measure(model, "one", data, policy.collator, samples=100, seed=0)  # all 24
+    expected: dict[str, torch.Tensor] = {}
+    for row in range(len(data)):
+        model.zero_grad()
+        model(**policy.collator(data.__getitems__([row]))).loss.backward()
+        for name, parameter in adapter_parameters(model, "one"):
+            plain = name.replace(".one.", ".")
+            expected[plain] = expected.get(plain, 0.0) + parameter.grad**2 / len(data)  # type: ignore[operator]
+    assert found.fisher.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found.fisher[name], value, atol=1e-8, rtol=1e-3)
+    assert found.penalty(model, "one") == 0
+    moved = 0.0
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(model, "one"):
+            parameter.add_(0.3)
+            moved += 0.5 * 0.09 * float(found.fisher[name.replace(".one.", ".")].sum())
+    assert found.penalty(model, "one").item() == pytest.approx(moved, rel=1e-4)
+    later = Consolidation.measure(model, "one", data, policy.collator, samples=4, seed=0, before=found, decay=0.5)
+    alone = Consolidation.measure(model, "one", data, policy.collator, samples=4, seed=0)
+    for name, value in alone.fisher.items():
+        torch.testing.assert_close(later.fisher[name], value + 0.5 * found.fisher[name])
+    later.save(tmp_path / "fisher.safetensors")
+    again = Consolidation.load(tmp_path / "fisher.safetensors")
+    for name, value in later.reference.items():
+        assert torch.equal(again.reference[name], value)
+        assert torch.equal(again.fisher[name], later.fisher[name])
+
+
+def test_merged_adapters_are_the_sum_of_their_updates(tmp_path: Path) -> None:
+    _, model = moved_adapter(tmp_path)
+    add_adapter(model, "two", config(tmp_path, lora_r=2, lora_alpha=8))
+    for _, parameter in adapter_parameters(model, "two"):
+        torch.nn.init.normal_(parameter, 0, 0.1)
+    updates = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight") and "one" in module.lora_A:
+            updates[name] = 0.5 * (module.get_delta_weight("one") + module.get_delta_weight("two"))
+    merged = merge_adapters(model, ["one", "two"], "both", weight=0.5)
+    assert merged.active_adapter == "both"
+    assert not any(parameter.requires_grad for parameter in merged.parameters())
+    assert updates
+    for name, update in updates.items():
+        torch.testing.assert_close(merged.get_submodule(name).get_delta_weight("both"), update, atol=1e-6, rtol=1e-5)
+    with pytest.raises(AdapterError, match="cannot merge"):
+        merge_adapters(model, ["one", "zero"], "other")
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [("ewc", "continue"), ("single_task", "fresh"), ("merge", "fresh"), ("er", "continue")],
+)
+def test_methods_that_say_where_an_adapter_starts(tmp_path: Path, method: str, expected: str) -> None:
+    assert config(tmp_path, method=method).adapter_init == expected

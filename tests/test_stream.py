@@ -14,12 +14,14 @@ import pytest
 import torch
 from launcher import launch_two
 from safetensors.torch import load_file
-from stream_fakes import STREAM, TRAINING, FakePool, install_fakes
+from stream_fakes import FRAMES, STREAM, TRAINING, FakePool, install_fakes
 
 from infovla_peft.adapters import AdapterError
 from infovla_peft.config import InfoVLAConfig, StreamConfig
 from infovla_peft.hub import load_policy
-from infovla_peft.plan import plan_stages
+from infovla_peft.inference import Policy
+from infovla_peft.memory import ReplayMemory
+from infovla_peft.plan import Stage, plan_stages
 from infovla_peft.results import Results
 from infovla_peft.run_folder import RunError
 from infovla_peft.simulation import AssetSet
@@ -277,6 +279,46 @@ def test_a_checkpoint_is_used_as_it_is(make: Callable[..., Stream], tmp_path: Pa
     assert [row[0] for row in results.episodes] == [None]
     adapter = next((tmp_path / "run/adapters").iterdir())
     assert load_policy(adapter).instruction == stream.stages[1].tasks[0].instruction
+
+
+@pytest.mark.parametrize("method", ["der++", "mir", "ewc", "lwf", "multitask", "merge", "infovla", "infovla_paper"])
+def test_every_method_runs_through(make: Callable[..., Stream], tmp_path: Path, method: str) -> None:
+    options = {"method": method, "counterfactual_frames": 6, "ewc_samples": 3, "teacher": "auto"}
+    with make(**options) as stream:
+        stream.run()
+    results = Results.load(tmp_path / "run/results.json")
+    assert results.stages == 3
+    assert results.method == method
+    frames = 2 * FRAMES if method == "multitask" else FRAMES  # two demonstrations per task were recorded
+    assert len(ReplayMemory.load(tmp_path / "run/memory")) == 4 * frames
+    assert (tmp_path / "run/stages/stage_02/fisher.safetensors").exists() == (method == "ewc")
+    if method == "merge":
+        policy = stream.policy(stream.stages[2])
+        assert policy.model.peft_config["merged"].r == 2 * TRAINING["lora_r"]
+    assert FakePool.calls == [stream.tasks[k].name for k in (0, 1, 0, 1, 2, 0, 1, 2, 3)]
+
+
+def test_single_task_asks_each_task_its_own_adapter(make: Callable[..., Stream], tmp_path: Path) -> None:
+    with make({"final_eval_episodes": 3}, method="single_task") as stream:
+        asked: list[tuple[int, list[str]]] = []
+        policy = stream.policy
+
+        def note(stage: Stage) -> Policy:
+            asked.append((stage.index, []))
+            return policy(stage)
+
+        stream.policy = note  # type: ignore[method-assign]
+        stream.run()
+        names = [task.name for task in stream.tasks]
+    # Rollouts of a stage before are taken over, except for the last one, which wants more of them.
+    assert FakePool.calls == [*names[:2], names[2], *names]
+    assert [index for index, _ in asked] == [0, 1, 0, 1, 2]
+    results = Results.load(tmp_path / "run/results.json")
+    assert [row[-1] for row in results.episodes] == [3, 3, 3, 3]
+    assert results.successes[0][0] == results.successes[0][1]
+    two = {file.name: load_file(file / "adapter_model.safetensors") for file in (tmp_path / "run/adapters").iterdir()}
+    first, second = two.values()
+    assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_full_disk_leaves_earlier_results_as_they_were(

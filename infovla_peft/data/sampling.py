@@ -116,6 +116,7 @@ class StratifiedBatchSampler(torch.utils.data.Sampler[Draw]):
         counterfactual: frames of the current task under past instructions; their rows follow those of the memory.
         counterfactual_share: of the replay samples, in [0, 1].
         views: of all rows, memory and counterfactual, for which anchors are kept.
+        candidates: that many times as many replay samples are drawn as the batch has places for; the trainer chooses.
 
     Raises:
         ValueError: a batch too small to hold both kinds.
@@ -136,6 +137,7 @@ class StratifiedBatchSampler(torch.utils.data.Sampler[Draw]):
         counterfactual: FrameTable | None = None,
         counterfactual_share: float = 0.0,
         views: Views | None = None,
+        candidates: int = 1,
     ) -> None:
         self._batches, self._seed, self._rank, self._processes = batches, seed, rank, processes
         self._augmentation, self._views = augmentation, views
@@ -151,7 +153,7 @@ class StratifiedBatchSampler(torch.utils.data.Sampler[Draw]):
                 "use larger batches or a smaller replay_fraction"
             )
         swapped = (round(counterfactual_share * replay) if remembered else replay) if imagined else 0
-        self._parts = [(remembered, replay - swapped), (imagined, swapped)]
+        self._parts = [(remembered, candidates * (replay - swapped)), (imagined, candidates * swapped)]
         self._replay = replay
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
@@ -160,7 +162,7 @@ class StratifiedBatchSampler(torch.utils.data.Sampler[Draw]):
 
     @property
     def replay_size(self) -> int:
-        """Replay samples per batch, over all processes."""
+        """Replay samples per batch, over all processes, candidates that are not chosen left out."""
         return self._replay
 
     def __iter__(self) -> Iterator[Draw]:
@@ -171,7 +173,7 @@ class StratifiedBatchSampler(torch.utils.data.Sampler[Draw]):
         random = np.random.default_rng((self._seed, _BATCH, number))
         current = self._draw_current(number)
         replay = np.concatenate([self._draw_replay(random, rows, count) for rows, count in self._parts])
-        size, augmentation = self._size, self._augmentation
+        size, augmentation = len(current) + len(replay), self._augmentation
         shifts = random.integers(-augmentation.shift, augmentation.shift + 1, (size, 2))
         noise = random.normal(0, 1, (size, self._width)).astype(np.float32) * augmentation.proprio_noise
         if self._views is not None:

@@ -1,0 +1,107 @@
+"""EWC: which of an adapter's parameters past tasks depend on, and the penalty for moving them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .adapters import adapter_parameters
+from .data.chunks import FrameTable
+from .data.collator import VLACollator
+from .files import atomic_file
+
+
+class Consolidation:
+    """Online Elastic Weight Consolidation on the adapter's parameters.
+
+        L_EWC = ½ Σ_p F_p (θ_p − θ*_p)²,   F ← γ F + F_new
+
+    Kirkpatrick et al. (1612.00796), in the online form of Schwarz et al. (1805.06370): one Fisher and one reference,
+    those of the end of the stage before. F is the mean of squared gradients of single samples' policy loss (empirical
+    Fisher). Deviation: only the adapter has a Fisher, because only it is trained. The penalty is no mean over a batch,
+    so it does not depend on the batch's size.
+
+    Args:
+        fisher, reference: by the names of the adapter's parameters, its own name left out.
+    """
+
+    def __init__(self, fisher: dict[str, Tensor], reference: dict[str, Tensor]) -> None:
+        self.fisher, self.reference = fisher, reference
+
+    @classmethod
+    def measure(
+        cls,
+        model: PeftModel,
+        name: str,
+        data: FrameTable,
+        collator: VLACollator,
+        *,
+        samples: int,
+        seed: int,
+        before: Consolidation | None = None,
+        decay: float = 1.0,
+    ) -> Consolidation:
+        """Fisher of the adapter `name` as it stands, on some frames of the tasks just learned.
+
+        Args:
+            data: their demonstrations.
+            samples: so many frames are drawn; each costs a forward and a backward pass of its own.
+            before: of the stages before; its Fisher counts `decay`-fold (γ).
+        """
+        parameters = {_plain(key, name): parameter for key, parameter in adapter_parameters(model, name)}
+        fisher = {key: torch.zeros_like(parameter) for key, parameter in parameters.items()}
+        rows = np.random.default_rng(seed).permutation(len(data))[:samples]
+        device = next(iter(parameters.values())).device
+        training = model.training
+        model.eval()
+        for row in rows:
+            batch = {key: tensor.to(device) for key, tensor in collator(data.__getitems__([row])).items()}
+            gradients = torch.autograd.grad(
+                model(**batch, return_logits=False).loss, list(parameters.values()), allow_unused=True
+            )
+            for key, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    fisher[key] += gradient.detach() ** 2 / len(rows)
+        model.train(training)
+        if before is not None:
+            fisher = {key: value + decay * before.fisher[key].to(device) for key, value in fisher.items()}
+        return cls(fisher, {key: parameter.detach().clone() for key, parameter in parameters.items()})
+
+    def penalty(self, model: PeftModel, name: str) -> Tensor:
+        """Scalar ≥ 0; 0 at the reference."""
+        total: Any = 0.0
+        for key, parameter in adapter_parameters(model, name):
+            plain = _plain(key, name)
+            total = total + (self.fisher[plain] * (parameter - self.reference[plain]) ** 2).sum()
+        return 0.5 * total  # type: ignore[no-any-return]
+
+    def to(self, device: torch.device | str) -> Consolidation:
+        return Consolidation(
+            *({key: tensor.to(device) for key, tensor in each.items()} for each in (self.fisher, self.reference))
+        )
+
+    def save(self, path: Path) -> None:
+        tensors = {f"fisher.{key}": value for key, value in self.fisher.items()}
+        tensors |= {f"reference.{key}": value for key, value in self.reference.items()}
+        with atomic_file(path) as temporary:
+            save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, temporary)
+
+    @classmethod
+    def load(cls, path: Path) -> Consolidation:
+        tensors = load_file(path)
+        return cls(
+            *(
+                {key.removeprefix(kind): value for key, value in tensors.items() if key.startswith(kind)}
+                for kind in ("fisher.", "reference.")
+            )
+        )
+
+
+def _plain(key: str, name: str) -> str:
+    return key.replace(f".{name}.", ".")

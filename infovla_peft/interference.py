@@ -1,0 +1,65 @@
+"""MIR: replay the samples that learning the current task is about to hurt most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .models.openvla.sequence import IGNORE_INDEX
+
+
+def most_interfered(
+    model: nn.Module, current: Mapping[str, Tensor], candidates: Mapping[str, Tensor], count: int, learning_rate: float
+) -> Tensor:
+    """The candidates whose loss grows most under one gradient step on the current samples.
+
+    Maximally Interfered Retrieval (Aljundi et al., 1908.04742), MI-1: score_i = ℓ(x_i; θ − η ∇L_current) − ℓ(x_i; θ).
+    Deviation: the virtual step is plain gradient descent although the real one is Adam's; only its direction matters.
+
+    Args:
+        model: not wrapped; its trainable parameters take the virtual step and are then as before, bit for bit.
+        current: batch of current samples.
+        candidates: batch of N ≥ count memory samples.
+        count: how many to choose.
+        learning_rate: η > 0.
+
+    Returns:
+        (count,) rows of `candidates`, in their order. Without gradient.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    loss = model(**current, return_logits=False).loss
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    with torch.no_grad():
+        before = sample_losses(model, candidates)
+        kept = [parameter.clone() for parameter in parameters]
+        try:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    parameter.sub_(learning_rate * gradient)
+            after = sample_losses(model, candidates)
+        finally:
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)
+    return (after - before).topk(count).indices.sort().values
+
+
+def sample_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """(B,) the policy loss of each sample, in the units of the batch's."""
+    output: Any = model(**batch, return_logits=False)
+    if "actions" in batch and output.action_logits is None:
+        error: Tensor = output.predicted_actions.float() - batch["actions"].float()
+        return error.abs().mean(dim=(1, 2))
+    logits = output.action_logits  # (B, K, bins)
+    if "actions" in batch:
+        inner: Any = model
+        targets = inner.bins.encode_tensor(batch["actions"].flatten(1))
+        first = inner.config.action_token_begin_id + 1
+    else:
+        inner, labels = model, batch["labels"]
+        first = inner.config.action_token_begin_id + 1
+        targets = labels[(labels != IGNORE_INDEX) & (labels >= first)].view(len(labels), -1)
+    return F.cross_entropy(logits.float().transpose(1, 2), targets - first, reduction="none").mean(1)
