@@ -263,6 +263,7 @@ class StreamConfig:
 
     eval_episodes: int = _option(20, "Rollouts per task and stage, from the first of the 50 fixed initial states.")
     final_eval_episodes: int | None = _option(None, "Rollouts per task after the last stage; default: eval_episodes.")
+    eval_first_state: int = _option(0, "First of the initial states; choices are made on others than are reported.")
     eval_workers: int = _option(0, "Processes that simulate; 0 = one per core.")
     open_loop_steps: int = _option(8, "Actions executed of each predicted chunk.")
     rollout_max_steps: int | None = _option(None, "Step cap of a rollout; default: the suite's own.")
@@ -318,6 +319,7 @@ class StreamConfig:
             0,
             "demonstration_noise",
             "demonstration_workers",
+            "eval_first_state",
             "memory_trajectories",
             "eval_workers",
             "videos_per_task",

@@ -87,6 +87,7 @@ def evaluate(
     pool: EnvironmentPool,
     *,
     episodes: int = 20,
+    first_state: int = 0,
     seed: int = 0,
     open_loop_steps: int = 8,
     max_steps: int | None = None,
@@ -96,23 +97,25 @@ def evaluate(
 ) -> Iterator[TaskResult]:
     """Roll a policy out, task after task, and yield each task's result as soon as it is there.
 
-    Episodes start from the first `episodes` of LIBERO's 50 fixed initial states of the task: the test set, from which
-    no demonstration is ever recorded. All environments of the pool are served by one batched forward; a chunk of
+    Episodes start from `episodes` of LIBERO's 50 fixed initial states of the task: the test set, from which no
+    demonstration is ever recorded. All environments of the pool are served by one batched forward; a chunk of
     actions is executed open loop, and a frame is rendered only when the policy looks.
 
     Args:
         episodes: rollouts per task, 1 to 50.
+        first_state: the initial state of the first one; those that follow take the next ones.
         seed: of the simulation; the default is used throughout the package, whatever the seed of the training.
         open_loop_steps: actions executed of each predicted chunk.
         max_steps: step cap; LIBERO's own per suite by default (220, 280, 300, 520, 400).
         videos: MP4s per task in `video_folder`, failures first.
 
     Raises:
-        ValueError: `episodes` is not in 1 … 50.
+        ValueError: there are not that many initial states.
     """
-    if not 1 <= episodes <= BENCHMARK_STATES:
+    if not (episodes >= 1 and 0 <= first_state <= BENCHMARK_STATES - episodes):
         raise ValueError(
             f"LIBERO has {BENCHMARK_STATES} initial states per task; episodes must be 1 to 50, got {episodes}"
+            + f" from state {first_state} on" * bool(first_state)
         )
     from .simulation.workers import Episode
 
@@ -121,7 +124,7 @@ def evaluate(
         start = time.monotonic()
         planned = [
             Episode(task, state, episode_seed(seed, task.index, state), record_video=videos > 0)
-            for state in range(episodes)
+            for state in range(first_state, first_state + episodes)
         ]
         results = pool.run(planned, act, open_loop_steps=open_loop_steps, max_steps=max_steps, progress=progress)
         seconds = time.monotonic() - start

@@ -42,6 +42,8 @@ LOSS_TERMS = {
     "policy_loss": "policy loss",
     "rac": "RAC (replay anchors)",
     "cmi": "CMI (cross-modal)",
+    "output": "output (the teacher's answers)",
+    "ewc": "EWC (penalty)",
 }
 
 

@@ -398,6 +398,7 @@ class Stream:
                         tasks,
                         pool,
                         episodes=config.episodes(stage.index),
+                        first_state=config.eval_first_state,
                         open_loop_steps=config.open_loop_steps,
                         max_steps=config.rollout_max_steps,
                         videos=config.videos_per_task,

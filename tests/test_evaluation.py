@@ -135,6 +135,14 @@ def test_results_come_task_by_task_from_the_first_benchmark_states(policy: Polic
     assert TaskResult.from_dict(second.to_dict()) == second
 
 
+def test_choices_can_be_made_on_other_states_than_are_reported(policy: Policy) -> None:
+    pool = FakePool()
+    list(evaluate(policy, TASKS[:1], pool, episodes=3, first_state=40))  # type: ignore[arg-type]
+    assert [episode.initial_state_index for episode in pool.episodes] == [40, 41, 42]
+    with pytest.raises(ValueError, match="got 11 from state 40 on"):
+        list(evaluate(policy, TASKS, pool, episodes=11, first_state=40))  # type: ignore[arg-type]
+
+
 def test_episode_seeds_depend_on_nothing_else() -> None:
     assert episode_seed(0, 7, 3) == episode_seed(0, 7, 3)
     assert episode_seed(0, 7, 3) != episode_seed(1, 7, 3)

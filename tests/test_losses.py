@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from infovla_peft.losses import (
     cross_modal_mi_loss,
     mutual_information_lower_bound,
     near_duplicates,
+    output_distillation_loss,
     rac_is_informative,
     replay_anchor_contrastive_loss,
     summarize_cross_modal,
@@ -558,6 +559,59 @@ def test_near_duplicates_exclude_a_sample_from_its_own_bank() -> None:
     anchors = features(0, samples=3).embedding
     loss = replay_anchor_contrastive_loss(anchors, anchors, bank=anchors, exclude=exclude)
     assert torch.isfinite(loss)
+
+
+# --- distance to the teacher's answers -------------------------------------------------------------------------------
+
+
+def answers(seed: int, samples: int = 4) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(samples, 3, 5, generator=generator) for _ in range(2))
+    return student.requires_grad_(), teacher.requires_grad_()
+
+
+def naive_distance(student: Tensor, teacher: Tensor, kind: str) -> float:
+    total = 0.0
+    for mine, other in zip(student.detach().double(), teacher.detach().double(), strict=True):
+        for row, target in zip(mine, other, strict=True):
+            if kind == "actions":
+                total += sum(abs(float(a - b)) for a, b in zip(row, target, strict=True)) / 5
+            else:
+                p, q = target.exp() / target.exp().sum(), row.exp() / row.exp().sum()
+                total += sum(float(a * (a / b).log()) for a, b in zip(p, q, strict=True))
+    return total / (3 * len(student))
+
+
+@pytest.mark.parametrize("kind", ["actions", "logits"])
+def test_output_distillation(kind: Literal["actions", "logits"]) -> None:
+    student, teacher = answers(0)
+    loss = output_distillation_loss(student, teacher, kind=kind)
+    assert number(loss) == pytest.approx(naive_distance(student, teacher, kind), rel=1e-5)
+    loss.backward()
+    assert teacher.grad is None
+    assert student.grad is not None
+    assert bool((student.grad != 0).any(dim=(1, 2)).all())
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(output_distillation_loss(student[order], teacher[order], kind=kind), loss)
+    # Two halves, weighted as the processes that hold them are, make the whole.
+    halves = [output_distillation_loss(student[part], teacher[part], kind=kind) for part in (slice(1), slice(1, None))]
+    torch.testing.assert_close((halves[0] + 3 * halves[1]) / 4, loss)
+    assert number(output_distillation_loss(teacher, teacher, kind=kind)) == pytest.approx(0.0, abs=1e-6)
+    nothing = output_distillation_loss(student[:0], teacher[:0], kind=kind)
+    assert nothing.requires_grad
+    assert number(nothing) == 0.0
+
+
+def test_output_distillation_closed_form_and_bad_input() -> None:
+    even, sure = torch.zeros(1, 1, 2), torch.tensor([[[0.0, 50.0]]])
+    assert number(output_distillation_loss(even, sure, kind="logits")) == pytest.approx(math.log(2), rel=1e-5)
+    assert number(output_distillation_loss(even, even + 0.5, kind="actions")) == 0.5
+    half = output_distillation_loss(even.bfloat16(), (even + 0.5).bfloat16(), kind="actions")
+    assert half.dtype == torch.float32
+    with pytest.raises(ValueError, match="equal shapes"):
+        output_distillation_loss(even, torch.zeros(1, 2, 2), kind="actions")
+    with pytest.raises(ValueError, match="kind must be"):
+        output_distillation_loss(even, even, kind="tokens")  # type: ignore[arg-type]
 
 
 def test_what_carries_information() -> None:
