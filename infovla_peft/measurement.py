@@ -1,18 +1,24 @@
-"""The cells that a run has measured, one file per task and stage, gathered into results.json."""
+"""Rollouts of what a stage has learned, one file per task and stage, gathered into results.json."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .evaluation import TaskResult
+from .evaluation import TaskResult, evaluate
+from .files import write_json
+from .inference import Policy
 from .methods import METHODS
-from .plan import Stage, step_name
+from .plan import Stage, step_name, workers
+from .report import write_report
 from .results import Results, TaskEntry, Video, collect_versions, source_commit
 from .run_folder import RunError
 
 if TYPE_CHECKING:
+    from .simulation import Task
     from .stream import Stream
 
 
@@ -26,6 +32,65 @@ def read_cell(file: Path) -> TaskResult:
         return TaskResult.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{file} is missing or damaged ({error}); delete it and measure again") from error
+
+
+def measure_stage(stream: Stream, stage: Stage) -> None:
+    """Roll out every task seen so far, whose cell is not there yet; then results.json and the report."""
+    from .simulation.workers import EnvironmentPool
+
+    config, folder = stream.config, stream.run_folder
+    missing = [task for task in stream.seen(stage) if not folder.cell(stage.index, task.name).exists()]
+    if METHODS[stream.training.method].policy == "own":
+        missing = [task for task in missing if not _measured_before(stream, stage, task)]
+    if missing:
+        print(f"{f'stage {stage.index}' if stage.index else 'base'}: rollouts of {len(missing)} tasks", flush=True)
+        with EnvironmentPool(
+            workers(config.eval_workers),
+            assets=stream.assets,
+            image_size=config.image_size,
+            cameras=config.cameras,
+            renderer=config.renderer,
+        ) as pool:
+            for policy, tasks in _policies(stream, stage, missing):
+                for result in evaluate(
+                    policy,
+                    tasks,
+                    pool,
+                    episodes=config.episodes(stage.index),
+                    first_state=config.eval_first_state,
+                    open_loop_steps=config.open_loop_steps,
+                    max_steps=config.rollout_max_steps,
+                    videos=config.videos_per_task,
+                    video_folder=folder.videos(stage.index),
+                ):
+                    write_json(folder.cell(stage.index, result.task), result.to_dict())
+                    print(f"  {result.task}: {sum(result.successes)} of {result.episodes}", flush=True)
+    gather_results(stream, stage).save(folder.results)
+    if stream.seen(stage):
+        write_report(folder.path)
+
+
+def _policies(stream: Stream, stage: Stage, tasks: Sequence[Task]) -> Iterator[tuple[Policy, list[Task]]]:
+    """What is evaluated after a stage, on which of the tasks."""
+    if METHODS[stream.training.method].policy == "own":
+        for each in stream.stages[: stage.index + 1]:
+            if mine := [task for task in tasks if task in each.tasks]:
+                yield stream.policy(each), mine
+    else:
+        yield stream.policy(stage), list(tasks)
+
+
+def _measured_before(stream: Stream, stage: Stage, task: Task) -> bool:
+    """Take over the rollouts of the stage before: the same adapter, states and seeds give the same result."""
+    if task in stage.tasks:
+        return False
+    cell = read_cell(stream.run_folder.cell(stage.index - 1, task.name))
+    wanted = stream.config.episodes(stage.index)
+    if cell.episodes < wanted:
+        return False
+    same = replace(cell, successes=cell.successes[:wanted], steps=cell.steps[:wanted], seconds=0.0, videos=[])
+    write_json(stream.run_folder.cell(stage.index, task.name), same.to_dict())
+    return True
 
 
 def gather_results(stream: Stream, stage: Stage) -> Results:

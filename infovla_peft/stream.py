@@ -11,8 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,17 +28,15 @@ from .data.collator import VLACollator
 from .data.demonstrations import CAMERA_COLUMNS, load_demonstrations
 from .data.normalisation import Normaliser
 from .data.statistics import statistics_of
-from .evaluation import evaluate
 from .files import atomic_folder, write_json
 from .hub import load_policy, relative_base
 from .inference import Policy
-from .measurement import gather_results, read_cell
+from .measurement import measure_stage
 from .memory import ReplayMemory
 from .methods import METHODS
 from .models.openvla import build_tiny_openvla, load_openvla
 from .plan import Stage, describe_plan, describe_results, plan_stages, step_name, tiny_shape, workers
 from .progress import show_progress
-from .report import write_report
 from .results import Results
 from .run_folder import RunError, RunFolder
 from .trainer import InfoVLATrainer, LossLog
@@ -373,42 +370,8 @@ class Stream:
         Each task's result is stored as it comes, so that a stopped evaluation continues with the next task.
         """
         self.run_folder.once(
-            step_name("measure", stage), lambda: self._measure(stage), products=[self.run_folder.results]
+            step_name("measure", stage), lambda: measure_stage(self, stage), products=[self.run_folder.results]
         )
-
-    def _measure(self, stage: Stage) -> None:
-        from .simulation.workers import EnvironmentPool
-
-        config, folder = self.config, self.run_folder
-        missing = [task for task in self.seen(stage) if not folder.cell(stage.index, task.name).exists()]
-        if METHODS[self.training.method].policy == "own":
-            missing = [task for task in missing if not self._measured_before(stage, task)]
-        if missing:
-            print(f"{f'stage {stage.index}' if stage.index else 'base'}: rollouts of {len(missing)} tasks", flush=True)
-            with EnvironmentPool(
-                workers(config.eval_workers),
-                assets=self.assets,
-                image_size=config.image_size,
-                cameras=config.cameras,
-                renderer=config.renderer,
-            ) as pool:
-                for policy, tasks in self._policies(stage, missing):
-                    for result in evaluate(
-                        policy,
-                        tasks,
-                        pool,
-                        episodes=config.episodes(stage.index),
-                        first_state=config.eval_first_state,
-                        open_loop_steps=config.open_loop_steps,
-                        max_steps=config.rollout_max_steps,
-                        videos=config.videos_per_task,
-                        video_folder=folder.videos(stage.index),
-                    ):
-                        write_json(folder.cell(stage.index, result.task), result.to_dict())
-                        print(f"  {result.task}: {sum(result.successes)} of {result.episodes}", flush=True)
-        gather_results(self, stage).save(folder.results)
-        if self.seen(stage):
-            write_report(folder.path)
 
     def analyse(self) -> None:
         """Look at what every stage has kept of every task (`analysis.analyse_run`), if the recipe asks for it."""
@@ -421,27 +384,6 @@ class Stream:
             demonstrations=self.demonstrations_folder,
             policies=lambda stage: self.policy(self.stages[stage]),
         )
-
-    def _policies(self, stage: Stage, tasks: Sequence[Task]) -> Iterator[tuple[Policy, list[Task]]]:
-        """What is evaluated after a stage, on which of the tasks."""
-        if METHODS[self.training.method].policy == "own":
-            for each in self.stages[: stage.index + 1]:
-                if mine := [task for task in tasks if task in each.tasks]:
-                    yield self.policy(each), mine
-        else:
-            yield self.policy(stage), list(tasks)
-
-    def _measured_before(self, stage: Stage, task: Task) -> bool:
-        """Take over the rollouts of the stage before: the same adapter, states and seeds give the same result."""
-        if task in stage.tasks:
-            return False
-        cell = read_cell(self.run_folder.cell(stage.index - 1, task.name))
-        wanted = self.config.episodes(stage.index)
-        if cell.episodes < wanted:
-            return False
-        same = replace(cell, successes=cell.successes[:wanted], steps=cell.steps[:wanted], seconds=0.0, videos=[])
-        write_json(self.run_folder.cell(stage.index, task.name), same.to_dict())
-        return True
 
     def policy(self, stage: Stage) -> Policy:
         """The policy after a stage, loaded as a user would load it; of `merge`, with all adapters so far in one."""

@@ -6,11 +6,10 @@ import copy
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, cast
 
-import numpy as np
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -22,18 +21,16 @@ from transformers.trainer_utils import TrainOutput
 from .adapters import base_model, freeze_unused, read_adapter_weights, write_adapter_weights
 from .config import InfoVLAConfig
 from .consolidation import Consolidation
-from .data.chunks import ChunkDataset, FrameTable, ReplayRows
+from .data.chunks import ChunkDataset, ReplayRows
 from .data.collator import VLACollator
-from .data.counterfactual import CounterfactualDataset
-from .data.sampling import Augmentation, ReplayMixture, StratifiedBatchSampler, Views
+from .data.sampling import StratifiedBatchSampler
 from .features import FeatureTap, extract_features, policy_output
 from .files import atomic_file
 from .interference import most_interfered
 from .memory import Anchors, ReplayMemory
-from .methods import METHODS, Negatives, make_terms
-from .teacher import anchor_spec, compute_anchors, teacher_answers
+from .methods import METHODS, Term
+from .rehearsal import Rehearsal
 
-Part = TypeVar("Part")
 _TERM_WEIGHTS = "term_networks.safetensors"
 
 
@@ -93,28 +90,10 @@ class InfoVLATrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = copy.copy(args)
-        method = METHODS[args.method]
-        if past_tasks is None:
-            past_tasks = memory.instructions if memory is not None else {}
-        self.memory = memory if memory is not None and len(memory) and method.replay and args.replay_fraction else None
-        self._memory_data: ChunkDataset | None = None
-        if self.memory is not None and self.memory.frames is not None:
-            self._memory_data = train_dataset.like(self.memory.frames)
-        self._counterfactual: CounterfactualDataset | None = None
-        if past_tasks and method.counterfactual and args.counterfactual_share and args.replay_fraction:
-            self._counterfactual = CounterfactualDataset(
-                train_dataset, past_tasks, frames=args.counterfactual_frames, seed=_data_seed(args)
-            )
-        self._replayed = [table for table in (self._memory_data, self._counterfactual) if table is not None]
-        self._answers: Literal["actions", "logits"] = (
-            "actions" if base_model(model).config.action_head == "l1" else "logits"
-        )
-        self.terms = make_terms(args, self._answers) if self._replayed else []
-        self._teachers: dict[str, str | None] = {}
-        if self.terms or self._counterfactual is not None:
-            tasks = dict.fromkeys(task for table in self._replayed for task in table.tasks)
-            self._teachers = _teacher_adapters(model, args, tasks, previous_adapter, learned_by or {})
-        self._anchors: Anchors | None = None
+        self.rehearsal = Rehearsal(
+            model, args, train_dataset, data_collator, memory=memory, previous_adapter=previous_adapter,
+            past_tasks=past_tasks, learned_by=learned_by,
+        )  # fmt: skip
         for term in self.terms:
             if term.network is not None:
                 if not isinstance(model, PeftModel):  # it would be saved among the model's own weights
@@ -129,51 +108,30 @@ class InfoVLATrainer(Trainer):
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # everything trainable receives a gradient in every step
         if args.max_steps <= 0:
-            args.max_steps = _steps(args, len(train_dataset), bool(self._replayed))
-        self._current, self._collator = train_dataset, data_collator
+            args.max_steps = _steps(args, len(train_dataset), bool(self.rehearsal))
+        self._collator = data_collator
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self.loss_is_scaled_for_ga = False  # `compute_loss` gives the mean of its batch
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._negatives: Negatives | None = None
         self._consolidation = consolidation.to(args.device) if consolidation is not None else None
-        self._views = self._draw_views()
         self._sampler()  # fails now, not after the anchors are computed
+
+    @property
+    def memory(self) -> ReplayMemory | None:
+        """What is replayed of the memory, with its anchors as soon as they are computed."""
+        return self.rehearsal.memory
+
+    @property
+    def terms(self) -> Sequence[Term]:
+        """The terms beside the policy loss."""
+        return self.rehearsal.terms
 
     # --- data --------------------------------------------------------------------------------------------------------
 
-    @property
-    def _augmentation(self) -> Augmentation:
-        return Augmentation(self.args.image_shift, self.args.proprio_noise)
-
-    def _draw_views(self) -> Views | None:
-        if not self._teachers:
-            return None
-        seed, count = _data_seed(self.args), self.args.anchor_views
-        return Views.join(
-            [
-                Views.draw(table, count, self._augmentation, seed, plain=table is self._memory_data)
-                for table in self._replayed
-            ]
-        )
-
     def _sampler(self) -> StratifiedBatchSampler:
-        config = self.args
-        return StratifiedBatchSampler(
-            self._current,
-            self._memory_data,
-            batch_size=self._train_batch_size,
-            replay_fraction=config.replay_fraction,
-            batches=config.max_steps * config.gradient_accumulation_steps,
-            seed=_data_seed(config),
-            processes=config.world_size,
-            rank=config.process_index,
-            augmentation=self._augmentation,
-            counterfactual=self._counterfactual,
-            counterfactual_share=config.counterfactual_share,
-            views=self._views,
-            candidates=config.mir_candidates if METHODS[config.method].retrieves else 1,
-        )
+        batches = self.args.max_steps * self.args.gradient_accumulation_steps
+        return self.rehearsal.sampler(self._train_batch_size, batches)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches for this process. Not prepared by Accelerate: the sampler knows the processes already."""
@@ -181,7 +139,7 @@ class InfoVLATrainer(Trainer):
         # A batch is addressed by a `Draw` and fetched as `Samples`, not by and as lists.
         sampler, collator = cast(Any, self._sampler()), cast(Any, self._collator)
         return DataLoader(
-            ReplayMixture(self._current, self._replayed),
+            self.rehearsal.mixture(),
             batch_sampler=sampler,
             collate_fn=collator,
             num_workers=config.dataloader_num_workers,
@@ -190,72 +148,13 @@ class InfoVLATrainer(Trainer):
             prefetch_factor=config.dataloader_prefetch_factor,
         )
 
-    # --- the teacher -------------------------------------------------------------------------------------------------
-
     def prepare_anchors(self) -> Anchors | None:
-        """What the teacher makes of the replayed frames; None where no term needs any.
-
-        A memory task's anchors are those stored with it if they still fit, else they are computed (and stored) now.
-        Every process computes them, the main one stores them. Counterfactual frames get the teacher's answers as their
-        labels, and anchors too.
-        """
-        if self._views is None:
-            return None
-        parts: list[Anchors] = []
-        first = 0
-        for table in self._replayed:
-            views = self._views.rows(np.arange(first, first + len(table)))
-            first += len(table)
-            if table is self._counterfactual and not (self.terms and self._answers == "actions"):
-                table.answer(np.concatenate(list(self._each_task(table, views, self._ask))))
-            if self.terms:
-                anchors = Anchors.join(list(self._each_task(table, views, self._anchor)))
-                parts.append(anchors)
-                if table is self._counterfactual and self._answers == "actions":
-                    answers = self._collator.normaliser.unnormalise_actions(anchors.output[0].numpy())
-                    table.answer(answers)
-                elif self.memory is not None and table is self._memory_data and self.memory.anchors is not anchors:
-                    self.memory = self.memory.with_anchors(anchors, save=self.args.should_save)
-        if not self.terms:
-            return None
-        offsets = np.cumsum([0, *(int(table.trajectory.max()) + 1 for table in self._replayed)])
-        trajectory = np.concatenate([t.trajectory + o for t, o in zip(self._replayed, offsets, strict=False)])
-        self._negatives = Negatives(
-            torch.from_numpy(trajectory),
-            torch.from_numpy(np.concatenate([table.frame for table in self._replayed])),
-            bank_size=self.args.anchor_bank,
-            window=self.args.near_duplicate_window,
-            seed=_data_seed(self.args),
-        )
-        self._anchors = Anchors.join(parts)
-        return self._anchors
-
-    def _each_task(self, table: FrameTable, views: Views, work: Callable[..., Part]) -> Iterator[Part]:
-        for number, task in enumerate(table.tasks):  # a task's rows are neighbours
-            rows = np.flatnonzero(table.task == number)
-            yield work(table, rows, views.rows(rows), task)
-
-    def _ask(self, table: FrameTable, rows: Any, views: Views, task: str) -> Any:
-        return teacher_answers(
-            cast(nn.Module, self.model), table, self._collator, adapter=self._teachers[task], rows=rows, views=views,
+        """Ask the teachers about the replayed frames, see `Rehearsal.prepare`."""
+        return self.rehearsal.prepare(
             batch_size=self._train_batch_size,
-        )  # fmt: skip
-
-    def _anchor(self, table: FrameTable, rows: Any, views: Views, task: str) -> Anchors:
-        model, config, dtype = cast(nn.Module, self.model), self.args, self.accelerator.mixed_precision
-        options: dict[str, Any] = {
-            "adapter": self._teachers[task], "tap_layer": config.tap_layer, "temperature": config.temperature,
-            "dtype": dtype,
-        }  # fmt: skip
-        stored = self.memory.anchors if self.memory is not None and table is self._memory_data else None
-        if stored is not None and task in stored.spec:
-            spec = anchor_spec(model, table, rows, views, **options)
-            if dict(stored.spec[task]) == spec:
-                return stored.of_task(task)
-        return compute_anchors(
-            model, table, self._collator, rows=rows, views=views, batch_size=self._train_batch_size,
-            autocast=self.accelerator.autocast, name=task, **options,
-        )  # fmt: skip
+            autocast=self.accelerator.autocast,
+            dtype=self.accelerator.mixed_precision,
+        )
 
     # --- training ----------------------------------------------------------------------------------------------------
 
@@ -307,7 +206,8 @@ class InfoVLATrainer(Trainer):
         return {name: torch.cat((current[name], offered[name][chosen])) for name in inputs}
 
     def _terms_loss(self, hidden: Tensor, outputs: Any, replay: ReplayRows) -> Tensor:
-        if self._anchors is None or self._negatives is None:
+        anchors, negatives = self.rehearsal.anchors, self.rehearsal.negatives
+        if anchors is None or negatives is None:
             raise RuntimeError("no anchors: call `train`, or `prepare_anchors` before `compute_loss`")
         own, peers = torch.from_numpy(replay.own), torch.from_numpy(replay.peers)
         # The mean over processes shall be the mean over all replay samples, however they are spread.
@@ -315,7 +215,7 @@ class InfoVLATrainer(Trainer):
         total = hidden.new_zeros((), dtype=torch.float32)
         rows = slice(len(hidden) - len(own), None)
         features = extract_features(hidden, outputs.token_roles, rows)._replace(output=policy_output(outputs, rows))
-        contrast = self._negatives(self._anchors, own, peers)
+        contrast = negatives(anchors, own, peers)
         for term in self.terms:
             value = term(features, contrast) if len(own) else total
             if value is None:
@@ -398,33 +298,6 @@ class InfoVLATrainer(Trainer):
             if term.network is not None
             for key, value in term.network.state_dict().items()
         }
-
-
-def _data_seed(config: InfoVLAConfig) -> int:
-    return config.seed if config.data_seed is None else config.data_seed
-
-
-def _teacher_adapters(
-    model: nn.Module, config: InfoVLAConfig, tasks: Iterable[str], previous: str | None, learned_by: Mapping[str, str]
-) -> dict[str, str | None]:
-    """The adapter that is the teacher of each past task; None = the base."""
-    known = list(model.peft_config) if isinstance(model, PeftModel) else []
-    if config.teacher == "previous":
-        if previous is None and len(known) > 1:
-            raise ValueError(
-                f"teacher='previous': which of {known} is of the stage before? Name it by previous_adapter="
-            )
-        learned_by = dict.fromkeys(tasks, previous) if previous is not None else {}
-    elif config.teacher == "base":
-        learned_by = {}
-    teachers = {task: learned_by.get(task) for task in tasks}
-    for adapter in filter(None, teachers.values()):
-        if adapter not in known:
-            raise ValueError(
-                f"teacher={config.teacher!r} needs the adapter {adapter!r}, found only {known}; "
-                "load it first (adapters.load_adapter), or use teacher='base'"
-            )
-    return teachers
 
 
 def _steps(config: InfoVLAConfig, samples: int, replay: bool) -> int:

@@ -215,7 +215,7 @@ def three_stages(folder: Path, **options: Any) -> InfoVLATrainer:
 
 def test_auto_asks_whoever_learned_a_task(tmp_path: Path) -> None:
     trainer = three_stages(tmp_path, lambda_output=1.0)
-    anchors, model, data = trainer.prepare_anchors(), trainer.model, trainer._memory_data
+    anchors, model, data = trainer.prepare_anchors(), trainer.model, trainer.rehearsal.remembered
     assert anchors is not None
     assert data is not None
     for task, adapter, other in ((0, None, "one"), (1, "one", None)):
@@ -245,7 +245,7 @@ def test_the_label_of_a_counterfactual_frame_is_the_answer_of_its_teacher(
         tmp_path, method=method, lambda_output=1.0, autoregressive=autoregressive, max_steps=3, **options
     )
     trainer.prepare_anchors()
-    data, model = trainer._counterfactual, trainer.model
+    data, model = trainer.rehearsal.counterfactual, trainer.model
     assert data is not None
     assert isinstance(model, nn.Module)
     for row in (0, 9):

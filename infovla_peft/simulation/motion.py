@@ -87,7 +87,7 @@ class Arm:
         target: ArrayLike,
         *,
         tolerance: float = 0.008,
-        turn_tolerance: float = 0.1,
+        turn_tolerance: float = 0.06,
         speed: float = 1.0,
         max_steps: int = 90,
         until: Callable[[], bool] | None = None,

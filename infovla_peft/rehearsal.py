@@ -1,0 +1,253 @@
+"""What one stage replays, and what the frozen teachers make of it, before the stage is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from torch import nn
+
+from .adapters import base_model
+from .config import InfoVLAConfig
+from .data.chunks import ChunkDataset, FrameTable
+from .data.collator import VLACollator
+from .data.counterfactual import CounterfactualDataset
+from .data.sampling import Augmentation, ReplayMixture, StratifiedBatchSampler, Views
+from .memory import Anchors, ReplayMemory
+from .methods import METHODS, Negatives, Term, make_terms
+from .teacher import anchor_spec, compute_anchors, teacher_answers
+
+Part = TypeVar("Part")
+
+
+class Rehearsal:
+    """The replayed frames of a stage: those of the memory, and counterfactual ones, as the method has it.
+
+    Args:
+        model: with the adapters that are teachers.
+        config: the stage's.
+        current: the current task's samples.
+        collator: with the frozen normalisation.
+        memory: of past tasks.
+        previous_adapter, past_tasks, learned_by: see `InfoVLATrainer`.
+
+    Attributes:
+        memory: as it is after `prepare`, with anchors; None where nothing of it is replayed.
+        remembered: its frames; None likewise.
+        counterfactual: frames of the current task under old instructions; None where the method has none.
+        terms: of the loss, for replayed samples.
+        teachers: past task → adapter, None = the base; empty where nobody is asked.
+
+    Raises:
+        ValueError: a teacher's adapter is not loaded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: InfoVLAConfig,
+        current: ChunkDataset,
+        collator: VLACollator,
+        *,
+        memory: ReplayMemory | None = None,
+        previous_adapter: str | None = None,
+        past_tasks: Mapping[str, str] | None = None,
+        learned_by: Mapping[str, str] | None = None,
+    ) -> None:
+        method = METHODS[config.method]
+        self._model, self._config, self._current, self._collator = model, config, current, collator
+        self._seed = config.seed if config.data_seed is None else config.data_seed
+        if past_tasks is None:
+            past_tasks = memory.instructions if memory is not None else {}
+        replays = method.replay and config.replay_fraction > 0
+        self.memory = memory if memory is not None and len(memory) and replays else None
+        self.remembered: ChunkDataset | None = None
+        if self.memory is not None and self.memory.frames is not None:
+            self.remembered = current.like(self.memory.frames)
+        self.counterfactual: CounterfactualDataset | None = None
+        if past_tasks and method.counterfactual and config.counterfactual_share and config.replay_fraction:
+            self.counterfactual = CounterfactualDataset(
+                current, past_tasks, frames=config.counterfactual_frames, seed=self._seed
+            )
+        self._tables: list[FrameTable] = [each for each in (self.remembered, self.counterfactual) if each is not None]
+        self._kind: Literal["actions", "logits"] = (
+            "actions" if base_model(model).config.action_head == "l1" else "logits"
+        )
+        self.terms: list[Term] = list(make_terms(config, self._kind)) if self._tables else []
+        self.teachers: dict[str, str | None] = {}
+        if self.terms or self.counterfactual is not None:
+            tasks = dict.fromkeys(task for table in self._tables for task in table.tasks)
+            self.teachers = _teachers(model, config, tasks, previous_adapter, learned_by or {})
+        self._views = self._draw_views() if self.teachers else None
+        self.anchors: Anchors | None = None
+        self.negatives: Negatives | None = None
+
+    def __bool__(self) -> bool:
+        """Whether anything is replayed."""
+        return bool(self._tables)
+
+    def mixture(self) -> ReplayMixture:
+        """The data that `sampler` addresses."""
+        return ReplayMixture(self._current, self._tables)
+
+    def sampler(self, batch_size: int, batches: int) -> StratifiedBatchSampler:
+        """Batches of current and replayed samples for this process.
+
+        Args:
+            batch_size: per process.
+        """
+        config = self._config
+        return StratifiedBatchSampler(
+            self._current,
+            self.remembered,
+            batch_size=batch_size,
+            replay_fraction=config.replay_fraction,
+            batches=batches,
+            seed=self._seed,
+            processes=config.world_size,
+            rank=config.process_index,
+            augmentation=self._augmentation,
+            counterfactual=self.counterfactual,
+            counterfactual_share=config.counterfactual_share,
+            views=self._views,
+            candidates=config.mir_candidates if METHODS[config.method].retrieves else 1,
+        )
+
+    def prepare(
+        self,
+        *,
+        batch_size: int,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        dtype: str = "no",
+    ) -> Anchors | None:
+        """Ask the teachers: answers for the counterfactual frames, anchors for all; None where no term needs any.
+
+        A memory task's anchors are those stored with it if they still fit, else they are computed (and stored) now.
+        Every process computes them, the main one stores them.
+
+        Args:
+            batch_size: of the teachers' forward passes.
+            autocast, dtype: see `teacher.compute_anchors`.
+        """
+        if self._views is None:
+            return None
+        ask = _Asking(self._model, self._config, self._collator, self.teachers, batch_size, autocast, dtype)
+        parts: list[Anchors] = []
+        first = 0
+        for table in self._tables:
+            views = self._views.rows(np.arange(first, first + len(table)))
+            first += len(table)
+            imagined = table if isinstance(table, CounterfactualDataset) else None
+            # Chunks are among the anchors; action tokens must be known before the features that follow them.
+            if imagined is not None and not (self.terms and self._kind == "actions"):
+                imagined.answer(np.concatenate(list(_each_task(table, views, ask.answers))))
+            if self.terms:
+                stored = self.memory.anchors if self.memory is not None and table is self.remembered else None
+                anchors = Anchors.join(list(_each_task(table, views, ask.anchors, stored)))
+                parts.append(anchors)
+                if imagined is not None and self._kind == "actions":
+                    imagined.answer(self._collator.normaliser.unnormalise_actions(anchors.output[0].numpy()))
+                elif self.memory is not None and (stored is None or stored.spec != anchors.spec):
+                    self.memory = self.memory.with_anchors(anchors, save=self._config.should_save)
+        if not self.terms:
+            return None
+        self.negatives = self._draw_negatives()
+        self.anchors = Anchors.join(parts)
+        return self.anchors
+
+    @property
+    def _augmentation(self) -> Augmentation:
+        return Augmentation(self._config.image_shift, self._config.proprio_noise)
+
+    def _draw_views(self) -> Views:
+        count = self._config.anchor_views
+        return Views.join(
+            [
+                Views.draw(table, count, self._augmentation, self._seed, plain=table is self.remembered)
+                for table in self._tables
+            ]
+        )
+
+    def _draw_negatives(self) -> Negatives:
+        offsets = np.cumsum([0, *(int(table.trajectory.max()) + 1 for table in self._tables)])
+        trajectory = [table.trajectory + offset for table, offset in zip(self._tables, offsets, strict=False)]
+        return Negatives(
+            torch.from_numpy(np.concatenate(trajectory)),
+            torch.from_numpy(np.concatenate([table.frame for table in self._tables])),
+            bank_size=self._config.anchor_bank,
+            window=self._config.near_duplicate_window,
+            seed=self._seed,
+        )
+
+
+class _Asking:
+    """How the teachers are asked about the rows of one task."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: InfoVLAConfig,
+        collator: VLACollator,
+        teachers: Mapping[str, str | None],
+        batch_size: int,
+        autocast: Callable[[], AbstractContextManager[object]],
+        dtype: str,
+    ) -> None:
+        self._model, self._collator, self._teachers = model, collator, teachers
+        self._batch_size, self._autocast = batch_size, autocast
+        self._options: dict[str, Any] = {
+            "tap_layer": config.tap_layer, "temperature": config.temperature, "dtype": dtype,
+        }  # fmt: skip
+
+    def answers(self, table: FrameTable, rows: NDArray[np.int64], views: Views, task: str) -> NDArray[np.float32]:
+        return teacher_answers(
+            self._model, table, self._collator, adapter=self._teachers[task], rows=rows, views=views,
+            batch_size=self._batch_size,
+        )  # fmt: skip
+
+    def anchors(
+        self, table: FrameTable, rows: NDArray[np.int64], views: Views, task: str, stored: Anchors | None
+    ) -> Anchors:
+        options = {**self._options, "adapter": self._teachers[task]}
+        if stored is not None and task in stored.spec:
+            spec = anchor_spec(self._model, table, rows, views, **options)
+            if dict(stored.spec[task]) == spec:
+                return stored.of_task(task)
+        return compute_anchors(
+            self._model, table, self._collator, rows=rows, views=views, batch_size=self._batch_size,
+            autocast=self._autocast, name=task, **options,
+        )  # fmt: skip
+
+
+def _each_task(table: FrameTable, views: Views, work: Callable[..., Part], *extra: Any) -> Iterator[Part]:
+    for number, task in enumerate(table.tasks):  # a task's rows are neighbours
+        rows = np.flatnonzero(table.task == number)
+        yield work(table, rows, views.rows(rows), task, *extra)
+
+
+def _teachers(
+    model: nn.Module, config: InfoVLAConfig, tasks: Iterable[str], previous: str | None, learned_by: Mapping[str, str]
+) -> dict[str, str | None]:
+    """The adapter that is the teacher of each past task; None = the base."""
+    known = list(model.peft_config) if isinstance(model, PeftModel) else []
+    if config.teacher == "previous":
+        if previous is None and len(known) > 1:
+            raise ValueError(
+                f"teacher='previous': which of {known} is of the stage before? Name it by previous_adapter="
+            )
+        learned_by = dict.fromkeys(tasks, previous) if previous is not None else {}
+    elif config.teacher == "base":
+        learned_by = {}
+    teachers = {task: learned_by.get(task) for task in tasks}
+    for adapter in filter(None, teachers.values()):
+        if adapter not in known:
+            raise ValueError(
+                f"teacher={config.teacher!r} needs the adapter {adapter!r}, found only {known}; "
+                "load it first (adapters.load_adapter), or use teacher='base'"
+            )
+    return teachers
