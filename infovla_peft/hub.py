@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .adapters import INFO, STATISTICS, AdapterError, AdapterInfo, load_adapter, read_info
+from .adapters import INFO, STATISTICS, AdapterError, AdapterInfo, base_model, load_adapter, read_info
 from .data.normalisation import Normaliser
 from .inference import Policy
 from .models.openvla import load_openvla
@@ -79,7 +79,8 @@ def load_policy(
         return _base_policy(location, key, device, dtype, instruction, recipe)
     model, processor = load_openvla(base or _base_location(chosen), device=device, dtype=dtype)
     model, info = load_adapter(model, chosen.folder, "default")
-    normaliser = Normaliser(_read_statistics(chosen.folder), info.unnorm_key)
+    bounds = base_model(model).config.action_normalization
+    normaliser = Normaliser(_read_statistics(chosen.folder), info.unnorm_key, bounds=bounds)
     if device is not None:
         model = model.to(device)
     return _policy(model, processor, normaliser, info.cameras, instruction, info.training)
@@ -176,7 +177,7 @@ def _base_policy(
     recipe: Mapping[str, Any] | None = None,
 ) -> Policy:
     model, processor = load_openvla(location, device=device, dtype=dtype)
-    normaliser = Normaliser(model.norm_stats, unnorm_key)
+    normaliser = Normaliser(model.norm_stats, unnorm_key, bounds=model.config.action_normalization)
     cameras = [AGENT_VIEW, WRIST_VIEW][: model.config.num_images_in_input]
     return _policy(model, processor, normaliser, cameras, instruction, recipe)
 

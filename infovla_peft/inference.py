@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from .data.images import central_crop
 from .data.normalisation import Normaliser
 from .models.openvla import build_prompt
 
@@ -25,6 +26,7 @@ class Policy:
         cameras: names of the images the model reads, in its order.
         instruction: used where `act` is given none.
         recipe: how it was trained and evaluated (the resolved configuration); empty for a plain checkpoint.
+        crop: show the model the central crop of each image, see `data.images.central_crop`; None = as the recipe says.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Policy:
         cameras: Sequence[str] = ("agentview",),
         instruction: str | None = None,
         recipe: Mapping[str, Any] | None = None,
+        crop: bool | None = None,
     ) -> None:
         self.model = model.eval()
         self.processor = processor
@@ -43,6 +46,7 @@ class Policy:
         self.cameras = tuple(cameras)
         self.instruction = instruction
         self.recipe = dict(recipe or {})
+        self.crop = bool(self.recipe.get("center_crop")) if crop is None else crop
 
     def act(self, images: Images, instruction: str | None = None, proprio: ArrayLike | None = None) -> NDArray[Any]:
         """The next actions.
@@ -71,6 +75,9 @@ class Policy:
     ) -> NDArray[Any]:
         """`act` for several observations in one forward; returns (batch, chunk, action_dim)."""
         rows = [self._in_order(row) for row in images]
+        if self.crop:
+            side = self.processor.image_processor.input_sizes[0][-1]
+            rows = [[central_crop(image, side) for image in row] for row in rows]
         inputs = self.processor(
             [build_prompt(instruction) for instruction in instructions], rows, padding=True, return_tensors="pt"
         )

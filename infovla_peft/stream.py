@@ -177,7 +177,12 @@ class Stream:
             raise RunError(
                 f"{self.base} sees {model.config.num_images_in_input} image(s), but `cameras` is {self.config.cameras}"
             )
-        return model, processor, Normaliser(self._statistics(model), self.config.unnorm_key or self.config.suite)
+        key, bounds = self.config.unnorm_key or self.config.suite, model.config.action_normalization
+        return model, processor, Normaliser(self._statistics(model), key, bounds=bounds)
+
+    def collator(self, model: Any, processor: Any, normaliser: Normaliser) -> VLACollator:
+        """What turns samples into batches for a model."""
+        return VLACollator(processor, normaliser, model.config, crop=self.config.center_crop)
 
     def samples(self, tasks: Sequence[Task], model: Any, collator: VLACollator) -> ChunkDataset:
         """Training samples of some tasks, prepared for a model."""
@@ -243,7 +248,7 @@ class Stream:
             norm_stats={config.suite: statistics_of(frames)},
             seed=self.training.seed,
         )
-        collator = VLACollator(processor, Normaliser(model.norm_stats, config.suite), model.config)
+        collator = self.collator(model, processor, Normaliser(model.norm_stats, config.suite))
         trainer = InfoVLATrainer(
             model,
             self.stage_training(stage),
@@ -399,7 +404,8 @@ class Stream:
             for each in self.stages[1 : stage.index + 1]:
                 model, _ = load_adapter(model, self.run_folder.adapter(each.name), each.name)
             model = merge_adapters(model, names, "merged", weight=self.training.merge_weight)
-        return Policy(model.to(device), processor, normaliser, cameras=self.config.cameras)
+        recipe = self.resolved_config()
+        return Policy(model.to(device), processor, normaliser, cameras=self.config.cameras, recipe=recipe)
 
     def run(self) -> None:
         """All steps in order, from wherever the run was stopped."""
@@ -454,7 +460,7 @@ def train_adapter(stream: Stream, stage: Stage) -> None:
     model, previous = stream.load_previous(stage, model)
     start_from = previous if stream.training.adapter_init == "continue" else None
     model = add_adapter(model, stage.name, stream.training, start_from=start_from)
-    collator = VLACollator(processor, normaliser, model.config)
+    collator = stream.collator(model, processor, normaliser)
     trainer = InfoVLATrainer(
         model,
         stream.stage_training(stage),

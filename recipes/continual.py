@@ -18,7 +18,6 @@ from infovla_peft import InfoVLATrainer
 from infovla_peft.adapters import add_adapter
 from infovla_peft.cli import run_command, split_recipe
 from infovla_peft.config import load_recipe
-from infovla_peft.data.collator import VLACollator
 from infovla_peft.progress import quiet_libraries, show_progress
 from infovla_peft.stream import Stage, Stream
 
@@ -65,7 +64,7 @@ def train_adapter(stream: Stream, stage: Stage) -> None:
 
     # Samples: a frame, its instruction, proprioception, and the chunk of actions that follows. The statistics are the
     # base's and stay so: normalisation per task would destroy what was learned.
-    collator = VLACollator(processor, normaliser, model.config)
+    collator = stream.collator(model, processor, normaliser)
     samples = stream.samples(stage.tasks, model, collator)
 
     # Policy loss on current and replayed samples, plus the terms of the method on the replayed ones. The teacher runs

@@ -28,12 +28,13 @@ class VLACollator:
         processor: the model's `OpenVLAProcessor`.
         normaliser: frozen statistics, those of the base.
         config: the model's configuration; says how it decodes and whether it reads proprioception.
+        crop: show the model the central crop of each image, see `images.central_crop`.
 
     Raises:
         ValueError: the model's action or proprioception has another size than the statistics.
     """
 
-    def __init__(self, processor: Any, normaliser: Normaliser, config: OpenVLAConfig) -> None:
+    def __init__(self, processor: Any, normaliser: Normaliser, config: OpenVLAConfig, *, crop: bool = False) -> None:
         for what, needed, given in (
             ("action", config.action_dim, normaliser.action_dim),
             ("proprioception", config.proprio_dim, normaliser.proprio_dim if config.proprio_dim else 0),
@@ -44,7 +45,7 @@ class VLACollator:
                     "choose another unnorm_key or base model"
                 )
         self.normaliser, self.config = normaliser, config
-        self.pipeline = ImagePipeline(processor.image_processor)
+        self.pipeline = ImagePipeline(processor.image_processor, crop=crop)
         self._tokenizer = processor.tokenizer
         self._prompts: dict[str, list[int]] = {}
         self._bins = ActionBins(config.action_vocab_size, config.n_action_bins)

@@ -11,6 +11,32 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+CROP_AREA = 0.9
+"""Of OpenVLA's random crops in training, and so of its central crop at evaluation."""
+
+
+def central_crop(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """The central `CROP_AREA` of an image, as OpenVLA's evaluation makes it for models trained with random crops.
+
+    First to `side` (Lanczos), then the crop back to `side`, bilinear, corner on corner (TensorFlow's
+    `crop_and_resize`). Deviation: the original sends the picture through JPEG first.
+
+    Args:
+        image: (H, W, 3).
+        side: of the result, in pixels.
+    """
+    picture = Image.fromarray(image)
+    if picture.size != (side, side):
+        picture = picture.resize((side, side), Image.Resampling.LANCZOS)
+    pixels = np.asarray(picture, dtype=np.float64)
+    margin = (1 - CROP_AREA**0.5) / 2
+    places = np.linspace(margin, 1 - margin, side) * (side - 1)  # (side,)
+    low = np.floor(places).astype(np.int64)
+    high, weight = np.minimum(low + 1, side - 1), places - low
+    rows = pixels[low] * (1 - weight)[:, None, None] + pixels[high] * weight[:, None, None]
+    cropped = rows[:, low] * (1 - weight)[:, None] + rows[:, high] * weight[:, None]
+    return np.clip(np.round(cropped), 0, 255).astype(np.uint8)  # type: ignore[no-any-return]
+
 
 class ImagePipeline:
     """What an OpenVLA image processor does to one image, cut into a part that is done once and one done per batch.
@@ -19,16 +45,17 @@ class ImagePipeline:
 
     Args:
         image_processor: an `OpenVLAImageProcessor`.
+        crop: show the model the central crop of each image, see `central_crop`.
 
     Raises:
         ValueError: the vision transformers want images of different sizes.
     """
 
-    def __init__(self, image_processor: Any) -> None:
+    def __init__(self, image_processor: Any, *, crop: bool = False) -> None:
         resizes = {str(params) for params in image_processor.tvf_resize_params}
         if len(resizes) != 1:
             raise ValueError(f"all vision transformers must resize images alike, found {sorted(resizes)}")
-        self._processor = image_processor
+        self._processor, self._crop = image_processor, crop
         self.side: int = image_processor.input_sizes[0][-1]
         statistics = image_processor.tvf_normalize_params
         self._mean = torch.tensor([params["mean"] for params in statistics]).flatten()[:, None, None]
@@ -37,6 +64,8 @@ class ImagePipeline:
     def resize(self, images: Sequence[Image.Image]) -> NDArray[np.uint8]:
         """Images in RGB → (N, 3, side, side) uint8."""
         arrays = [np.asarray(image.convert("RGB")) for image in images]
+        if self._crop:
+            arrays = [central_crop(array, self.side) for array in arrays]
         if any(array.shape[:2] != (self.side, self.side) for array in arrays):
             values = self._processor(arrays, return_tensors="pt")["pixel_values"][:, :3]
             pixels = (values * self._std[:3] + self._mean[:3]) * 255  # PIL resizes to whole numbers: they come back

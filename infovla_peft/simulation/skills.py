@@ -112,7 +112,7 @@ def pick(arm: Arm, name: str, grasp: Grasp, *, lift: float = 0.06) -> None:
     above = max(0.035, min(0.06, arm.reach.highest(grasp.position) - z)) + (0.03 if grasp.lean else 0.0)
     ready = grasp.position - above * grasp.approach
     arm.travel(ready, ignore=(name,), below=0.05, tolerance=0.012)
-    arm.move_to(ready + 0.01 * grasp.approach, tolerance=0.007, turn_tolerance=0.05, max_steps=20)
+    arm.move_to(ready + 0.01 * grasp.approach, tolerance=0.008, turn_tolerance=0.08, max_steps=10)
     arm.move_to(grasp.position, tolerance=0.005, speed=0.6, max_steps=40, stall=0.001)
     arm.close_gripper()
     closed_height = arm.position[2]
@@ -142,7 +142,7 @@ def place(arm: Arm, name: str, spot: Spot, *, retreat: float = 0.08) -> None:
 
     arrival = spot.height + hangs + spot.clearance
     arm.travel(over_spot(arrival), ignore=(name,), below=hangs + 0.015, tolerance=0.012)
-    arm.move_to(over_spot(arrival), tolerance=0.006, max_steps=25)
+    arm.move_to(over_spot(arrival), tolerance=0.008, max_steps=10)
     if np.linalg.norm(scene.position(name) - arm.position - held_at) > 0.04:
         raise SkillFailed(f"{name} was dropped")
     if spot.drop:
