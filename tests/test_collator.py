@@ -8,13 +8,15 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 from toy_demonstrations import TASKS, toy_demonstrations
 
 from infovla_peft.data.chunks import ChunkDataset, concatenate
 from infovla_peft.data.collator import IGNORE_INDEX, VLACollator
-from infovla_peft.data.images import ImagePipeline, random_shift
+from infovla_peft.data.images import ImagePipeline, central_crop, random_shift
 from infovla_peft.data.normalisation import Normaliser, compute_statistics
+from infovla_peft.inference import Policy
 from infovla_peft.models.openvla import OpenVLAImageProcessor, build_prompt, build_tiny_openvla
 from infovla_peft.models.openvla.action_tokenizer import ActionBins
 
@@ -86,6 +88,33 @@ def test_images_equal_the_image_processor_bit_for_bit(fused: bool, size: int, st
     ours = pipeline.normalise(torch.from_numpy(dataset.__getitems__([0, 5]).images))
     theirs = processor([[frames[row][name] for name in dataset.cameras] for row in (0, 5)], return_tensors="pt")
     assert torch.equal(ours, theirs["pixel_values"])
+
+
+def test_the_central_crop_is_what_it_says(processor: Any) -> None:
+    side = 32
+    ramp = np.broadcast_to(np.linspace(0, 248, side).round().astype(np.uint8)[None, :, None], (side, side, 3)).copy()
+    cropped = central_crop(ramp, side)
+    places = np.linspace((1 - 0.9**0.5) / 2, (1 + 0.9**0.5) / 2, side) * (side - 1)
+    np.testing.assert_allclose(cropped[5, :, 1], np.interp(places, np.arange(side), ramp[0, :, 0]), atol=0.51)
+    np.testing.assert_array_equal(central_crop(ramp.transpose(1, 0, 2), side), cropped.transpose(1, 0, 2))
+    assert np.unique(central_crop(np.full((50, 40, 3), 77, np.uint8), side)).tolist() == [77]
+    # Training shows the model what a policy shows it.
+    seen: list[Any] = []
+    image = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    model, own = tiny()
+    policy = Policy(model, own, Normaliser(model.norm_stats), recipe={"center_crop": True})
+    model.vision_backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    policy.act(image, "open the drawer", np.zeros(8))
+    pipeline = ImagePipeline(own.image_processor, crop=True)
+    trained = pipeline.normalise(torch.from_numpy(pipeline.resize([Image.fromarray(image)]))[:, None])
+    torch.testing.assert_close(seen[0], trained, atol=1e-6, rtol=0)
+    assert not torch.allclose(
+        seen[0],
+        ImagePipeline(own.image_processor).normalise(
+            torch.from_numpy(ImagePipeline(own.image_processor).resize([Image.fromarray(image)]))[:, None]
+        ),
+        atol=0.1,
+    )
 
 
 def test_random_shift_equals_a_shift_sample_by_sample() -> None:

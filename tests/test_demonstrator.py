@@ -154,6 +154,22 @@ def test_obstacles_move_the_grasp() -> None:
     assert all(grasp.score < best.score - 0.05 for grasp in plan_grasps(brick, walls, FLOOR, yaws=(0.0,)))
 
 
+def test_of_equal_grasps_it_is_always_the_one_on_the_same_side() -> None:
+    """A ring is grasped at its rim; which side is nearly as good as which shall not hang on the last digit."""
+    random = np.random.default_rng(0)
+    angle = np.linspace(0, 2 * np.pi, 240, endpoint=False)
+    outward = np.stack((np.cos(angle), np.sin(angle), np.zeros_like(angle)), 1)
+    rim = [(radius, sign) for radius, sign in ((0.048, -1.0), (0.054, 1.0))]
+    for _ in range(8):
+        center = np.append(random.uniform(-0.1, 0.1, 2), 0.03)
+        points = np.concatenate([r * outward + [0, 0, z] for r, _ in rim for z in np.linspace(-0.03, 0.03, 13)])
+        normals = np.concatenate([sign * outward for _, sign in rim for _ in range(13)])
+        noise = random.normal(0, 2e-4, points.shape)
+        ring = Surface(points + noise + center, normals)
+        best = plan_grasps(ring, NOTHING, FLOOR, center=center, yaws=(0.0, np.pi / 2))[0]
+        assert best.position[1] - center[1] > 0.03
+
+
 def test_a_leaning_hand_is_the_same_search_in_a_turned_scene() -> None:
     brick = box((0.06, 0.02, 0.06), (0, 0, 0.06))
     leaning = plan_grasps(brick, NOTHING, FLOOR, leans=(0.5,), yaws=(0.0,))[0]
@@ -215,6 +231,17 @@ def test_the_same_seed_gives_the_same_episode_whatever_came_before(
         np.testing.assert_array_equal(getattr(again, name), getattr(first, name))
         np.testing.assert_array_equal(getattr(other, name), getattr(first, name))
     assert len(run(stove, 5)) != 0
+
+
+@pytest.mark.libero
+def test_noise_does_not_keep_it_waiting(stove: LiberoEnvironment) -> None:
+    closing = []
+    for seed in range(6):
+        stove.reset(seed=100 + seed)
+        episode = Demonstrator(stove, noise=0.1).run(np.random.default_rng(seed), render=False)
+        assert episode.success
+        closing.append(int(np.argmax(episode.actions[:, 6] > 0)))
+    assert max(closing) - min(closing) < 25  # hovering at waypoints took up to 70 steps more
 
 
 @pytest.mark.libero
