@@ -217,6 +217,7 @@ def insert_through_door(arm: Arm, name: str, region: str) -> None:
         depths=(0.012, 0.020, 0.028),
         leans=(INSERTION_LEAN, -INSERTION_LEAN),
         lean_penalty=0.0,
+        side=0.0,
         count=24,
     )
     grasps = [grasp for grasp in grasps if grasp.approach @ inward > 0.3]

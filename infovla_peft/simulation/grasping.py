@@ -106,6 +106,7 @@ def plan_grasps(
     leans: Sequence[float] = UPRIGHT,
     lean_penalty: float = 0.08,
     reach: Reach | None = None,
+    side: float = SIDE_PREFERENCE,
     count: int = 12,
 ) -> list[Grasp]:
     """The best grasps of an object, best first, no two of them nearly the same.
@@ -118,6 +119,7 @@ def plan_grasps(
         yaws, depths, leans: what to try (rad; m below the top; rad).
         lean_penalty: score lost per radian of lean.
         reach: if given, grasps near the end of the arm's reach score less.
+        side: score gained per metre to the robot's left of the middle.
         count: how many to return at most.
     """
     center = surface.points.mean(axis=0) if center is None else center
@@ -134,7 +136,7 @@ def plan_grasps(
                 if position[2] < floor + tip + FLOOR_CLEARANCE - 1e-9:
                     continue
                 stretch = 0.0 if reach is None else max(0.0, reach.distance(position) - reach.COMFORTABLE)
-                score = grasp.score - lean_penalty * abs(lean) - 0.8 * stretch
+                score = grasp.score - lean_penalty * abs(lean) - 0.8 * stretch + side * (position - center)[1]
                 found.append(Grasp(position, yaw, lean, grasp.width, score))
     return _distinct(sorted(found, key=lambda grasp: -grasp.score), count)
 
@@ -195,7 +197,6 @@ def _grasps_at_yaw(
             )
             position = x * closing_axis(yaw) + y * np.array([np.cos(yaw), np.sin(yaw), 0.0])
             position[2] = height
-            score += SIDE_PREFERENCE * (position - center)[1]
             yield Grasp(position, yaw, 0.0, b - a, score)
 
 

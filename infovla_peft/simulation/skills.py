@@ -87,7 +87,8 @@ def choose_grasp(
     obstacles = scene.obstacles((name,), near=center)
     reach = None if stretch else arm.reach
     floor = scene.table_height
-    grasps = plan_grasps(surface, obstacles, floor, center=center, yaws=yaws, reach=reach, count=24)
+    preferred = {} if accept is None else {"side": 0.0}  # who asks for a side gets it
+    grasps = plan_grasps(surface, obstacles, floor, center=center, yaws=yaws, reach=reach, count=24, **preferred)
     if lean and (not grasps or grasps[0].score < GOOD_SCORE):
         depths = (0.020, 0.028, 0.036)
         leaning = plan_grasps(
