@@ -249,7 +249,8 @@ class StreamConfig:
         metadata={"help": "Cameras the policy sees: agentview, robot0_eye_in_hand."},
     )
     center_crop: bool = _option(
-        False, "Show the model the central 90 % of each image: for checkpoints trained with OpenVLA's random crops."
+        False,
+        "Show the model the central nine tenths of each image: for checkpoints trained with OpenVLA's random crops.",
     )
     renderer: Literal["fast", "exact"] = _option("fast", "fast: no reflections, no multisampling. exact: LIBERO's.")
 

@@ -29,7 +29,7 @@ def test_unknown_stream_notation_says_how_to_write_it(notation: str) -> None:
         ({"temperature": 0.0}, "temperature must be > 0"),
         ({"replay_fraction": 1.0}, r"replay_fraction must be in \[0, 1\)"),
         ({"method": "magic"}, "method must be one of sequential, er"),
-        ({"teacher": "oracle"}, "teacher must be one of base, previous"),
+        ({"teacher": "oracle"}, "teacher must be one of base, auto, previous"),
         ({"tap_layer": 0}, "tap_layer 0 is the embeddings"),
         ({"lora_r": 0}, "lora_r must be at least 1"),
         ({"remove_unused_columns": True}, "must stay False"),

@@ -137,20 +137,23 @@ class Arm:
         self.gripper = CLOSED
         self._move_fingers(max_steps, at_least=8, still=3, slower_than=3e-4)
 
-    def open_gripper(self, max_steps: int = 8) -> None:
-        """Open until the fingers stand still."""
+    def open_gripper(self, max_steps: int = 12) -> None:
+        """Open until the fingers stand still; around a wide object it takes them some steps to begin."""
         self.gripper = OPEN
-        self._move_fingers(max_steps, at_least=4, still=1, slower_than=4e-4)
+        self._move_fingers(max_steps, at_least=4, still=1, slower_than=4e-4, travel=0.002)
 
-    def _move_fingers(self, max_steps: int, at_least: int, still: int, slower_than: float) -> None:
+    def _move_fingers(
+        self, max_steps: int, at_least: int, still: int, slower_than: float, travel: float = 0.0
+    ) -> None:
         place, fingers = self.position, self._finger_joints
-        standing = 0
+        start, standing = self.scene.data.qpos[fingers].copy(), 0
         for step in range(max_steps):
             before = self.scene.data.qpos[fingers].copy()
             self.steer(place, speed=0.3, turn_speed=0.3)
             moved = np.abs(self.scene.data.qpos[fingers] - before).max()
             standing = standing + 1 if moved < slower_than else 0
-            if step + 1 >= at_least and standing >= still:
+            begun = np.abs(self.scene.data.qpos[fingers] - start).max() >= travel
+            if step + 1 >= at_least and standing >= still and begun:
                 return
 
     def travel(
