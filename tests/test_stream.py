@@ -345,8 +345,14 @@ def test_a_full_disk_leaves_earlier_results_as_they_were(
     assert Results.load(tmp_path / "run/results.json").stages == 3
 
 
-# Adam divides by the size of a gradient, and so blows up the rounding of those that are almost 0.
-WELL_CONDITIONED: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1}
+# What must be left out for rounding to stay rounding: Adam divides by the size of a gradient, and the distance to the
+# teacher's answers has a kink where the adapter begins (there `test_trainer.py` compares away from it).
+WELL_CONDITIONED: dict[str, Any] = {
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "counterfactual_share": 0.0,
+    "lambda_output": 0.0,
+}
 
 
 def _on_two_processes(folder: str) -> None:
