@@ -79,7 +79,7 @@ def test_errors_of_the_system_name_the_cure() -> None:
     assert "free some space" in explain(
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 3 vs 2")
     )
-    assert "--output_dir" in explain(PermissionError(13, "Permission denied", "/root/run"))
+    assert "--output_dir" in explain(PermissionError(13, "Permission denied", "/data/run"))
     assert explain(KeyError("no statistics for 'x'")) == "no statistics for 'x'"
 
 
