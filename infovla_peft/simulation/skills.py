@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .geometry import Array, Scene
-from .grasping import YAWS, Grasp, plan_grasps
+from .grasping import SIDE_PREFERENCE, YAWS, Grasp, plan_grasps
 from .motion import CLOSED, Arm, SkillFailed
 
 GOOD_SCORE = -0.072
@@ -87,8 +87,8 @@ def choose_grasp(
     obstacles = scene.obstacles((name,), near=center)
     reach = None if stretch else arm.reach
     floor = scene.table_height
-    preferred = {} if accept is None else {"side": 0.0}  # who asks for a side gets it
-    grasps = plan_grasps(surface, obstacles, floor, center=center, yaws=yaws, reach=reach, count=24, **preferred)
+    side = SIDE_PREFERENCE if accept is None else 0.0  # who asks for a side gets it
+    grasps = plan_grasps(surface, obstacles, floor, center=center, yaws=yaws, reach=reach, side=side, count=24)
     if lean and (not grasps or grasps[0].score < GOOD_SCORE):
         depths = (0.020, 0.028, 0.036)
         leaning = plan_grasps(
