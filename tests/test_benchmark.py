@@ -366,7 +366,6 @@ def test_a_run_of_another_queue_is_left_alone(benchmark: Benchmark, tmp_path: Pa
     assert len(queue(benchmark, tmp_path).run().done) == 10
 
 
-@pytest.mark.slow
 def test_two_queues_at_once_run_nothing_twice(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     code = (
@@ -389,7 +388,6 @@ def test_two_queues_at_once_run_nothing_twice(tmp_path: Path) -> None:
     assert sorted(line.split()[0] for line in starts(benchmark)) == sorted(job.folder.name for job in benchmark.jobs)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_queue_ends_its_runs_and_continues(tmp_path: Path, number: int) -> None:
     benchmark = load_benchmark(write_config(tmp_path))

@@ -277,7 +277,6 @@ GENERIC = [("libero_goal", "put_the_bowl_on_the_plate"), ("libero_goal", "open_t
 
 
 @pytest.mark.libero
-@pytest.mark.slow
 @pytest.mark.parametrize(("suite", "name"), GENERIC)
 def test_it_solves_fresh_layouts(suite: str, name: str, primitive: AssetSet) -> None:
     with LiberoEnvironment(find_task(suite, name), assets=primitive) as environment:

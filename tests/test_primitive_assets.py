@@ -151,7 +151,6 @@ def test_a_task_builds_and_its_start_state_comes_to_rest(suite: str, index: int,
 
 
 @pytest.mark.libero
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_task_builds_with_the_state_layout_of_the_benchmark(suite: str, tmp_path: Path) -> None:

@@ -86,7 +86,6 @@ def test_states_equal_a_hard_reset_exactly(suite: str, index: int, primitive: As
 
 
 @pytest.mark.shared
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suite", "index"), [("libero_spatial", 0), ("libero_spatial", 4), ("libero_10", 3), ("libero_10", 9)]
 )

@@ -117,7 +117,6 @@ def test_doctor_names_packages_assets_and_cache(tmp_path: Path, monkeypatch: pyt
     assert "INFOVLA_CACHE" in installation._check_cache().cure
 
 
-@pytest.mark.slow
 @pytest.mark.libero
 def test_doctor_is_content_here() -> None:
     checks = {check.name: check for check in installation.doctor()}

@@ -380,7 +380,6 @@ def test_the_last_column_may_have_more_rollouts(make: Callable[..., Stream], tmp
     assert results.episodes == [[1, 1, 3], [None, 1, 3], [None, None, 3]]
 
 
-@pytest.mark.slow
 def test_two_processes_train_together_and_one_writes(make: Callable[..., Stream], tmp_path: Path) -> None:
     with make({"stream": "B1-1N1"}, **WELL_CONDITIONED) as stream:
         stream.run()

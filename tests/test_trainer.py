@@ -304,7 +304,6 @@ def test_the_terms_fall_when_they_are_trained(tmp_path: Path) -> None:
         assert sum(curve[-5:]) < 0.8 * sum(curve[:5]), name
 
 
-@pytest.mark.slow
 def test_two_processes_give_loss_and_gradient_of_one_with_twice_the_batch(tmp_path: Path) -> None:
     """Through `accelerate launch`, with an odd batch per process and unequal numbers of replay samples."""
     launch_two(Path(__file__).with_name("two_processes.py"), tmp_path / "two")
