@@ -1,4 +1,4 @@
-"""`infovla <command>`: train, evaluate, analyse, demos, report, act, doctor, setup-libero."""
+"""`infovla <command>`: train, evaluate, analyse, demos, report, act, bench, doctor, setup-libero."""
 
 from __future__ import annotations
 
@@ -220,6 +220,12 @@ def _act(options: argparse.Namespace) -> None:
     print(json.dumps([[round(float(value), 6) for value in action] for action in actions]))
 
 
+def _bench(argv: Sequence[str]) -> None:
+    from .speed.command import bench
+
+    bench(argv)
+
+
 def _doctor(_options: argparse.Namespace) -> int:
     from .simulation.installation import doctor
 
@@ -252,8 +258,9 @@ def make_parser() -> argparse.ArgumentParser:
         added.set_defaults(handler=run)
         return added
 
-    # `train` takes the recipe's options, which only `load_recipe` knows; see `main`.
+    # `train` takes the recipe's options, which only `load_recipe` knows, `bench` has commands of its own; see `main`.
     commands.add_parser("train", help="learn a stream of tasks: infovla train RECIPE.yaml [--option value ...]")
+    commands.add_parser("bench", help="measure speed and memory beside their references: infovla bench NAME")
 
     evaluate = command("evaluate", "roll a policy out in LIBERO and count successes", _evaluate)
     _add_policy(evaluate)
@@ -327,6 +334,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["train"]:
         return run_command(lambda: train(arguments[1:]))
+    if arguments[:1] == ["bench"]:
+        return run_command(lambda: _bench(arguments[1:]))
     options: Any = make_parser().parse_args(arguments)
     return run_command(lambda: options.handler(options))
 

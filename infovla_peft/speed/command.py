@@ -1,0 +1,56 @@
+"""`infovla bench NAME`: one benchmark of speed or memory, its table, and its JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Sequence
+
+from ..progress import quiet_libraries
+
+BENCHMARKS: dict[str, str] = {}
+"""Name → one line of help. `speed/<name>.py` offers `add_arguments(parser)` and `run(options) -> Report`."""
+
+
+def bench(argv: Sequence[str], *, prog: str = "infovla bench") -> None:
+    """Run one benchmark: print its table and, with `--json FILE`, write what it found."""
+    options = make_parser(prog).parse_args(argv)
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    quiet_libraries(loading_bars=False)
+    report = importlib.import_module(f".{options.benchmark}", __package__).run(options)
+    print(report.table())
+    if options.json:
+        report.write(options.json)
+        print(f"written: {options.json}")
+
+
+def make_parser(prog: str = "infovla bench") -> argparse.ArgumentParser:
+    """The parser of `infovla bench` with the options of every benchmark."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Speed and memory of this package beside their references, interleaved in one process. "
+        "To compare continual-learning methods, see recipes/benchmark.py.",
+    )
+    names = parser.add_subparsers(dest="benchmark", required=True, metavar="{" + ",".join(BENCHMARKS) + "}")
+    for name, text in BENCHMARKS.items():
+        module = importlib.import_module(f".{name}", __package__)
+        added = names.add_parser(name, help=text, description=module.__doc__, formatter_class=_Help)
+        added.add_argument("--json", metavar="FILE", help="write ratios, figures and the machine there")
+        added.add_argument("--threads", type=positive, help="torch threads; torch's own choice if not given")
+        module.add_arguments(added)
+    return parser
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def positive(text: str) -> int:
+    """An argument's type: a whole number from 1 on."""
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
