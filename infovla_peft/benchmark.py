@@ -56,6 +56,8 @@ ADAPTER_OPTIONS = frozenset(
         "counterfactual_share",
         "counterfactual_frames",
         "cmi_mode",
+        "rac_targets",
+        "rac_center",
         "temperature",
         "teacher",
         "tap_layer",

@@ -69,6 +69,10 @@ class InfoVLAConfig(TrainingArguments):
         lambda_rac: weight λ1 of the replay-anchor contrastive term, ≥ 0; 0 leaves it out. Paper, §5.1.
         lambda_cmi: weight λ2 of the cross-modal mutual information term, ≥ 0; 0 leaves it out. Paper, §5.1.
         lambda_output: weight λ3 of the distance to the teacher's answers, ≥ 0; 0 leaves it out. Unverified.
+        rac_targets: `hard` = Eq. 1; `soft` = the teacher's own similarities, so that the term is 0 where the student
+            equals the teacher (Eq. 1 is not); see `losses.replay_anchor_contrastive_loss`. Unverified default.
+        rac_center: subtract the mean of the negatives' anchors from all features of RAC: a narrow cone of features
+            spreads over all directions. Unverified default.
         cmi_mode: `infonce`, `relational` or `paper`; see `losses.cross_modal_mi_from_summaries`. Unverified default.
         temperature: τ > 0 of both terms. The paper states none; unverified.
         teacher: `base` = the base model, adapters off; `auto` = the base for its own tasks and, for a task learned
@@ -142,6 +146,10 @@ class InfoVLAConfig(TrainingArguments):
     lambda_rac: float = _option(0.1, "Weight of the replay-anchor contrastive term; 0 leaves it out.")
     lambda_cmi: float = _option(0.1, "Weight of the cross-modal mutual information term; 0 leaves it out.")
     lambda_output: float = _option(1.0, "Weight of the distance to the teacher's answers; 0 leaves it out.")
+    rac_targets: Literal["hard", "soft"] = _option(
+        "hard", "What RAC contrasts for: hard = the sample's own anchor (Eq. 1), soft = the teacher's similarities."
+    )
+    rac_center: bool = _option(False, "Subtract the mean of the negatives' anchors from the features of RAC.")
     cmi_mode: Literal["infonce", "relational", "paper"] = _option("relational", "Estimator of the cross-modal term.")
     temperature: float = _option(0.1, "Temperature of both terms.")
     teacher: Literal["base", "auto", "previous"] = _option(
@@ -191,6 +199,7 @@ class InfoVLAConfig(TrainingArguments):
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.method == "infovla_paper":
             self.teacher, self.cmi_mode, self.anchor_bank, self.near_duplicate_window = "previous", "paper", 0, 0
+            self.rac_targets, self.rac_center = "hard", False
         elif self.method in ("der++", "lwf"):
             self.teacher = "auto" if self.method == "der++" else "previous"
         elif self.method == "ewc":
@@ -206,6 +215,8 @@ class InfoVLAConfig(TrainingArguments):
         _check_choices(self)
         if not self.temperature > 0:
             raise ValueError(f"temperature must be > 0, got {self.temperature}")
+        if self.rac_center and not self.anchor_bank:
+            raise ValueError("rac_center needs stored anchors whose mean it subtracts: set anchor_bank above 0")
         for name in ("replay_fraction", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")

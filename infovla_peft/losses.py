@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 CrossModalMode = Literal["infonce", "relational", "paper"]
+ContrastTargets = Literal["hard", "soft"]
 Estimator = Literal["infonce", "donsker_varadhan"]
 JointNetwork = Callable[[Tensor, Tensor], Tensor]
 
@@ -79,6 +80,7 @@ def replay_anchor_contrastive_loss(
     bank: Tensor | None = None,
     exclude: Tensor | None = None,
     normalize: bool = True,
+    targets: ContrastTargets = "hard",
 ) -> Tensor:
     """Replay Anchor Contrastive loss, Eq. 1: each replay sample stays closest to its own anchor.
 
@@ -89,6 +91,11 @@ def replay_anchor_contrastive_loss(
     Deviations: with `bank`, j runs over stored anchors as well, not only over the mini-batch; with `exclude`,
     near-duplicates are no negatives; embeddings are normalised by default (the paper does not say).
 
+    Eq. 1 is not smallest where the student equals the teacher: it pushes V_i away from whatever A_i resembles. With
+    ``targets="soft"`` (relation distillation: Co²L, 2106.14413; SEED, 2101.04731) the target is not j = i but the
+    teacher's own softmax_j(⟨A_i, A_j⟩ / τ), as KL(teacher ‖ student): 0 where the student's similarities to all
+    anchors are the teacher's.
+
     Args:
         student: (B, D), any floating dtype.
         anchors: (B, D), the teacher's embeddings of the same samples, in the same order.
@@ -97,12 +104,13 @@ def replay_anchor_contrastive_loss(
         exclude: (B, B + N) bool, True = this pair is no negative (columns: anchors, then bank). The pair (i, i) is the
             positive and always stays. See `near_duplicates`.
         normalize: compare by cosine instead of by inner product.
+        targets: ``hard`` = Eq. 1; ``soft`` = the teacher's similarities.
 
     Returns:
         Scalar ≥ 0, the mean over B. An exact 0 where nothing can be contrasted: B = 0, or B = 1 without a bank.
 
     Raises:
-        ValueError: shapes that do not fit, or a temperature that is not positive.
+        ValueError: shapes that do not fit, a temperature that is not positive, or unknown targets.
 
     Example:
         >>> import torch
@@ -110,9 +118,13 @@ def replay_anchor_contrastive_loss(
         >>> float(replay_anchor_contrastive_loss(student, torch.eye(2), temperature=1.0))  # log(1 + 1/e)
         0.3132616...
     """
+    if targets not in get_args(ContrastTargets):
+        raise ValueError(f"targets must be 'hard' or 'soft', got {targets!r}")
     logits = _contrast(student, anchors, temperature, bank, normalize)
     if len(logits) == 0:
         return _zero(student)
+    if targets == "soft":
+        return _relation_across(student, anchors, temperature, bank, exclude, normalize).mean()
     return -_log_softmax_diagonal(logits, exclude).mean()
 
 
@@ -464,10 +476,16 @@ def _divergence(target: Tensor, prediction: Tensor, dim: int) -> Tensor:
 
 
 def _relation_across(
-    student: Tensor, teacher: Tensor, temperature: float, bank: Tensor | None, exclude: Tensor | None
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    bank: Tensor | None,
+    exclude: Tensor | None,
+    normalize: bool = True,
 ) -> Tensor:
+    teacher = teacher.detach()
     prediction, target = (
-        _exclude(_contrast(queries, teacher, temperature, bank, normalize=True), exclude, _MASKED).log_softmax(dim=1)
+        _exclude(_contrast(queries, teacher, temperature, bank, normalize), exclude, _MASKED).log_softmax(dim=1)
         for queries in (student, teacher)
     )
     return _divergence(target, prediction, dim=1)  # (B,)

@@ -176,18 +176,24 @@ class ReplayAnchorContrast:
 
     def __init__(self, config: InfoVLAConfig) -> None:
         self.weight = config.lambda_rac
-        self._temperature = config.temperature
+        self._temperature, self._targets, self._center = config.temperature, config.rac_targets, config.rac_center
 
     def __call__(self, student: Features, contrast: Contrast) -> Tensor | None:
         if not rac_is_informative(len(contrast.own), len(contrast.negatives), contrast.exclude):
             return None
         device, table = student.action.device, contrast.anchors.action
+        features = student.action.float()
+        anchors, bank = (table[tuple(rows.T)].to(device) for rows in (contrast.own, contrast.negatives))
+        if self._center:
+            center = bank.mean(dim=0)
+            features, anchors, bank = features - center, anchors - center, bank - center
         return replay_anchor_contrastive_loss(
-            student.action,
-            table[tuple(contrast.own.T)].to(device),
+            features,
+            anchors,
             temperature=self._temperature,
-            bank=table[tuple(contrast.negatives.T)].to(device),
+            bank=bank,
             exclude=contrast.exclude.to(device),
+            targets=self._targets,
         )
 
 

@@ -34,8 +34,13 @@ from infovla_peft.losses import (
 )
 
 TEMPERATURE = 0.3
-TERMS = ["rac", "infonce", "relational", "paper"]
-MODES = TERMS[1:]
+TERMS = ["rac", "rac_soft", "infonce", "relational", "paper"]
+MODES = TERMS[2:]
+EMBEDDING_TERMS = TERMS[:2]
+
+
+def targets(term: str) -> Literal["hard", "soft"]:
+    return "soft" if term == "rac_soft" else "hard"
 
 
 def number(value: Tensor) -> float:
@@ -85,10 +90,14 @@ def summary(of: Features) -> CrossModalSummary:
 def compute(
     term: str, student: Features, teacher: Features, bank: Features | None = None, exclude: Tensor | None = None
 ) -> Tensor:
-    if term == "rac":
-        rows = None if bank is None else bank.embedding
+    if term in EMBEDDING_TERMS:
         return replay_anchor_contrastive_loss(
-            student.embedding, teacher.embedding, temperature=TEMPERATURE, bank=rows, exclude=exclude
+            student.embedding,
+            teacher.embedding,
+            temperature=TEMPERATURE,
+            bank=None if bank is None else bank.embedding,
+            exclude=exclude,
+            targets=targets(term),
         )
     return cross_modal_mi_from_summaries(
         summary(student),
@@ -148,21 +157,23 @@ def naive_fused(of: Features, i: int) -> Vector:
 def naive(term: str, student: Features, teacher: Features, bank: Features, exclude: Tensor) -> float:
     total, samples = 0.0, len(student.embedding)
     for i in range(samples):
-        if term == "rac":
+        if term in EMBEDDING_TERMS:
             own = student.embedding[i].tolist()
             keys = [*teacher.embedding.tolist(), *bank.embedding.tolist()]
-            target = teacher.embedding[i].tolist()
+            anchor = teacher.embedding[i].tolist()
         else:
-            own, target = naive_fused(student, i), naive_fused(teacher, i)
+            own, anchor = naive_fused(student, i), naive_fused(teacher, i)
             keys = [naive_fused(teacher, j) for j in range(samples)]
             keys += [naive_fused(bank, j) for j in range(len(bank.embedding))]
         kept = [j for j in range(len(keys)) if j == i or not exclude[i, j]]
         new, old = naive_affinity(student, i), naive_affinity(teacher, i)
         if term in ("rac", "infonce"):
             total -= math.log(softmax([cosine(own, keys[j]) for j in kept])[kept.index(i)])
-        elif term == "relational":
-            across = [softmax([cosine(query, keys[j]) for j in kept]) for query in (target, own)]
+        elif term in ("rac_soft", "relational"):
+            across = [softmax([cosine(query, keys[j]) for j in kept]) for query in (anchor, own)]
             total += divergence(*across)
+            if term == "rac_soft":
+                continue
             for turn in (lambda table: table, lambda table: [list(column) for column in zip(*table, strict=True)]):
                 rows = list(zip(turn(old), turn(new), strict=True))
                 total += sum(divergence(softmax(a), softmax(b)) for a, b in rows) / len(rows) / 2
@@ -206,6 +217,10 @@ def test_rac_closed_forms() -> None:
     assert number(replay_anchor_contrastive_loss(wide, wide[:1].expand(4, 7))) == pytest.approx(math.log(4))
     scaled = replay_anchor_contrastive_loss(3 * wide, 5 * wide, temperature=15.0, normalize=False)
     assert number(scaled) == pytest.approx(math.log(1 + 3 / math.e))
+    equal = features(0).embedding
+    assert number(replay_anchor_contrastive_loss(equal, equal, targets="soft")) == pytest.approx(0.0, abs=1e-12)
+    halves = replay_anchor_contrastive_loss(eye[[1, 0]], eye[:2], temperature=0.5, targets="soft")
+    assert number(halves) == pytest.approx(2 * math.tanh(1))  # KL((p, 1 − p) ‖ (1 − p, p)), p = sigmoid(1 / τ)
 
 
 def test_cross_modal_closed_forms() -> None:
@@ -240,9 +255,9 @@ def test_gradient_reaches_the_student_only(term: str) -> None:
         tensor.requires_grad_()
     compute(term, student, teacher, bank).backward()
     assert all(tensor.grad is None for tensor in (*teacher.floats(), *bank.floats()))
-    used = [student.embedding] if term == "rac" else [student.vision, student.language]
+    used = [student.embedding] if term in EMBEDDING_TERMS else [student.vision, student.language]
     assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in used)
-    if term != "rac":
+    if term not in EMBEDDING_TERMS:
         assert student.vision.grad is not None
         assert student.vision.grad[~student.vision_mask].abs().max() == 0
 
@@ -418,9 +433,9 @@ def test_features_without_a_direction(term: str, dtype: torch.dtype) -> None:
     teacher.embedding[4], teacher.vision[0], student.embedding[3] = 0, 0, 1e-30
     student = Features(*(tensor.requires_grad_() for tensor in student.floats()), *student[3:])
     network = joint_network().float()
-    inputs = [student.embedding] if term == "rac" else [student.vision, student.language]
-    if term == "rac":
-        loss = replay_anchor_contrastive_loss(student.embedding, teacher.embedding)
+    inputs = [student.embedding] if term in EMBEDDING_TERMS else [student.vision, student.language]
+    if term in EMBEDDING_TERMS:
+        loss = replay_anchor_contrastive_loss(student.embedding, teacher.embedding, targets=targets(term))
     else:
         loss = cross_modal_mi_loss(
             student.vision,
@@ -453,7 +468,7 @@ def test_samples_without_tokens_count_as_zero(term: str, which: str) -> None:
     assert_finite_with_gradient(compute(term, student, teacher), *student.floats())
 
 
-@pytest.mark.parametrize("term", ["rac", "infonce"])
+@pytest.mark.parametrize("term", ["rac", "rac_soft", "infonce"])
 def test_one_sample_without_a_bank_is_exactly_zero(term: str) -> None:
     student = features(0, samples=1)
     inputs = tuple(tensor.requires_grad_() for tensor in student.floats())
@@ -492,8 +507,10 @@ def test_bfloat16_costs_only_the_rounding_of_the_features(term: str) -> None:
     teacher, network = features(1), joint_network().float()
 
     def value(of: Features, anchors: Features) -> Tensor:
-        if term == "rac":
-            return replay_anchor_contrastive_loss(of.embedding, anchors.embedding, temperature=TEMPERATURE)
+        if term in EMBEDDING_TERMS:
+            return replay_anchor_contrastive_loss(
+                of.embedding, anchors.embedding, temperature=TEMPERATURE, targets=targets(term)
+            )
         tokens = (of.vision, of.language, anchors.vision, anchors.language)
         return cross_modal_mi_loss(*tokens, mode=term, temperature=TEMPERATURE, joint_network=network)  # type: ignore[arg-type]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -106,6 +107,23 @@ def test_rac_is_the_loss_on_the_anchors_of_its_views(tmp_path: Path, anchors: An
     assert value is not None
     torch.testing.assert_close(value, torch.stack(expected).mean())
     assert rac.weight == 0.1
+
+
+@pytest.mark.parametrize("targets", ["hard", "soft"])
+def test_rac_about_the_center_does_not_see_a_common_offset(tmp_path: Path, anchors: Anchors, targets: str) -> None:
+    options = {"lambda_output": 0.0, "lambda_cmi": 0.0, "rac_targets": targets}
+    student, offset = features(3, seed=2), torch.full((1, anchors.action.shape[-1]), 5.0)
+    moved = replace(anchors, action=anchors.action + offset)
+    rows = pairs((0, 0), (1, 5), (0, 12))
+    for center in (False, True):
+        (rac,) = make_terms(config(tmp_path, rac_center=center, **options))
+        here = rac(student, contrast(anchors, rows, pairs(), bank_size=8))
+        there = rac(student._replace(action=student.action + offset), contrast(moved, rows, pairs(), bank_size=8))
+        assert here is not None
+        assert there is not None
+        assert torch.allclose(here, there, rtol=1e-4) == center
+    with pytest.raises(ValueError, match="anchor_bank above 0"):
+        config(tmp_path, rac_center=True, anchor_bank=0)
 
 
 @pytest.mark.parametrize("mode", ["infonce", "relational", "paper"])
