@@ -91,6 +91,11 @@ class Rehearsal:
         """Whether anything is replayed."""
         return bool(self._tables)
 
+    @property
+    def regresses_answers(self) -> bool:
+        """Whether labels of an L1 loss may be a teacher's answers: those of counterfactual frames are."""
+        return self.counterfactual is not None and self._kind == "actions"
+
     def mixture(self) -> ReplayMixture:
         """The data that `sampler` addresses."""
         return ReplayMixture(self._current, self._tables)

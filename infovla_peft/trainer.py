@@ -27,6 +27,7 @@ from .data.sampling import StratifiedBatchSampler
 from .features import FeatureTap, extract_features, policy_output
 from .files import atomic_file
 from .interference import most_interfered
+from .losses import output_distillation_loss
 from .memory import Anchors, ReplayMemory
 from .methods import METHODS, Term
 from .rehearsal import Rehearsal
@@ -44,6 +45,9 @@ class InfoVLATrainer(Trainer):
     information in a batch (a single candidate, say) is skipped and counted. The log holds, beside Trainer's own
     entries, `policy_loss`, each term (`rac`, `cmi`, `output`: means over the batches since the last entry, before λ)
     and `rac_skipped` and so on.
+
+    Where a batch may hold counterfactual frames, an L1 policy loss has no kink at 0, as the output term
+    (`losses.output_distillation_loss`): their labels are the answers with which the student begins.
 
     Without a PEFT model, all parameters are trained that ever receive a gradient: that is the base stage. Without past
     tasks there is no replay and no term.
@@ -183,17 +187,24 @@ class InfoVLATrainer(Trainer):
             inputs = self._retrieve(inputs, len(replay.own))
         if replay is None or not self.terms:
             outputs = model(**inputs, return_logits=False)
-            loss = outputs.loss
+            loss = policy_loss = self._policy_loss(outputs, inputs)
         else:
             with FeatureTap(base_model(cast(nn.Module, self.model)), self.args.tap_layer) as tap:
                 outputs = model(**inputs, return_logits=False)
-            loss = outputs.loss + self._terms_loss(tap.hidden, outputs, replay)
-        self._note("policy_loss", outputs.loss)
+            policy_loss = self._policy_loss(outputs, inputs)
+            loss = policy_loss + self._terms_loss(tap.hidden, outputs, replay)
+        self._note("policy_loss", policy_loss)
         if self._consolidation is not None and isinstance(self.model, PeftModel):
             penalty = self._consolidation.penalty(self.model, self.model.active_adapter)
             self._note("ewc", penalty)
             loss = loss + self.args.lambda_ewc * penalty
         return (loss, outputs) if return_outputs else loss
+
+    def _policy_loss(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """The model's own loss; an L1 without its kink where labels may be what the student begins with."""
+        if self.rehearsal.regresses_answers:
+            return output_distillation_loss(outputs.predicted_actions, inputs["actions"], kind="actions")
+        return cast(Tensor, outputs.loss)
 
     def _retrieve(self, inputs: dict[str, Any], candidates: int) -> dict[str, Any]:
         """The batch with only those of its last samples, the candidates, that the current ones hurt most."""
