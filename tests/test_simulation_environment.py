@@ -167,6 +167,26 @@ def test_fast_pictures_differ_in_small_details_only(environment: LiberoEnvironme
         assert 0 < (difference.max(axis=-1) > 8).mean() < 0.15
 
 
+def test_leaving_out_what_is_not_in_sight_changes_no_pixel(environment: LiberoEnvironment) -> None:
+    environment.reset(initial_state=6, seed=1)
+    groups = environment._model.geom_group.copy()
+    for action in random_actions(3, 4):
+        for _ in range(4):
+            environment.step(action)
+        drawn, everything = environment.observe(), {}
+        scene = environment._scene
+        assert scene is not None
+        for camera in CAMERAS:
+            scene.render(camera)
+            culled = scene._scene.ngeom
+            scene._culls = False
+            everything[camera] = scene.render(camera)
+            scene._culls = True
+            assert culled < scene._scene.ngeom
+            np.testing.assert_array_equal(drawn.images[camera], everything[camera])
+    np.testing.assert_array_equal(environment._model.geom_group, groups)
+
+
 def test_an_episode_is_a_function_of_its_seed(environment: LiberoEnvironment) -> None:
     def episode(seed: int, start: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         environment.reset(initial_state=start, seed=seed)

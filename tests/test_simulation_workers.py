@@ -84,6 +84,28 @@ def test_results_do_not_depend_on_workers_or_time(assets: AssetSet) -> None:
     assert [int(frame.sum(dtype=np.int64)) for frame in frames] == alone[0][3]
 
 
+def test_what_the_policy_saw_stays_when_the_next_pictures_come(assets: AssetSet) -> None:
+    seen: list[Observation] = []
+    copies: list[dict[str, np.ndarray]] = []
+
+    def act(observations: list[Observation], tasks: list[Task]) -> list[np.ndarray]:
+        seen.extend(observations)
+        copies.extend({camera: image.copy() for camera, image in each.images.items()} for each in observations)
+        return policy(observations, tasks)
+
+    episode = Episode(find_task("libero_goal", 7), 2, seed=5, record_video=True)
+    cameras = ("agentview", "robot0_eye_in_hand")
+    with EnvironmentPool(1, assets=assets, image_size=24, cameras=cameras) as pool:
+        (result,) = pool.run([episode], act, max_steps=STEPS)
+    assert result.frames is not None
+    for observation, copy, frame in zip(seen, copies, result.frames, strict=False):
+        for camera in cameras:
+            np.testing.assert_array_equal(observation.images[camera], copy[camera])
+        np.testing.assert_array_equal(observation.images["agentview"], frame)
+    assert len(result.frames) == len(seen) + 1 == 4
+    assert len({observation.images["robot0_eye_in_hand"].tobytes() for observation in seen}) == 3
+
+
 def test_an_episode_ends_with_success(assets: AssetSet, monkeypatch: pytest.MonkeyPatch) -> None:
     # "Turn on the stove" with the knob far over the threshold: the goal holds after the first step.
     task = find_task("libero_goal", 7)
@@ -120,3 +142,5 @@ def test_a_failure_in_a_worker_is_named(assets: AssetSet) -> None:
             pool.run([episode], lambda seen, _: [np.zeros(7)] * len(seen))
     with pytest.raises(ValueError, match="at least one worker"):
         EnvironmentPool(0, assets=assets)
+    with pytest.raises(ValueError, match="at least one camera"):
+        EnvironmentPool(1, assets=assets, cameras=())

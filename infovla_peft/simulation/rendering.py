@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 RENDERERS = ("fast", "exact")
 _PIXEL = 0.77
 """Width (m) of what the agent's view shows at the arm's distance, about 0.9 m."""
+_COLLISION_GROUP, _HIDDEN_GROUP = 0, 5
+"""Of MuJoCo's six groups of shapes. robosuite and LIBERO use 0 and 1."""
 
 
 @contextmanager
@@ -69,7 +71,8 @@ class SceneRenderer:
     """Renders square pictures of the current state.
 
     "exact" gives LIBERO's own pictures. "fast" leaves out reflections, multisampling, and the detail of the arm that
-    is smaller than a pixel of the agent's view. Use the same one for training and evaluation.
+    is smaller than a pixel of the agent's view; and it draws nothing that lies beside or behind the camera, which
+    changes no pixel. Use the same one for training and evaluation.
 
     Args:
         model, data: MuJoCo's.
@@ -97,28 +100,47 @@ class SceneRenderer:
         if renderer == "fast":
             self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self._options, self._perturbation, self._camera = mujoco.MjvOption(), mujoco.MjvPerturb(), mujoco.MjvCamera()
-        self._options.geomgroup[0] = 0  # collision shapes
+        self._options.geomgroup[[_COLLISION_GROUP, _HIDDEN_GROUP]] = 0
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._area = mujoco.MjrRect(0, 0, image_size, image_size)
+        # What is not in sight can still be seen in a mirror, or by its shadow.
+        self._culls = renderer == "fast" and not model.light_castshadow.any()
 
     def render(self, camera: str) -> NDArray[np.uint8]:
         """One picture, uint8 RGB (H, W, 3), upright: LIBERO's frame turned by 180 degrees, as OpenVLA does."""
-        mujoco = self._mujoco
-        self._camera.fixedcamid = self._model.camera(camera).id
-        mujoco.mjv_updateScene(
-            self._model,
-            self._data,
-            self._options,
-            self._perturbation,
-            self._camera,
-            mujoco.mjtCatBit.mjCAT_ALL,
-            self._scene,
-        )
+        mujoco, number = self._mujoco, self._model.camera(camera).id
+        self._camera.fixedcamid = number
+        with self._only_in_sight(number) if self._culls else nullcontext():
+            mujoco.mjv_updateScene(
+                self._model,
+                self._data,
+                self._options,
+                self._perturbation,
+                self._camera,
+                mujoco.mjtCatBit.mjCAT_ALL,
+                self._scene,
+            )
         self._gl.make_current()
         pixels = np.empty((self._size, self._size, 3), dtype=np.uint8)
         mujoco.mjr_render(self._area, self._scene, self._context)
         mujoco.mjr_readPixels(pixels, None, self._area, self._context)
         return np.ascontiguousarray(pixels[::-1, ::-1])
+
+    @contextmanager
+    def _only_in_sight(self, camera: int) -> Iterator[None]:
+        """Within this, shapes whose bounding sphere lies outside the camera's view belong to a hidden group."""
+        model, data = self._model, self._data
+        # In the camera's frame: x to the right, y up, the view along -z.
+        x, y, z = ((data.geom_xpos - data.cam_xpos[camera]) @ data.cam_xmat[camera].reshape(3, 3)).T
+        half = np.deg2rad(model.cam_fovy[camera]) / 2  # the picture is square
+        beside = np.maximum(np.abs(x), np.abs(y)) * np.cos(half) + z * np.sin(half)  # m beyond the nearest side plane
+        outside = (np.maximum(beside, z) > model.geom_rbound) & (model.geom_rbound > 0)  # a plane has no bound
+        groups = model.geom_group.copy()
+        model.geom_group[outside] = _HIDDEN_GROUP
+        try:
+            yield
+        finally:
+            model.geom_group[:] = groups
 
     def close(self) -> None:
         """Free the OpenGL context."""

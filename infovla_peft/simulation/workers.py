@@ -2,7 +2,7 @@
 
 Workers advance in rounds. In a round every worker executes its chunk of actions and shows what it then sees; the
 policy looks at all of it at once. Which episodes share a batch therefore follows from the episodes alone, not from
-the speed of the machine, and neither does any result depend on it.
+the speed of the machine, and neither does any result depend on it. Pictures go through shared memory (`frames.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from .assets import AssetSet
 from .environment import LiberoEnvironment, Observation
+from .frames import SharedFrames
 from .headless import choose_gl, libero_folder
 from .suites import Task
 
@@ -91,6 +92,14 @@ class _Settings:
     renderer: str
 
 
+@dataclass(frozen=True)
+class _Ended:
+    """What a worker says at the end of an episode; while it lasts, it sends the proprioception of each look."""
+
+    success: bool
+    steps: int
+
+
 class _Worker:
     """The parent's side of one worker process."""
 
@@ -100,18 +109,20 @@ class _Worker:
         ours, theirs = socket.socketpair()
         environment = dict.fromkeys(_SINGLE_THREADED, "1") | dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        with theirs:
-            command = f"from {__name__} import _serve; _serve({theirs.fileno()})"
+        with theirs, SharedFrames(settings.cameras, settings.image_size) as self._frames:
+            inherited = theirs.fileno(), self._frames.descriptor
+            command = f"from {__name__} import _serve; _serve{inherited}"
             self.process = subprocess.Popen(
-                [sys.executable, "-c", command], env=environment, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+                [sys.executable, "-c", command], env=environment, stdin=subprocess.DEVNULL, pass_fds=inherited
             )
         self.connection: Connection[Any, Any] = Connection(ours.detach())
         self.episode: Episode | None = None
         self.index = -1
+        self._seen: list[NDArray[np.uint8]] = []
         self.send(settings)
 
     def start(self, episode: Episode, index: int, max_steps: int | None) -> None:
-        self.episode, self.index = episode, index
+        self.episode, self.index, self._seen = episode, index, []
         self.send((episode, max_steps or episode.task.max_steps))
 
     def send(self, message: Any) -> None:
@@ -132,8 +143,15 @@ class _Worker:
             self.report_death()
         if isinstance(message, str):
             raise WorkerError(f"the simulation of {self.episode} failed:\n{message}")
-        assert isinstance(message, (Observation, EpisodeResult))
-        return message
+        assert self.episode is not None
+        images = self._frames.read()
+        if self.episode.record_video:
+            self._seen.append(next(iter(images.values())))
+        if not isinstance(message, _Ended):
+            return Observation(images, message)
+        return EpisodeResult(
+            self.episode, message.success, message.steps, self._seen if self.episode.record_video else None
+        )
 
     def report_death(self) -> NoReturn:
         code = self.process.wait()
@@ -161,7 +179,7 @@ class EnvironmentPool:
         assets, image_size, cameras, renderer: as for `LiberoEnvironment`.
 
     Raises:
-        ValueError: no worker wanted.
+        ValueError: no worker or no camera wanted.
         SimulatorNotFoundError: LIBERO or an OpenGL library is missing.
 
     Example:
@@ -180,6 +198,8 @@ class EnvironmentPool:
     ) -> None:
         if num_workers < 1:
             raise ValueError(f"a pool needs at least one worker, not {num_workers}")
+        if not cameras:
+            raise ValueError("a pool needs at least one camera")
         libero_folder()
         choose_gl()
         self.num_workers = num_workers
@@ -282,18 +302,19 @@ def _checked(chunks: Sequence[NDArray[Any]], count: int) -> list[NDArray[np.floa
     return arrays
 
 
-def _serve(descriptor: int) -> None:
+def _serve(connection_descriptor: int, frames_descriptor: int) -> None:
     """The worker process: episodes in, observations and results out, until the parent closes the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which closes the connection
-    connection: Connection[Any, Any] = Connection(descriptor)
+    connection: Connection[Any, Any] = Connection(connection_descriptor)
     environments: OrderedDict[Task, LiberoEnvironment] = OrderedDict()
     try:
         settings: _Settings = connection.recv()
+        frames = SharedFrames(settings.cameras, settings.image_size, frames_descriptor)
         while True:
             episode, max_steps = connection.recv()
             try:
                 environment = _environment(episode.task, settings, environments)
-                connection.send(_roll_out(environment, episode, max_steps, connection))
+                connection.send(_roll_out(environment, episode, max_steps, connection, frames))
             except (EOFError, ConnectionError):
                 raise
             except Exception:
@@ -320,21 +341,23 @@ def _environment(
 
 
 def _roll_out(
-    environment: LiberoEnvironment, episode: Episode, max_steps: int, connection: Connection[Any, Any]
-) -> EpisodeResult:
+    environment: LiberoEnvironment,
+    episode: Episode,
+    max_steps: int,
+    connection: Connection[Any, Any],
+    frames: SharedFrames,
+) -> _Ended:
     environment.reset(initial_state=episode.initial_state_index, seed=episode.seed)
-    frames: list[NDArray[np.uint8]] = []
     success, steps = False, 0
     while not success and steps < max_steps:
         observation = environment.observe()
-        frames.append(observation.images[environment.cameras[0]])
-        connection.send(observation)
+        frames.write(observation.images)
+        connection.send(observation.state)
         for action in connection.recv()[: max_steps - steps]:
             success = environment.step(action)
             steps += 1
             if success:
                 break
-    if not episode.record_video:
-        return EpisodeResult(episode, success, steps, None)
-    frames.append(environment.observe().images[environment.cameras[0]])
-    return EpisodeResult(episode, success, steps, frames)
+    if episode.record_video:
+        frames.write(environment.observe().images)
+    return _Ended(success, steps)
