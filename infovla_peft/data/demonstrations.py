@@ -1,311 +1,208 @@
-"""Recorded demonstrations on disk: the manifest, one Parquet file per episode, and both as a `datasets.Dataset`.
-
-    <folder>/manifest.json                               what was recorded, how, and how often the script succeeded
-    <folder>/<task name>/episode_000012.parquet          one row per frame
-
-A row is what was observed before an action, and the action. Its columns:
-
-    image, wrist_image   PNG, upright RGB; the cameras that were recorded
-    state                float32 (8,): hand position (m), its rotation as axis times angle (rad), fingers (m)
-    action               float32 (7,): the label, in LIBERO's convention (six deltas in [-1, 1], gripper -1 open)
-    executed_action      float32 (7,): the label with noise, which is what the simulator did
-    instruction, task, suite, episode_index, frame_index
-    done                 the last row of its episode
-    success              whether the goal has held after this action or before
-
-The footer of an episode's file holds its seed, the start state and the poses of the fixtures (`read_start`).
-"""
+"""Demonstrations of any format as one `datasets.Dataset`: LIBERO's HDF5 files, LeRobot v3, our own recordings."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
-from ..files import write_json
-from ..simulation.environment import EnvironmentState
+from ..simulation.headless import cache_folder
+from .lerobot import INFO as LEROBOT_INFO
+from .lerobot import LeRobotSource
+from .libero_hdf5 import PATTERNS as HDF5_PATTERNS
+from .libero_hdf5 import LiberoHDF5Source
+from .recorded import (
+    MANIFEST,
+    RECORD_AGAIN,
+    DemonstrationManifest,
+    RecordedSource,
+    check_episode,
+    read_start,
+)
+from .rows import ACTION_DIM, CAMERA_COLUMNS, STATE_DIM, DemonstrationError, RowOptions, episode_rows, frame_features
+from .sources import Columns, EpisodeEntry, Location, Source, select_entries
 
 if TYPE_CHECKING:
     import datasets
 
-MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
-CAMERA_COLUMNS: Mapping[str, str] = {"agentview": "image", "robot0_eye_in_hand": "wrist_image"}
-STATE_DIM, ACTION_DIM = 8, 7
-FOOTER_KEY = b"infovla_peft"
-RECORD_AGAIN = "delete it and record again, which makes only what is missing"
+__all__ = [
+    "ACTION_DIM",
+    "CAMERA_COLUMNS",
+    "STATE_DIM",
+    "DemonstrationError",
+    "DemonstrationManifest",
+    "check_episode",
+    "load_demonstrations",
+    "read_start",
+]
 
-
-class DemonstrationError(ValueError):
-    """A set of demonstrations cannot be used; the message names the file and the cure."""
-
-
-@dataclass(frozen=True)
-class EpisodeRecord:
-    """One recorded episode.
-
-    Attributes:
-        index: its number within the task, from 0.
-        file: relative to the folder of the set.
-        frames: rows of the file.
-        attempts: layouts tried until the script succeeded, this one included.
-        seed: of `LiberoEnvironment.reset` for the layout that was recorded.
-    """
-
-    index: int
-    file: str
-    frames: int
-    attempts: int
-    seed: int
-
-
-@dataclass
-class TaskRecord:
-    """What was recorded of one task.
-
-    Attributes:
-        suite, index, name, instruction: the task.
-        episodes: by number.
-    """
-
-    suite: str
-    index: int
-    name: str
-    instruction: str
-    episodes: dict[int, EpisodeRecord] = field(default_factory=dict)
-
-    @property
-    def attempts(self) -> int:
-        """Layouts that the script tried. Each is new, so that every attempt is a first try."""
-        return sum(episode.attempts for episode in self.episodes.values())
-
-    @property
-    def first_try_success(self) -> float:
-        """Fraction of the layouts on which the script succeeded, 0 to 1; NaN without an episode."""
-        return len(self.episodes) / self.attempts if self.episodes else float("nan")
-
-
-@dataclass(frozen=True)
-class RecordingSettings:
-    """What all episodes of a set have in common.
-
-    Attributes:
-        assets: name of the asset set.
-        mujoco: MuJoCo's version.
-        image_size: edge of the pictures in pixels.
-        cameras: LIBERO's names of the recorded cameras.
-        renderer: "fast" or "exact".
-        noise: standard deviation of the noise on executed actions.
-        seed: from which every episode's seed follows.
-    """
-
-    assets: str
-    mujoco: str
-    image_size: int
-    cameras: tuple[str, ...]
-    renderer: str
-    noise: float
-    seed: int
-
-
-@dataclass
-class DemonstrationManifest:
-    """`manifest.json`: how a set was recorded, and its episodes.
-
-    Attributes:
-        settings: common to all episodes.
-        tasks: task name -> what was recorded of it.
-    """
-
-    settings: RecordingSettings
-    tasks: dict[str, TaskRecord] = field(default_factory=dict)
-
-    def save(self, folder: Path) -> None:
-        """Write `manifest.json` atomically."""
-        tasks = {
-            name: {
-                "suite": task.suite,
-                "index": task.index,
-                "name": task.name,
-                "instruction": task.instruction,
-                "attempts": task.attempts,
-                "first_try_successes": len(task.episodes),
-                "episodes": [asdict(task.episodes[index]) for index in sorted(task.episodes)],
-            }
-            for name, task in self.tasks.items()
-        }
-        content = {"format_version": FORMAT_VERSION, "settings": asdict(self.settings), "tasks": tasks}
-        write_json(folder / MANIFEST, content)
-
-    @staticmethod
-    def load(folder: str | Path) -> DemonstrationManifest:
-        """Read the manifest of a set.
-
-        Raises:
-            FileNotFoundError: the folder holds no demonstrations.
-            DemonstrationError: the manifest is broken or of another version.
-        """
-        path = Path(folder) / MANIFEST
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no demonstrations ({MANIFEST} is missing): run `infovla demos`")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            version = content["format_version"]
-            if version != FORMAT_VERSION:
-                raise DemonstrationError(
-                    f"{path} has format {version}, this version reads {FORMAT_VERSION}: record the set again, or use "
-                    "the version of infovla_peft that wrote it"
-                )
-            settings = RecordingSettings(**{**content["settings"], "cameras": tuple(content["settings"]["cameras"])})
-            tasks = {
-                name: TaskRecord(
-                    task["suite"],
-                    task["index"],
-                    task["name"],
-                    task["instruction"],
-                    {episode["index"]: EpisodeRecord(**episode) for episode in task["episodes"]},
-                )
-                for name, task in content["tasks"].items()
-            }
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise DemonstrationError(
-                f"{path} is damaged ({type(error).__name__}: {error}): delete the folder and record the set again"
-            ) from error
-        return DemonstrationManifest(settings, tasks)
-
-
-def demonstration_features(cameras: Sequence[str]) -> datasets.Features:
-    """Column types of an episode's file.
-
-    Raises:
-        ValueError: a camera has no column.
-    """
-    import datasets
-
-    unknown = [camera for camera in cameras if camera not in CAMERA_COLUMNS]
-    if unknown or not cameras:
-        raise ValueError(f"cameras to record must be some of {list(CAMERA_COLUMNS)}, not {list(cameras)}")
-    return datasets.Features(
-        {CAMERA_COLUMNS[camera]: datasets.Image() for camera in cameras}
-        | {"state": datasets.List(datasets.Value("float32"), STATE_DIM)}
-        | {name: datasets.List(datasets.Value("float32"), ACTION_DIM) for name in ("action", "executed_action")}
-        | {name: datasets.Value("string") for name in ("instruction", "task", "suite")}
-        | {name: datasets.Value("int64") for name in ("episode_index", "frame_index")}
-        | {name: datasets.Value("bool") for name in ("done", "success")}
-    )
-
-
-def _open(path: Path) -> pq.ParquetFile:
-    if not path.is_file():
-        raise DemonstrationError(f"{path} is missing: record again, which makes only what is missing")
-    try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DemonstrationError(f"{path} is truncated or no Parquet file ({error}): {RECORD_AGAIN}") from error
-
-
-def read_start(path: str | Path) -> EnvironmentState:
-    """Where a recorded episode started, fixtures included; `LiberoEnvironment.reset` accepts it.
-
-    Raises:
-        DemonstrationError: the file is missing, truncated, or holds no start state.
-    """
-    with _open(Path(path)) as file:
-        footer = (file.schema_arrow.metadata or {}).get(FOOTER_KEY)
-    if footer is None:
-        raise DemonstrationError(f"{path} holds no start state: it was not written by `infovla demos`")
-    start = json.loads(footer)["start"]
-    return EnvironmentState(np.array(start["simulation"], np.float64), np.array(start["fixtures"], np.float64))
-
-
-def check_episode(path: str | Path, frames: int | None = None) -> None:
-    """Check one episode's file: complete, the right columns and dimensions, finite numbers.
-
-    Args:
-        path: the file.
-        frames: rows that it should have.
-
-    Raises:
-        DemonstrationError: the first thing that is wrong, and the cure.
-    """
-    path = Path(path)
-    with _open(path) as file:
-        schema = file.schema_arrow
-        lengths = {"state": STATE_DIM, "action": ACTION_DIM, "executed_action": ACTION_DIM}
-        missing = [name for name in ("instruction", "task", *lengths) if name not in schema.names]
-        if missing or not set(schema.names) & set(CAMERA_COLUMNS.values()):
-            raise DemonstrationError(
-                f"{path} lacks the columns {missing or list(CAMERA_COLUMNS.values())}: it is no recorded demonstration"
-            )
-        try:
-            table = file.read(columns=list(lengths))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DemonstrationError(f"{path} is damaged ({error}): {RECORD_AGAIN}") from error
-    if not len(table) or (frames is not None and len(table) != frames):
-        raise DemonstrationError(f"{path} holds {len(table)} frames instead of {frames or 'some'}: {RECORD_AGAIN}")
-    for name, length in lengths.items():
-        found = pc.unique(pc.list_value_length(table[name])).to_pylist()
-        if found != [length]:
-            raise DemonstrationError(
-                f"{path}: {name} has {' or '.join(map(str, found))} dimensions, not {length}; policies here act by "
-                "LIBERO's seven numbers (six OSC_POSE deltas and the gripper), so use another set"
-            )
-        values = pc.list_flatten(table[name]).to_numpy()
-        if not np.isfinite(values.astype(np.float64)).all():
-            raise DemonstrationError(f"{path}: {name} holds NaN or infinite values: {RECORD_AGAIN}")
+Format = Literal["auto", "recorded", "libero_hdf5", "lerobot"]
 
 
 def load_demonstrations(
-    folder: str | Path, tasks: Sequence[str] | None = None, episodes: int | None = None
-) -> datasets.Dataset:
-    """Frames of recorded demonstrations, task after task, episode after episode; memory-mapped.
+    source: str | Path,
+    tasks: Sequence[str] | None = None,
+    episodes: int | None = None,
+    *,
+    streaming: bool = False,
+    format: Format = "auto",
+    columns: Columns | None = None,
+    rotate: bool | None = None,
+    drop_noops: bool = False,
+    action_dim: int = ACTION_DIM,
+    state_dim: int = STATE_DIM,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Frames of demonstrations, task after task, episode after episode, whatever format they are in.
 
     Args:
-        folder: written by `record_demonstrations`. The memory-mapped copy is kept in its subfolder `.cache`.
-        tasks: names of the tasks, in the order in which they are wanted; all if None.
+        source: a folder recorded by `infovla demos`; LIBERO's HDF5 files (a folder, or one file); a LeRobot data set
+            v3 (a folder); or the Hub id of a data set repository that holds one of them.
+        tasks: names or instructions of tasks, in the order in which they are wanted; all if None.
         episodes: how many of each task, the first ones; all if None.
+        streaming: read episode by episode while iterating, and keep nothing; a LeRobot repository's files are
+            fetched when an episode of theirs is wanted. Else all is prepared once, and memory-mapped from a cache.
+        format: of the source; `auto` finds it out.
+        columns: our column -> its name there, over the format's own: `{"image": "observation.images.top"}`. A list of
+            names joins them (`state` and `action` only), None leaves an image out, and further keys are further
+            images. Our columns are `image`, `wrist_image`, `state`, `action`.
+        rotate: turn the pictures by 180 degrees. None: as the format needs it to be upright, that is for LIBERO's
+            HDF5 files, which lie upside down, and not for the others.
+        drop_noops: leave out actions that do nothing, by OpenVLA's rule, see `rows.noops`. Not for what `infovla
+            demos` recorded, where they are rare and deliberate, unless you want it.
+        action_dim, state_dim: A and P, what the data must have.
+        revision, token: of a repository, as in `huggingface_hub`.
+        cache_dir: for what is prepared; default: `.cache` in a folder of our own recordings, else `demonstrations` in
+            the package's cache (`INFOVLA_CACHE`). Repositories are kept in the Hub's own cache.
 
     Returns:
-        Columns as in the docstring of this module.
+        A `Dataset`, or an `IterableDataset` whose shards are the episodes. Columns as in `data/rows.py`; recorded
+        ones have `executed_action` and `success` too.
 
     Raises:
-        FileNotFoundError: the folder holds no demonstrations.
-        DemonstrationError: a task or episode is missing, or a file is not what it should be.
+        FileNotFoundError: no demonstrations there.
+        DemonstrationError: a task or an episode is missing, or a file is not what it should be: a column is missing,
+            another dimension, NaN, truncated. The message names the file and the cure.
+
+    Example:
+        >>> frames = load_demonstrations("LIBERO/datasets/libero_goal", ["turn on the stove"])  # doctest: +SKIP
+        >>> for frame in load_demonstrations("HuggingFaceVLA/libero", streaming=True):  # doctest: +SKIP
+        ...     break
     """
+    location = Location.find(source, revision=revision, token=token)
+    found = open_source(location, format, columns, tasks)
+    options = RowOptions(
+        rotate=found.upside_down if rotate is None else rotate,
+        drop_noops=drop_noops,
+        action_dim=action_dim,
+        state_dim=state_dim,
+    )
+    entries = select_entries(found.entries(), tasks, episodes, str(location))
+    if isinstance(found, RecordedSource):
+        if not streaming and not (options.rotate or drop_noops):
+            return _map_recorded(found, entries, cache_dir)
+        features = found.features
+    else:
+        for entry in {entry.task: entry for entry in reversed(entries)}.values():
+            found.check(entry, options)
+        features = frame_features(found.images, state_dim=state_dim, action_dim=action_dim)
+    return _generate(found, entries, options, features, streaming=streaming, cache_dir=cache_dir)
+
+
+def open_source(
+    location: Location,
+    format: Format = "auto",
+    columns: Columns | None = None,
+    tasks: Sequence[str] | None = None,
+) -> RecordedSource | LiberoHDF5Source | LeRobotSource:
+    """The reader of what lies at a location.
+
+    Args:
+        tasks: those that are wanted, so that files of others need not be opened.
+
+    Raises:
+        FileNotFoundError: nothing that can be read.
+        ValueError: `columns` for our own recordings, whose columns are known; an unknown format.
+    """
+    format = _detect(location) if format == "auto" else format
+    if format == "libero_hdf5":
+        return LiberoHDF5Source(location, columns, tasks)
+    if format == "lerobot":
+        return LeRobotSource(location, columns)
+    if format != "recorded":
+        raise ValueError(f"unknown format {format!r}: choose auto, recorded, libero_hdf5 or lerobot")
+    if columns:
+        raise ValueError("recorded demonstrations have the columns already: leave `columns` out")
+    return RecordedSource(location)
+
+
+def _detect(location: Location) -> Format:
+    if location.folder is None or location.folder.is_dir():
+        if location.has(MANIFEST):
+            return "recorded"
+        if location.has(LEROBOT_INFO):
+            return "lerobot"
+    if location.glob(*HDF5_PATTERNS):
+        return "libero_hdf5"
+    raise FileNotFoundError(
+        f"{location} holds no demonstrations: neither {MANIFEST} (run `infovla demos`), nor {LEROBOT_INFO} (LeRobot), "
+        "nor *.hdf5 (LIBERO)"
+    )
+
+
+def _rows(source: Source, entries: list[EpisodeEntry], options: RowOptions) -> Iterator[dict[str, Any]]:
+    for entry in entries:
+        yield from episode_rows(source.read(entry), options)
+
+
+def _generate(
+    source: Source,
+    entries: list[EpisodeEntry],
+    options: RowOptions,
+    features: datasets.Features,
+    *,
+    streaming: bool,
+    cache_dir: str | Path | None,
+) -> datasets.Dataset | datasets.IterableDataset:
     import datasets
 
-    folder = Path(folder)
-    manifest = DemonstrationManifest.load(folder)
-    files: list[Path] = []
-    for name in manifest.tasks if tasks is None else tasks:
-        if name not in manifest.tasks:
-            raise DemonstrationError(f"{folder} holds no demonstrations of {name!r}, only of {list(manifest.tasks)}")
-        recorded = manifest.tasks[name].episodes
-        wanted = sorted(recorded) if episodes is None else range(episodes)
-        if absent := [index for index in wanted if index not in recorded]:
-            raise DemonstrationError(
-                f"{folder} holds {len(recorded)} demonstrations of {name!r}, not {episodes} (number {absent[0]} is "
-                "missing): record again, which makes only what is missing"
-            )
-        for index in wanted:
-            files.append(folder / recorded[index].file)
-            check_episode(files[-1], recorded[index].frames)
-    if not files:
-        raise DemonstrationError(f"{folder} holds no recorded episode: run `infovla demos`")
+    arguments = {"source": source, "entries": entries, "options": options}
+    if streaming:
+        return datasets.IterableDataset.from_generator(_rows, features=features, gen_kwargs=arguments)
+    try:
+        frames = datasets.Dataset.from_generator(
+            _rows,
+            features=features,
+            cache_dir=str(cache_dir or cache_folder() / "demonstrations"),
+            gen_kwargs=arguments,
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, (DemonstrationError, ImportError)):
+            raise error.__cause__ from None
+        raise
+    assert isinstance(frames, datasets.Dataset)
+    return frames
+
+
+def _map_recorded(
+    source: RecordedSource, entries: Sequence[EpisodeEntry], cache_dir: str | Path | None
+) -> datasets.Dataset:
+    """The files as they are: nothing is decoded or written again."""
+    import datasets
+
+    files = [source.check(entry) for entry in entries]
+    folder = source.location.folder
     try:
         frames = datasets.Dataset.from_parquet(
             [str(file) for file in files],
-            features=demonstration_features(manifest.settings.cameras),
-            cache_dir=str(folder / ".cache"),
+            features=source.features,
+            cache_dir=str(cache_dir or (folder / ".cache" if folder else cache_folder() / "demonstrations")),
         )
     except datasets.exceptions.DatasetGenerationError as error:
-        raise DemonstrationError(f"{folder} holds a damaged file ({error.__cause__}): {RECORD_AGAIN}") from error
+        raise DemonstrationError(
+            f"{source.location} holds a damaged file ({error.__cause__}): {RECORD_AGAIN}"
+        ) from error
     assert isinstance(frames, datasets.Dataset)
     return frames

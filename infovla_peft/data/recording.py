@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -21,8 +20,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
-from PIL import Image
 from tqdm.auto import tqdm
 
 from ..files import atomic_file
@@ -31,10 +28,8 @@ from ..simulation.demonstrator import ACTION_NOISE, Demonstration, Demonstrator
 from ..simulation.environment import LiberoEnvironment
 from ..simulation.headless import choose_gl, libero_folder
 from ..simulation.suites import Task
-from .demonstrations import (
-    CAMERA_COLUMNS,
+from .recorded import (
     FOOTER_KEY,
-    DemonstrationError,
     DemonstrationManifest,
     EpisodeRecord,
     RecordingSettings,
@@ -43,6 +38,7 @@ from .demonstrations import (
     demonstration_features,
     read_start,
 )
+from .rows import CAMERA_COLUMNS, DemonstrationError, png
 
 MAX_ATTEMPTS = 20
 """Layouts tried for one episode. The script solves nearly all, so that more failures in a row mean a broken scene."""
@@ -74,7 +70,7 @@ def record_demonstrations(
 
     Args:
         tasks: what to record.
-        folder: where; see `infovla_peft.data.demonstrations` for its layout.
+        folder: where; see `infovla_peft.data.recorded` for its layout.
         episodes: successful episodes wanted per task.
         assets: from `find_assets`.
         image_size, cameras, renderer: as for `LiberoEnvironment`.
@@ -298,7 +294,7 @@ def record_episode(environment: LiberoEnvironment, index: int, settings: Recordi
 def _columns(demonstration: Demonstration, index: int) -> dict[str, Any]:
     frames, task = len(demonstration), demonstration.task
     images = {
-        CAMERA_COLUMNS[camera]: [{"bytes": _png(picture), "path": None} for picture in pictures]
+        CAMERA_COLUMNS[camera]: [{"bytes": png(picture), "path": None} for picture in pictures]
         for camera, pictures in demonstration.images.items()
     }
     return images | {
@@ -313,9 +309,3 @@ def _columns(demonstration: Demonstration, index: int) -> dict[str, Any]:
         "done": [frame == frames - 1 for frame in range(frames)],
         "success": demonstration.succeeded.tolist(),
     }
-
-
-def _png(picture: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", compress_level=4)
-    return buffer.getvalue()

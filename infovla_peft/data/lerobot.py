@@ -1,0 +1,261 @@
+"""Reading LeRobot data sets v3: numbers in Parquet files, pictures in MP4 videos or Parquet, many episodes a file.
+
+meta/info.json                                     what there is: features, frames per second, where files lie
+meta/tasks.parquet                                 the tasks' texts and numbers
+meta/episodes/chunk-000/file-000.parquet           of each episode its task, its length and its place in the files
+data/chunk-000/file-000.parquet                    one row per frame
+videos/<camera>/chunk-000/file-000.mp4             one frame per row, episodes one after another
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from .rows import DemonstrationError, Episode, RowOptions, check_dimension
+from .sources import Columns, EpisodeEntry, Location, mapped
+
+INFO, TASKS, STATS = "meta/info.json", "meta/tasks.parquet", "meta/stats.json"
+EPISODES = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+COLUMNS: Columns = {
+    "image": "observation.images.image",
+    "wrist_image": "observation.images.image2",
+    "state": "observation.state",
+    "action": "action",
+}
+"""The names in `HuggingFaceVLA/libero`."""
+OTHER_NAMES: dict[str, Sequence[str]] = {
+    "image": ("image",),
+    "wrist_image": ("observation.images.wrist_image", "wrist_image"),
+    "state": ("state",),
+    "action": ("actions",),
+}
+"""Those in other conversions of LIBERO, openpi's among them; tried where the first are absent."""
+AGAIN = "get the file again"
+
+
+class LeRobotSource:
+    """A LeRobot data set v3, in a folder or on the Hub; of the Hub, files are fetched when an episode needs them.
+
+    Args:
+        location: the data set.
+        columns: over `COLUMNS`. State and action may be joined from several features.
+
+    Raises:
+        FileNotFoundError: no `meta/info.json`.
+        DemonstrationError: another version of the format, damaged files, or a feature that is not there.
+    """
+
+    upside_down = False
+
+    def __init__(self, location: Location, columns: Columns | None = None) -> None:
+        self.location = location
+        self._info = _read_info(location.file(INFO))
+        features = self._info["features"]
+        names = mapped(columns, COLUMNS)
+        for name, others in OTHER_NAMES.items():
+            if name not in (columns or {}) and names[name][0] not in features:
+                names[name] = next(((other,) for other in others if other in features), names[name])
+        if "wrist_image" not in (columns or {}) and names["wrist_image"][0] not in features:
+            del names["wrist_image"]
+        if missing := [there for each in names.values() for there in each if there not in features]:
+            raise DemonstrationError(
+                f"{location} lacks {', '.join(missing)}; it has {', '.join(features)}. Name the right ones with "
+                "`columns`"
+            )
+        self._columns = names
+        for name in self.images:
+            if features[names[name][0]]["dtype"] not in ("image", "video"):
+                raise DemonstrationError(f"{location}: {names[name][0]}, named for {name}, holds no pictures")
+
+    @property
+    def images(self) -> list[str]:
+        return [name for name in self._columns if name not in ("state", "action")]
+
+    @property
+    def frames_per_second(self) -> float:
+        return float(self._info["fps"])
+
+    def check(self, _entry: EpisodeEntry, options: RowOptions) -> None:
+        """See that actions and states have the right dimensions, as `meta/info.json` says.
+
+        Raises:
+            DemonstrationError: they have not.
+        """
+        for name, wanted in (("action", options.action_dim), ("state", options.state_dim)):
+            shapes = [self._info["features"][there]["shape"] for there in self._columns[name]]
+            check_dimension(str(self.location), name, sum(int(np.prod(shape)) for shape in shapes), wanted)
+
+    def entries(self) -> list[EpisodeEntry]:
+        rows = sorted(self._episode_rows(), key=lambda row: int(row["episode_index"]))
+        found: dict[str, list[EpisodeEntry]] = {}
+        for row in rows:
+            text = " ".join(str(part) for part in row["tasks"]).strip()
+            file = self._file("data_path", row["data/chunk_index"], row["data/file_index"])
+            place: dict[str, Any] = {
+                "episode": int(row["episode_index"]),
+                "length": int(row["length"]),
+                "videos": {key: self._video_place(row, key) for key in self._video_keys},
+            }
+            files = [file, *(video for video, _ in place["videos"].values())]
+            stamp = " ".join(self.location.stamp(name) for name in files)
+            mine = found.setdefault(text, [])
+            mine.append(EpisodeEntry(text.replace(" ", "_"), text, "", len(mine), file, place, stamp))
+        return [entry for entries in found.values() for entry in entries]
+
+    def read(self, entry: EpisodeEntry) -> Episode:
+        path = self._path(entry.file)
+        number, length = entry.place["episode"], entry.place["length"]
+        source = f"{self.location}, episode {number}"
+        wanted = [there for name in ("state", "action") for there in self._columns[name]]
+        stored = [self._columns[name][0] for name in self.images if self._columns[name][0] not in self._video_keys]
+        table = _numbers_of(path, tuple(wanted), entry.stamp)
+        own = np.flatnonzero(table["episode_index"].to_numpy() == number)
+        table = table.take(own).sort_by("frame_index")
+        if len(table) != length:
+            raise DemonstrationError(
+                f"{path} holds {len(table)} frames of episode {number} instead of {length}: {AGAIN}"
+            )
+        numbers = {
+            name: np.concatenate([_matrix(table[there]) for there in self._columns[name]], axis=1)
+            for name in ("state", "action")
+        }
+        images: dict[str, Sequence[Any]] = {}
+        pictures = _pictures_of(path, number, stored) if stored else None
+        for name in self.images:
+            key = self._columns[name][0]
+            if pictures is not None and key in stored:
+                images[name] = pictures[key].to_pylist()
+            else:
+                file, start = entry.place["videos"][key]
+                times = start + np.arange(length) / self.frames_per_second
+                images[name] = read_frames(self._path(file), times, self.frames_per_second)
+        values = {"instruction": entry.instruction, "task": entry.task, "suite": entry.suite}
+        return Episode(source, images, numbers, {**values, "episode_index": entry.index})
+
+    @property
+    def _video_keys(self) -> list[str]:
+        keys = [self._columns[name][0] for name in self.images]
+        return [key for key in keys if self._info["features"][key]["dtype"] == "video"]
+
+    def _video_place(self, row: dict[str, Any], key: str) -> tuple[str, float]:
+        place = f"videos/{key}"
+        file = self._file("video_path", row[f"{place}/chunk_index"], row[f"{place}/file_index"], video_key=key)
+        return file, float(row[f"{place}/from_timestamp"])
+
+    def _file(self, pattern: str, chunk: int, file: int, **names: str) -> str:
+        return str(self._info[pattern].format(chunk_index=int(chunk), file_index=int(file), **names))
+
+    def _path(self, file: str) -> Path:
+        try:
+            return self.location.file(file)
+        except FileNotFoundError as error:
+            raise DemonstrationError(f"{error}: the data set is not complete; {AGAIN}") from error
+
+    def _episode_rows(self) -> list[dict[str, Any]]:
+        """The entries of meta/episodes; its files follow one another until all episodes are there."""
+        wanted = ["episode_index", "tasks", "length", "data/chunk_index", "data/file_index"]
+        for key in self._video_keys:
+            wanted += [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
+        rows: list[dict[str, Any]] = []
+        chunk = file = 0
+        while len(rows) < int(self._info["total_episodes"]):
+            path = self._path(EPISODES.format(chunk_index=chunk, file_index=file))
+            rows += _read_table(path, wanted).to_pylist()
+            file += 1
+            if file == int(self._info.get("chunks_size", 1000)):
+                chunk, file = chunk + 1, 0
+        return rows
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        version = str(info["codebase_version"])
+        if not version.startswith("v3."):
+            raise DemonstrationError(
+                f"{path} is of LeRobot's format {version}, read here is v3.0: convert it with LeRobot "
+                "(python -m lerobot.datasets.v30.convert_dataset_v21_to_v30)"
+            )
+        for name in ("features", "fps", "data_path", "total_episodes"):
+            info[name]
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DemonstrationError):
+            raise
+        raise DemonstrationError(f"{path} is damaged ({type(error).__name__}: {error}): {AGAIN}") from error
+    return dict(info)
+
+
+def _read_table(path: Path, columns: Sequence[str], filters: Any = None) -> pa.Table:
+    try:
+        names = pq.read_schema(path).names
+        if missing := [name for name in columns if name not in names]:
+            raise DemonstrationError(f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(names)}")
+        return pq.read_table(path, columns=list(columns), filters=filters)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DemonstrationError(f"{path} is truncated or no Parquet file ({error}): {AGAIN}") from error
+
+
+@lru_cache(maxsize=1)  # episodes of one file are read one after another
+def _numbers_of(path: Path, columns: tuple[str, ...], _stamp: str) -> pa.Table:
+    return _read_table(path, ["episode_index", "frame_index", *dict.fromkeys(columns)])
+
+
+def _pictures_of(path: Path, episode: int, columns: Sequence[str]) -> pa.Table:
+    """Encoded pictures of one episode, in order."""
+    table = _read_table(path, ["frame_index", *columns], filters=[("episode_index", "=", episode)])
+    return table.sort_by("frame_index")
+
+
+def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    values = column.to_pylist()
+    if len({len(value) if isinstance(value, list) else 0 for value in values}) > 1:
+        raise DemonstrationError("a feature has rows of different lengths")
+    matrix = np.asarray(values, dtype=np.float32)
+    return matrix[:, None] if matrix.ndim == 1 else matrix
+
+
+def read_frames(path: Path, times: NDArray[np.float64], frames_per_second: float) -> list[NDArray[np.uint8]]:
+    """The frames of a video at some times.
+
+    Args:
+        times: seconds, rising.
+        frames_per_second: a frame belongs to a time that is nearer than half a frame.
+
+    Raises:
+        ImportError: PyAV is not installed.
+        DemonstrationError: the file is no video, or ends before the last of the times.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("reading videos needs PyAV: pip install 'infovla-peft[data]'") from error
+
+    found: list[NDArray[np.uint8]] = []
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            container.seek(max(0, int((times[0] - 0.5 / frames_per_second) / stream.time_base)), stream=stream)
+            for frame in container.decode(stream):
+                if frame.time is None or frame.time < times[len(found)] - 0.5 / frames_per_second:
+                    continue
+                if frame.time > times[len(found)] + 0.5 / frames_per_second:
+                    break
+                found.append(frame.to_ndarray(format="rgb24"))
+                if len(found) == len(times):
+                    return found
+    except (av.error.FFmpegError, IndexError) as error:
+        raise DemonstrationError(f"{path} is truncated or no video ({error}): {AGAIN}") from error
+    raise DemonstrationError(
+        f"{path} has no frame at {times[len(found)]:.3f} s, only {len(found)} of the {len(times)} frames from "
+        f"{times[0]:.3f} s on: {AGAIN}"
+    )

@@ -1,0 +1,191 @@
+"""LIBERO's own files: one `<task>_demo.hdf5` per task, a group `data/demo_<i>` per demonstration.
+
+Read are LIBERO's data sets as they are downloaded, and those that OpenVLA's `regenerate_libero_dataset.py` writes.
+Pictures lie in them as the simulator gives them, upside down. The instruction follows from the file's name, as in
+LIBERO; a file of another name may say it in its attribute `problem_info`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .rows import DemonstrationError, Episode, RowOptions, check_dimension
+from .sources import Columns, EpisodeEntry, Location, instruction_of, mapped
+
+PATTERNS = ("*.hdf5", "*.h5")
+COLUMNS: Columns = {
+    "image": "obs/agentview_rgb",
+    "wrist_image": "obs/eye_in_hand_rgb",
+    "state": ("obs/ee_pos", "obs/ee_ori", "obs/gripper_states"),
+    "action": "actions",
+}
+AGAIN = "get the file again"
+
+
+class LiberoHDF5Source:
+    """Demonstrations in LIBERO's HDF5 files.
+
+    Args:
+        location: a folder with such files at any depth, one file, or a data set repository.
+        columns: over `COLUMNS`. Names are those within `data/demo_<i>`.
+        tasks: names or instructions; where files are named for all of them, the other files are not opened.
+
+    Raises:
+        ImportError: h5py is not installed.
+        DemonstrationError: a file is damaged, or lacks a column.
+    """
+
+    upside_down = True
+
+    def __init__(self, location: Location, columns: Columns | None = None, tasks: Sequence[str] | None = None) -> None:
+        self.location = location
+        self._columns = mapped(columns, COLUMNS)
+        self._optional = {"wrist_image"} - set(columns or {})
+        names = _files_of(location.glob(*PATTERNS), tasks)
+        self._entries = [entry for name in names for entry in self._demonstrations(name)]
+        self._images = self._find_images()
+
+    @property
+    def images(self) -> list[str]:
+        return self._images
+
+    def entries(self) -> list[EpisodeEntry]:
+        return self._entries
+
+    def read(self, entry: EpisodeEntry) -> Episode:
+        path = self.location.file(entry.file)
+        source = f"{path}, {entry.place}"
+        with _open(path) as file:
+            group = file[f"data/{entry.place}"]
+            images: dict[str, Any] = {name: _pictures(group, self._columns[name], source) for name in self.images}
+            numbers = {name: _numbers(group, self._columns[name], name, source) for name in ("state", "action")}
+        values = {"instruction": entry.instruction, "task": entry.task, "suite": entry.suite}
+        return Episode(source, images, numbers, {**values, "episode_index": entry.index})
+
+    def check(self, entry: EpisodeEntry, options: RowOptions) -> None:
+        """See that every column is there, with the right dimension, without reading it.
+
+        Raises:
+            DemonstrationError: the first thing that is wrong.
+        """
+        path = self.location.file(entry.file)
+        with _open(path) as file:
+            group = file[f"data/{entry.place}"]
+            for name, wanted in (("action", options.action_dim), ("state", options.state_dim)):
+                shapes = [_dataset(group, there, f"{path}, {entry.place}").shape for there in self._columns[name]]
+                found = sum(shape[1] if len(shape) == 2 else 1 for shape in shapes)
+                check_dimension(f"{path}, {entry.place}", name, found, wanted)
+            for name in self.images:
+                for there in self._columns[name]:
+                    _dataset(group, there, f"{path}, {entry.place}")
+
+    def _demonstrations(self, name: str) -> list[EpisodeEntry]:
+        path, stamp = self.location.file(name), self.location.stamp(name)
+        with _open(path) as file:
+            if "data" not in file:
+                raise DemonstrationError(
+                    f"{path} has no group 'data', only {sorted(file)}: it is not of LIBERO's format"
+                )
+            task = re.sub(r"_demo$", "", path.stem)
+            instruction = instruction_of(task)
+            if not path.stem.endswith("_demo"):
+                instruction = _said(file["data"].attrs) or instruction
+            numbered = sorted((int(key[5:]), key) for key in file["data"] if re.fullmatch(r"demo_\d+", key))
+            if not numbered:
+                raise DemonstrationError(f"{path} holds no demonstration (data/demo_0, ...): leave the file out")
+            suite = _suite(file["data"].attrs, path)
+        return [EpisodeEntry(task, instruction, suite, number, name, key, stamp) for number, key in numbered]
+
+    def _find_images(self) -> list[str]:
+        wanted = [name for name in self._columns if name not in ("state", "action")]
+        if not self._entries:
+            return wanted
+        first = self._entries[0]
+        with _open(self.location.file(first.file)) as file:
+            group = file[f"data/{first.place}"]
+            return [name for name in wanted if name not in self._optional or self._columns[name][0] in group]
+
+
+def _files_of(names: list[str], tasks: Sequence[str] | None) -> list[str]:
+    if tasks is None:
+        return names
+    known = {name: re.sub(r"_demo$", "", Path(name).stem) for name in names}
+    mine = {
+        task: [name for name, there in known.items() if there == task or instruction_of(there) == task.lower()]
+        for task in tasks
+    }
+    return sorted({name for found in mine.values() for name in found}) if all(mine.values()) else names
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError("reading HDF5 files needs h5py: pip install 'infovla-peft[data]'") from error
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise DemonstrationError(f"{path} is truncated or no HDF5 file ({error}): {AGAIN}") from error
+    try:
+        with file:
+            yield file
+    except (OSError, RuntimeError) as error:  # h5py's of damaged blocks
+        raise DemonstrationError(f"{path} is damaged ({error}): {AGAIN}") from error
+
+
+def _dataset(group: Any, name: str, source: str) -> Any:
+    import h5py
+
+    found = group.get(name)
+    if not isinstance(found, h5py.Dataset):
+        there: list[str] = []
+        group.visititems(lambda key, value: there.append(key) if isinstance(value, h5py.Dataset) else None)
+        raise DemonstrationError(
+            f"{source} lacks {name}; it has {', '.join(sorted(there)) or 'nothing'}. Name the right ones by `columns`"
+        )
+    return found
+
+
+def _numbers(group: Any, names: tuple[str, ...], column: str, source: str) -> NDArray[np.float32]:
+    parts = [np.asarray(_dataset(group, name, source)[()], dtype=np.float32) for name in names]
+    parts = [part[:, None] if part.ndim == 1 else part for part in parts]
+    if len({len(part) for part in parts}) > 1 or any(part.ndim != 2 for part in parts):
+        raise DemonstrationError(
+            f"{source}: {column} is made of {', '.join(names)}, whose shapes {[part.shape for part in parts]} do not "
+            "go together; name the right ones with `columns`"
+        )
+    return np.concatenate(parts, axis=1)
+
+
+def _pictures(group: Any, names: tuple[str, ...], source: str) -> NDArray[np.uint8]:
+    pictures = _dataset(group, names[0], source)
+    if pictures.ndim != 4 or pictures.shape[-1] != 3 or pictures.dtype != np.uint8:
+        raise DemonstrationError(
+            f"{source}: {names[0]} holds {pictures.dtype} of shape {pictures.shape}, not uint8 pictures (frames, "
+            "height, width, 3); name the right one with `columns`"
+        )
+    return np.asarray(pictures[()])
+
+
+def _said(attributes: Any) -> str:
+    """The instruction that a file's attributes hold; "" if none."""
+    try:
+        said = json.loads(attributes.get("problem_info", "{}")).get("language_instruction", "")
+    except (ValueError, TypeError, AttributeError):
+        return ""
+    words = said[0] if isinstance(said, list) and said else said  # a list in some of LIBERO's versions
+    return str(words).strip().strip('"')
+
+
+def _suite(attributes: Any, path: Path) -> str:
+    named = Path(str(attributes.get("bddl_file_name", ""))).parent.name or path.parent.name
+    return named.removesuffix("_no_noops") if named.startswith("libero") else ""

@@ -1,0 +1,236 @@
+"""Where demonstrations come from: files here or on the Hub, and what every reader of a format offers."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from .rows import DemonstrationError, Episode
+
+Columns = Mapping[str, str | Sequence[str] | None]
+"""Our column -> the name it has there, several to be joined, or None to leave it out."""
+
+
+@dataclass(frozen=True)
+class EpisodeEntry:
+    """One demonstration that can be read.
+
+    Attributes:
+        task, instruction, suite: what is shown; `task` as LIBERO names it, or the instruction with underscores.
+        index: its number within the task.
+        file: where it lies, relative to the location.
+        place: which part of the file; the reader's own.
+        stamp: changes when the file does.
+    """
+
+    task: str
+    instruction: str
+    suite: str
+    index: int
+    file: str
+    place: Any = None
+    stamp: str = ""
+
+
+class Source(Protocol):
+    """A set of demonstrations in one format. Picklable, so that workers of a `DataLoader` can read it.
+
+    Attributes:
+        images: the image columns that every episode has.
+        upside_down: whether its pictures must be rotated by 180 degrees to be upright.
+    """
+
+    @property
+    def images(self) -> Sequence[str]: ...
+
+    @property
+    def upside_down(self) -> bool: ...
+
+    def entries(self) -> list[EpisodeEntry]:
+        """What there is, task after task."""
+        ...
+
+    def read(self, entry: EpisodeEntry) -> Episode:
+        """One of `entries`.
+
+        Raises:
+            DemonstrationError: the file is damaged, or lacks a column.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Location:
+    """A folder (or one file) here, or a data set repository of the Hub, whose files are fetched when asked for.
+
+    Attributes:
+        folder: None for a repository.
+        repo_id, revision, token, cache_dir: as in `huggingface_hub.hf_hub_download`.
+    """
+
+    folder: Path | None
+    repo_id: str = ""
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | None = None
+
+    @classmethod
+    def find(cls, source: str | Path, **hub: Any) -> Location:
+        """A path that exists, else a Hub id `user/name`.
+
+        Raises:
+            FileNotFoundError: neither.
+        """
+        if Path(source).exists():
+            return cls(Path(source))
+        name = str(source).removeprefix("hf://datasets/").removeprefix("datasets/")
+        if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+            raise FileNotFoundError(
+                f"there are no demonstrations at {source}: give a folder (recorded by `infovla demos`, LIBERO's HDF5 "
+                "files, or a LeRobot data set) or a Hub id user/name"
+            )
+        return cls(None, name, **hub)
+
+    def __str__(self) -> str:
+        return str(self.folder) if self.folder is not None else self.repo_id
+
+    def file(self, name: str) -> Path:
+        """The path of a file, fetched now if it is on the Hub and not yet in the cache.
+
+        Raises:
+            FileNotFoundError: there is none, or the Hub did not give it.
+        """
+        if self.folder is not None:
+            path = self.folder if self.folder.is_file() else self.folder / name
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing")
+            return path
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(
+                hf_hub_download(
+                    self.repo_id,
+                    name,
+                    repo_type="dataset",
+                    revision=self.revision,
+                    token=self.token,
+                    cache_dir=self.cache_dir,
+                )
+            )
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+            raise FileNotFoundError(
+                f"{self.repo_id} is no folder here, and the Hub did not give {name} "
+                f"({str(error).splitlines()[0]}); check the name, the network, and `hf auth login`"
+            ) from error
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file; of a repository: whether the Hub gives it."""
+        if self.folder is not None:
+            return (self.folder / name).is_file()
+        return name in self.names
+
+    def glob(self, *patterns: str) -> list[str]:
+        """Names of the files, relative to the location, that match a pattern at any depth; sorted."""
+        if self.folder is not None and self.folder.is_file():
+            return [self.folder.name]
+        names = self.names
+        return sorted(name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """All files."""
+        if self.folder is not None:
+            return _files_below(self.folder)
+        from huggingface_hub import list_repo_files, try_to_load_from_cache
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+        try:
+            return tuple(list_repo_files(self.repo_id, repo_type="dataset", revision=self.revision, token=self.token))
+        except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+            for name in ("meta/info.json", "manifest.json"):  # without a network: what was fetched before
+                known = try_to_load_from_cache(
+                    self.repo_id, name, cache_dir=self.cache_dir, revision=self.revision, repo_type="dataset"
+                )
+                if isinstance(known, str):
+                    return _files_below(Path(known).parents[name.count("/")])
+            raise FileNotFoundError(
+                f"{self.repo_id} is no folder here, and the Hub did not list it ({str(error).splitlines()[0]}); check "
+                "the name, the network, and `hf auth login` for a private one"
+            ) from error
+
+    def stamp(self, name: str) -> str:
+        """Changes when the file does; of a repository, nothing is fetched for it and its revision stands for all."""
+        path = None if self.folder is None else self.folder if self.folder.is_file() else self.folder / name
+        if path is None or not path.is_file():
+            return str(self.revision)
+        status = path.stat()
+        return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def _files_below(root: Path) -> tuple[str, ...]:
+    paths = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
+    return tuple(sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)))
+
+
+def select_entries(
+    entries: Sequence[EpisodeEntry], tasks: Sequence[str] | None, episodes: int | None, where: str
+) -> list[EpisodeEntry]:
+    """The demonstrations of some tasks, in the order of `tasks`, the first `episodes` of each.
+
+    A task is named as in the set, or by its instruction. What was asked for by a name of LIBERO keeps that name.
+
+    Raises:
+        DemonstrationError: a task is not there, or has too few demonstrations; or there are none at all.
+    """
+    names = list(dict.fromkeys(entry.task for entry in entries))
+    chosen: list[EpisodeEntry] = []
+    for wanted in names if tasks is None else tasks:
+        mine = [entry for entry in entries if entry.task == wanted]
+        if not mine:
+            text = instruction_of(wanted).lower()
+            mine = [entry for entry in entries if entry.instruction.strip().lower() == text]
+            if " " not in wanted:
+                mine = [replace(entry, task=wanted) for entry in mine]
+        if not mine:
+            raise DemonstrationError(f"{where} holds no demonstrations of {wanted!r}, only of {names}")
+        if episodes is not None and len(mine) < episodes:
+            raise DemonstrationError(
+                f"{where} holds {len(mine)} demonstrations of {wanted!r}, not {episodes}: ask for fewer, or add some"
+            )
+        chosen += mine[:episodes]
+    if not chosen:
+        raise DemonstrationError(f"{where} holds no demonstration")
+    return chosen
+
+
+def instruction_of(task: str) -> str:
+    """The instruction of a task given by LIBERO's name of it.
+
+    >>> instruction_of("KITCHEN_SCENE3_turn_on_the_stove")
+    'turn on the stove'
+    """
+    return re.sub(r"^[A-Z_]+SCENE\d+_", "", task).replace("_", " ")
+
+
+def mapped(columns: Columns | None, defaults: Columns) -> dict[str, tuple[str, ...]]:
+    """Our columns -> names there, with the user's mapping over the format's own.
+
+    Raises:
+        ValueError: action or state is left out.
+    """
+    joined = {**defaults, **(columns or {})}
+    result = {
+        name: (there,) if isinstance(there, str) else tuple(there)
+        for name, there in joined.items()
+        if there is not None
+    }
+    if missing := [name for name in ("state", "action") if not result.get(name)]:
+        raise ValueError(f"`columns` leaves out {' and '.join(missing)}, which a policy needs")
+    return result

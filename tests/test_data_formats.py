@@ -1,0 +1,400 @@
+"""Demonstrations in LIBERO's HDF5, LeRobot v3 and our own format: read, streamed, refused, and exported."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data_files import FRAMES, SIDE, TASKS, numbers, picture, write_lerobot, write_libero_hdf5
+from test_demonstrations import write as write_recorded
+
+from infovla_peft.data import recording
+from infovla_peft.data.demonstrations import DemonstrationError, load_demonstrations
+from infovla_peft.data.lerobot import LeRobotSource
+from infovla_peft.data.lerobot_export import export_lerobot
+from infovla_peft.data.lerobot_statistics import ChannelHistogram, Moments
+from infovla_peft.data.rows import noops
+
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "hdf5": write_libero_hdf5,
+    "lerobot_videos": write_lerobot,
+    "lerobot_images": lambda folder: write_lerobot(folder, videos=False),
+}
+VIDEO_ERROR = 24
+"""Largest difference of a colour value after H.264, at the edge of the pictures' corner."""
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFOVLA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("formats")
+    return {name: write(root / name) for name, write in WRITERS.items()}
+
+
+def largest_difference(found: Any, wanted: Any) -> int:
+    return int(np.abs(np.asarray(found).astype(int) - np.asarray(wanted).astype(int)).max())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_same_rows(files: dict[str, Path], name: str, streaming: bool) -> None:
+    frames = load_demonstrations(files[name], [TASKS[1], "turn on the stove"], streaming=streaming)
+    assert isinstance(frames, datasets.IterableDataset if streaming else datasets.Dataset)
+    rows = list(frames)
+    assert [row["task"] for row in rows] == [TASKS[1]] * 2 * FRAMES + [TASKS[0]] * 2 * FRAMES
+    assert {row["instruction"] for row in rows[: 2 * FRAMES]} == {"put the bowl on the plate"}
+    for place, row in enumerate(rows):
+        task, episode, frame = 1 - place // (2 * FRAMES), place // FRAMES % 2, place % FRAMES
+        assert (row["episode_index"], row["frame_index"], row["done"]) == (episode, frame, frame == FRAMES - 1)
+        states, actions = numbers(10 * task + episode)
+        np.testing.assert_array_equal(np.float32(row["state"]), states[frame])
+        np.testing.assert_array_equal(np.float32(row["action"]), actions[frame])
+        for camera, column in enumerate(("image", "wrist_image")):  # upright, whatever lay in the file
+            difference = largest_difference(row[column], picture(10 * task + episode, frame, camera))
+            assert difference <= (VIDEO_ERROR if name == "lerobot_videos" else 0)
+
+
+def test_our_own_recordings_are_streamed_with_all_their_columns(tmp_path: Path, monkeypatch: Any) -> None:
+    from test_demonstrations import FakeDemonstrator
+
+    monkeypatch.setattr(recording, "Demonstrator", FakeDemonstrator)
+    write_recorded(tmp_path)
+    mapped = load_demonstrations(tmp_path, ["b"], episodes=2)
+    streamed = list(load_demonstrations(tmp_path, ["b"], episodes=2, streaming=True))
+    assert mapped.column_names == list(streamed[0])
+    assert len(mapped) == len(streamed)
+    for ours, theirs in zip(mapped, streamed, strict=True):
+        assert largest_difference(ours.pop("image"), theirs.pop("image")) == 0
+        assert ours == theirs
+    with pytest.raises(ValueError, match="leave `columns` out"):
+        load_demonstrations(tmp_path, columns={"image": "x"})
+    fewer = load_demonstrations(tmp_path, ["b"], rotate=True)
+    upside_down = load_demonstrations(tmp_path, ["b"])
+    assert largest_difference(fewer[0]["image"], np.asarray(upside_down[0]["image"])[::-1, ::-1]) == 0
+
+
+def test_streaming_reads_an_episode_when_it_is_wanted(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    original = LeRobotSource.read
+
+    def count(self: LeRobotSource, entry: Any) -> Any:
+        read.append(entry.place["episode"])
+        return original(self, entry)
+
+    monkeypatch.setattr(LeRobotSource, "read", count)
+    stream = load_demonstrations(files["lerobot_videos"], streaming=True)
+    assert read == []
+    assert stream.num_shards == 4  # the episodes: workers of a DataLoader share them
+    rows = iter(stream)
+    next(rows)
+    assert len(read) == 1
+    assert len(list(rows)) == 4 * FRAMES - 1
+    assert sorted(read) == [0, 1, 2, 3]
+
+
+def test_what_is_prepared_is_used_again_until_the_files_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_lerobot(tmp_path / "set", videos=False)
+    read: list[int] = []
+    original = LeRobotSource.read
+    monkeypatch.setattr(
+        LeRobotSource,
+        "read",
+        lambda self, entry: read.append(1) or original(self, entry),  # type: ignore[func-returns-value]
+    )
+    first = load_demonstrations(folder)
+    assert first.cache_files
+    assert Path(first.cache_files[0]["filename"]).is_relative_to(tmp_path / "cache")
+    load_demonstrations(folder)
+    assert len(read) == 4
+    path = folder / "data" / "chunk-000" / "file-000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(1, "action", pa.array([[0.5] * 7] * len(table))), path)
+    assert load_demonstrations(folder)[0]["action"] == [0.5] * 7
+    assert len(read) == 8
+
+
+def test_options_map_columns_turn_pictures_and_leave_out_noops(files: dict[str, Path]) -> None:
+    columns = {"image": "obs/eye_in_hand_rgb", "wrist_image": None, "state": ["obs/ee_states", "obs/gripper_states"]}
+    options: dict[str, Any] = {"columns": columns, "rotate": False, "drop_noops": True}
+    frames = load_demonstrations(files["hdf5"], [TASKS[0]], episodes=1, **options)
+    assert "wrist_image" not in frames.column_names
+    assert frames["frame_index"] == list(range(FRAMES - 1))
+    assert frames["done"] == [False] * (FRAMES - 2) + [True]
+    states, actions = numbers(0)
+    kept = [frame for frame in range(FRAMES) if frame != 1]
+    np.testing.assert_array_equal(np.float32(frames["action"]), actions[kept])
+    np.testing.assert_array_equal(np.float32(frames["state"]), states[kept])
+    for row, frame in zip(frames, kept, strict=True):
+        assert largest_difference(row["image"], picture(0, frame, 1)[::-1, ::-1]) == 0
+
+
+def test_noops_follow_openvla_s_rule() -> None:
+    still, moves = np.zeros(6), np.full(6, 0.1)
+    actions = np.array([[*still, -1], [*moves, -1], [*still, 1], [*still, 1], [*still * 1e-6, -1], [*moves, -1]])
+    assert noops(actions).tolist() == [True, False, False, True, False, False]
+
+
+def test_columns_of_another_robot(tmp_path: Path) -> None:
+    folder = write_lerobot(tmp_path, cameras=("observation.images.top",))
+    with pytest.raises(
+        DemonstrationError, match=r"lacks observation\.images\.image; it has .*observation\.images\.top"
+    ):
+        load_demonstrations(folder)
+    columns = {"image": "observation.images.top", "state": ["observation.state", "action"]}
+    with pytest.raises(DemonstrationError, match=r"state has 15 dimensions, not 8.*state_dim=15"):
+        load_demonstrations(folder, columns=columns)
+    frames = load_demonstrations(folder, columns=columns, state_dim=15, streaming=True)
+    row = next(iter(frames))
+    states, actions = numbers(0)
+    np.testing.assert_array_equal(np.float32(row["state"]), np.r_[states[0], actions[0]])
+    with pytest.raises(ValueError, match="leaves out action"):
+        load_demonstrations(folder, columns={"image": "observation.images.top", "action": None})
+
+
+def test_libero_names_are_found_by_their_instruction(files: dict[str, Path]) -> None:
+    frames = load_demonstrations(files["lerobot_images"], ["KITCHEN_SCENE3_turn_on_the_stove"], episodes=1)
+    assert set(frames["task"]) == {"KITCHEN_SCENE3_turn_on_the_stove"}
+    assert set(frames["instruction"]) == {"turn on the stove"}
+
+
+def test_one_file_and_files_of_other_names(tmp_path: Path) -> None:
+    write_libero_hdf5(tmp_path, [TASKS[0]])
+    (tmp_path / f"{TASKS[0]}_demo.hdf5").rename(tmp_path / "monday.hdf5")
+    frames = load_demonstrations(tmp_path / "monday.hdf5", ["turn on the stove"])
+    assert set(frames["task"]) == {"monday"}
+    assert set(frames["suite"]) == {"libero_goal"}
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+def change(path: Path, edit: Callable[[Any], None]) -> None:
+    with h5py.File(path, "r+") as file:
+        edit(file["data/demo_1"])
+
+
+def replace(name: str, value: Any) -> Callable[[Any], None]:
+    def edit(demo: Any) -> None:
+        del demo[name]
+        if value is not None:
+            demo[name] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (replace("actions", None), "lacks actions; it has obs/agentview_rgb"),
+        (replace("obs/agentview_rgb", None), "lacks obs/agentview_rgb"),
+        (replace("actions", np.zeros((FRAMES, 14))), "action has 14 dimensions, not 7"),
+        (replace("actions", np.full((FRAMES, 7), np.nan)), "action holds NaN or infinite values .first in frame 0"),
+        (replace("obs/ee_pos", np.full((FRAMES, 3), np.inf)), "state holds NaN"),
+        (replace("actions", np.zeros((3, 7))), "state has 6 frames, action has 3"),
+        (replace("actions", np.zeros((0, 7))), "holds no frames"),
+        (replace("obs/agentview_rgb", np.zeros((FRAMES, 4, 4, 3), np.float32)), "not uint8 pictures"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_broken_hdf5(tmp_path: Path, edit: Callable[[Any], None], message: str, streaming: bool) -> None:
+    path = write_libero_hdf5(tmp_path, [TASKS[0]]) / f"{TASKS[0]}_demo.hdf5"
+    change(path, edit)
+    with pytest.raises(DemonstrationError, match=message) as error:
+        list(load_demonstrations(tmp_path, streaming=streaming))
+    assert str(path) in str(error.value)
+    assert "demo_1" in str(error.value)
+
+
+def test_truncated_and_foreign_files(tmp_path: Path) -> None:
+    path = write_libero_hdf5(tmp_path, [TASKS[0]]) / f"{TASKS[0]}_demo.hdf5"
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(DemonstrationError, match="truncated or no HDF5 file"):
+        load_demonstrations(tmp_path)
+    with h5py.File(path, "w") as file:
+        file["other"] = 1
+    with pytest.raises(DemonstrationError, match="no group 'data', only"):
+        load_demonstrations(tmp_path)
+    with h5py.File(path, "w") as file:
+        file.create_group("data")
+    with pytest.raises(DemonstrationError, match="holds no demonstration"):
+        load_demonstrations(tmp_path)
+
+
+def cut(path: Path, keep: float = 0.6) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+
+
+def edit_table(path: Path, **columns: Any) -> None:
+    table = pq.read_table(path)
+    for key, values in columns.items():
+        name = key.replace("__", ".")
+        table = (
+            table.drop([name])
+            if values is None
+            else table.set_column(table.column_names.index(name), name, pa.array(values))
+        )
+    pq.write_table(table, path)
+
+
+DATA, EPISODES = "data/chunk-000/file-000.parquet", "meta/episodes/chunk-000/file-000.parquet"
+VIDEO = "videos/observation.images.image/chunk-000/file-000.mp4"
+ROWS = 4 * FRAMES
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda root: cut(root / DATA), "truncated or no Parquet"),
+        (lambda root: (root / DATA).unlink(), "is missing: the data set is not complete"),
+        (lambda root: cut(root / EPISODES), "truncated or no Parquet"),
+        (lambda root: cut(root / VIDEO), "truncated or no video|has no frame at"),
+        (lambda root: (root / VIDEO).unlink(), "is missing"),
+        (lambda root: edit_table(root / DATA, action=None), "lacks the columns action"),
+        (lambda root: edit_table(root / DATA, action=[[0.0] * 6] * ROWS), "action has 6 dimensions, not 7"),
+        (lambda root: edit_table(root / DATA, action=[[np.nan] * 7] * ROWS), "action holds NaN"),
+        (lambda root: edit_table(root / DATA, observation__state=[[np.inf] * 8] * ROWS), "state holds NaN"),
+        (lambda root: pq.write_table(pq.read_table(root / DATA).slice(0, 20), root / DATA), "instead of 6"),
+        (lambda root: (root / "meta/info.json").write_text("{"), r"info\.json is damaged"),
+        (lambda root: (root / "meta/info.json").write_text("{}"), r"info\.json is damaged"),
+        (
+            lambda root: (root / "meta/info.json").write_text('{"codebase_version": "v2.1"}'),
+            r"format v2\.1, read here is v3\.0: convert",
+        ),
+    ],
+)
+def test_broken_lerobot(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
+    damage(write_lerobot(tmp_path))
+    with pytest.raises(DemonstrationError, match=message):
+        list(load_demonstrations(tmp_path, streaming=True))
+
+
+def test_what_is_not_there(files: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(DemonstrationError, match="no demonstrations of 'fly', only of"):
+        load_demonstrations(files["hdf5"], ["fly"])
+    with pytest.raises(DemonstrationError, match="holds 2 demonstrations of 'turn_on_the_stove', not 3"):
+        load_demonstrations(files["lerobot_images"], [TASKS[0]], episodes=3)
+    with pytest.raises(FileNotFoundError, match="holds no demonstrations"):
+        load_demonstrations(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no demonstrations at"):
+        load_demonstrations(tmp_path / "absent")
+    with pytest.raises(ValueError, match="unknown format 'rlds'"):
+        load_demonstrations(files["hdf5"], format="rlds")  # type: ignore[arg-type]
+
+
+# --- what is exported ------------------------------------------------------------------------------------------------
+
+
+def test_an_export_is_read_back_and_has_lerobot_s_fields(files: dict[str, Path], tmp_path: Path) -> None:
+    exported = export_lerobot(load_demonstrations(files["hdf5"], streaming=True), tmp_path / "set")
+    back = load_demonstrations(exported)
+    original = load_demonstrations(files["hdf5"])
+    assert len(back) == len(original) == ROWS
+    for ours, theirs in zip(original, back, strict=True):
+        for name in ("state", "action", "instruction", "task", "episode_index", "frame_index"):
+            assert ours[name] == theirs[name]
+        for name in ("image", "wrist_image"):
+            assert largest_difference(ours[name], theirs[name]) <= VIDEO_ERROR
+
+    info = json.loads((exported / "meta" / "info.json").read_text())
+    assert (info["codebase_version"], info["fps"], info["robot_type"]) == ("v3.0", 20, "panda")
+    assert (info["total_episodes"], info["total_frames"], info["total_tasks"]) == (4, ROWS, 2)
+    assert info["splits"] == {"train": "0:4"}
+    camera = info["features"]["observation.images.image2"]
+    assert (camera["dtype"], camera["shape"]) == ("video", [SIDE, SIDE, 3])
+    assert camera["info"]["video.codec"] == "h264"
+    assert info["features"]["action"]["shape"] == [7]
+    tasks = pq.read_table(exported / "meta" / "tasks.parquet").to_pandas()
+    assert tasks.task_index.to_dict() == {"put the bowl on the plate": 0, "turn on the stove": 1}
+
+    entries = pq.read_table(exported / "meta" / "episodes" / "chunk-000" / "file-000.parquet").to_pylist()
+    assert [entry["length"] for entry in entries] == [FRAMES] * 4
+    assert [entry["dataset_from_index"] for entry in entries] == [0, FRAMES, 2 * FRAMES, 3 * FRAMES]
+    place = "videos/observation.images.image"
+    assert entries[2][f"{place}/from_timestamp"] == entries[1][f"{place}/to_timestamp"] == 2 * FRAMES / 20
+    _, actions = numbers(10)  # the bowl comes first, by the files' names
+    assert entries[0]["stats/action/mean"] == pytest.approx(actions.astype(np.float64).mean(axis=0).tolist())
+    assert entries[0]["stats/action/count"] == [FRAMES]
+    statistics = json.loads((exported / "meta" / "stats.json").read_text())
+    assert set(statistics) == set(info["features"])
+    assert np.shape(statistics["observation.images.image"]["mean"]) == (3, 1, 1)
+    stored = datasets.Dataset.from_parquet(
+        str(exported / DATA), cache_dir=str(tmp_path / "cache"), keep_in_memory=True
+    )
+    assert stored.features["action"] == datasets.Sequence(datasets.Value("float32"), 7)
+    assert stored["index"] == list(range(ROWS))
+
+
+def test_large_sets_are_cut_into_files(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from infovla_peft.data import lerobot_export
+
+    monkeypatch.setattr(lerobot_export, "DATA_MEGABYTES", 1e-9)
+    monkeypatch.setattr(lerobot_export, "VIDEO_MEGABYTES", 0)
+    monkeypatch.setattr(lerobot_export, "FILES_PER_CHUNK", 3)
+    frames = load_demonstrations(files["lerobot_images"])
+    exported = export_lerobot(frames, tmp_path / "set")
+    assert len(list(exported.glob("data/chunk-*/file-*.parquet"))) == 4
+    assert (exported / "data/chunk-001/file-000.parquet").is_file()
+    assert len(list(exported.glob("videos/observation.images.image/chunk-*/file-*.mp4"))) > 1
+    back = load_demonstrations(exported)
+    assert back["action"] == frames["action"]
+    for ours, theirs in zip(frames, back, strict=True):
+        assert largest_difference(ours["image"], theirs["image"]) <= VIDEO_ERROR
+
+
+def test_an_export_that_fails_leaves_what_was_there(files: dict[str, Path], tmp_path: Path) -> None:
+    target = tmp_path / "set"
+    frames = load_demonstrations(files["lerobot_images"])
+    export_lerobot(frames.select(range(FRAMES)), target)
+    before = (target / "meta" / "info.json").read_text()
+    with pytest.raises(DemonstrationError, match="sort the frames"):
+        export_lerobot(frames.select([0, 2]), target)
+    with pytest.raises(DemonstrationError, match="no pictures"):
+        export_lerobot(frames.remove_columns(["image", "wrist_image"]), target)
+    with pytest.raises(DemonstrationError, match="no frames"):
+        export_lerobot([], target)
+    assert (target / "meta" / "info.json").read_text() == before
+    assert [path.name for path in tmp_path.glob("*set*")] == ["set"]
+
+
+def test_statistics_are_exact() -> None:
+    random = np.random.default_rng(0)
+    pictures = random.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    histogram = ChannelHistogram()
+    for image in pictures:
+        histogram.add(image[None])
+    found = histogram.describe()
+    values = pictures.reshape(-1, 3) / 255
+    for name in ("min", "max", "mean", "std"):
+        np.testing.assert_allclose(np.ravel(found[name]), getattr(values, name)(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(np.ravel(found["q50"]), np.quantile(values, 0.5, axis=0, method="inverted_cdf"))
+    moments = Moments()
+    moments.add(values[:10])
+    moments.add(values[10:])
+    assert moments.describe()["std"] == pytest.approx(values.std(axis=0).tolist())
+
+
+def test_a_source_can_be_sent_to_a_worker(files: dict[str, Path]) -> None:
+    from infovla_peft.data.demonstrations import open_source
+    from infovla_peft.data.sources import Location
+
+    for path in files.values():
+        source = pickle.loads(pickle.dumps(open_source(Location.find(path))))
+        assert len(source.read(source.entries()[0])) == FRAMES
