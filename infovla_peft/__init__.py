@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "InfoVLAConfig": "infovla_peft.config",
     "InfoVLATrainer": "infovla_peft.trainer",
+    "export_lerobot": "infovla_peft.data.lerobot_export",
+    "load_demonstrations": "infovla_peft.data.demonstrations",
     "OpenVLAConfig": "infovla_peft.models.openvla",
     "OpenVLAForActionPrediction": "infovla_peft.models.openvla",
     "OpenVLAImageProcessor": "infovla_peft.models.openvla",
@@ -24,11 +26,15 @@ __all__ = [
     "OpenVLAImageProcessor",
     "OpenVLAProcessor",
     "__version__",
+    "export_lerobot",
+    "load_demonstrations",
     "load_policy",
 ]
 
 if TYPE_CHECKING:
     from .config import InfoVLAConfig
+    from .data.demonstrations import load_demonstrations
+    from .data.lerobot_export import export_lerobot
     from .hub import load_policy
     from .models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAImageProcessor, OpenVLAProcessor
     from .trainer import InfoVLATrainer

@@ -39,7 +39,7 @@ from .analysis_results import (
 )
 from .data.chunks import ChunkDataset, Samples
 from .data.collator import VLACollator
-from .data.demonstrations import CAMERA_COLUMNS, load_demonstrations
+from .data.demonstrations import CAMERA_COLUMNS, load_demonstrations, recipe_demonstrations
 from .features import Features, FeatureTap, extract_features
 from .files import atomic_file
 from .hub import load_policy
@@ -215,20 +215,27 @@ def spread_rows(available: int, wanted: int) -> NDArray[np.int64]:
 
 
 def probe_frames(
-    task: TaskEntry, policy: Policy, folder: Path, memory: ReplayMemory, *, frames: int, episodes: int | None
+    task: TaskEntry,
+    policy: Policy,
+    source: str | os.PathLike[str],
+    memory: ReplayMemory,
+    *,
+    frames: int,
+    episodes: int | None,
+    **options: Any,
 ) -> Probe:
     """Evenly spaced frames of demonstrations of one task that are not in the memory.
 
     Args:
         policy: says how large the images are, which cameras are seen and how long a chunk is.
-        folder: of the demonstrations.
+        source, options: of the demonstrations, as for `load_demonstrations`.
         frames: K, how many are wanted.
         episodes: how many demonstrations of the task the run used; None: all that are there.
 
     Raises:
         ValueError: too few demonstrations or frames.
     """
-    recorded = load_demonstrations(folder, [task.name], episodes=episodes)
+    recorded = load_demonstrations(os.fspath(source), [task.name], episodes=episodes, **options)
     number = np.array(recorded["episode_index"])
     kept: list[int] = []
     if memory.frames is not None:
@@ -374,7 +381,7 @@ def analyse_run(
     Args:
         run_folder: of a run; finished or not.
         frames: probe frames per task.
-        demonstrations: their folder, if not where the run's configuration says.
+        demonstrations: where they are, if not where the run's configuration says.
         policies: gives the policy after a stage; None: `load_policy(run_folder, stage=...)`.
         device: of the policies, where `policies` is None.
 
@@ -392,7 +399,10 @@ def analyse_run(
     tasks = [task for task in results.tasks if task.learned_at < results.stages]
     if not tasks:
         raise ValueError(f"{run} has learned no task yet; analyse it after its first stage")
-    folder = Path(demonstrations or config.get("demonstrations_folder") or run / "demonstrations")
+    source: str | os.PathLike[str]
+    source, options = recipe_demonstrations(config, run / "demonstrations")
+    if demonstrations is not None:
+        source = demonstrations
     memory = ReplayMemory.load(run / "memory")
     load = policies or (lambda stage: load_policy(run, stage=stage, device=device))
     layer, temperature = int(config.get("tap_layer", -1)), float(config.get("temperature", 0.1))
@@ -405,7 +415,7 @@ def analyse_run(
         for task in seen:
             if task.name not in probes:
                 probes[task.name] = probe_frames(
-                    task, policy, folder, memory, frames=frames, episodes=config.get("demonstrations")
+                    task, policy, source, memory, frames=frames, episodes=config.get("demonstrations"), **options
                 )
             found[task.name, stage] = look_at(
                 policy, probes[task.name], known_with(task, tasks), tap_layer=layer, temperature=temperature

@@ -231,7 +231,8 @@ def _plan(name: str, content: Mapping[str, Any]) -> Benchmark:
             for order, tasks in _mapping(own.pop("orders", None), f"suites.{suite}.orders").items()
         }
         common[suite] = {"suite": suite, **recipe, **own}
-        common[suite].setdefault("demonstrations_folder", str(output_dir / suite / "demonstrations"))
+        if not common[suite].get("demonstrations_source"):
+            common[suite].setdefault("demonstrations_folder", str(output_dir / suite / "demonstrations"))
         fixed = OWN_OPTIONS & set(common[suite])
         if fixed:
             raise ValueError(f"suites.{suite}: {', '.join(sorted(fixed))} follow from `runs`; leave them out")

@@ -267,6 +267,19 @@ class StreamConfig:
 
     demonstrations: int = _option(40, "Scripted demonstrations per task.")
     demonstrations_folder: str | None = _option(None, "Where they are kept; default: inside the run's folder.")
+    demonstrations_source: str | None = _option(
+        None,
+        "Demonstrations to learn from in place of scripted ones: LIBERO's HDF5 files, a LeRobot data set v3, or a "
+        "folder recorded before; a folder, or a Hub id user/name. The first `demonstrations` of each task are taken.",
+    )
+    demonstrations_columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "Columns of that source by other names than usual: image=observation.images.top ..."},
+    )
+    demonstrations_rotate: bool | None = _option(
+        None, "Turn its pictures by 180 degrees; default: as the format needs to be upright."
+    )
+    drop_noops: bool = _option(False, "Leave out its actions that do nothing, by OpenVLA's rule.")
     demonstration_noise: float = _option(0.1, "Noise on the executed, not on the recorded, actions.")
     demonstration_workers: int = _option(0, "Processes that record; 0 = one per core.")
     memory_trajectories: int = _option(1, "Trajectories kept of each past task. Paper, section 4.1.")
@@ -303,6 +316,14 @@ class StreamConfig:
                 f"stream {self.stream} has no base tasks, but a tiny base must be trained on some; "
                 "use at least B1, or a checkpoint as base_model"
             )
+        if self.demonstrations_source is None:
+            for name in ("demonstrations_columns", "demonstrations_rotate", "drop_noops"):
+                if getattr(self, name) not in (None, False):
+                    raise ValueError(
+                        f"{name} is of demonstrations_source, which is not given; scripted ones need none"
+                    )
+        elif self.demonstrations_folder is not None:
+            raise ValueError("give demonstrations_source (what is there) or demonstrations_folder (to record into)")
         if self.tasks is not None and len(self.tasks) != shape.total_tasks:
             raise ValueError(
                 f"stream {self.stream} needs {shape.total_tasks} tasks, but `tasks` names {len(self.tasks)}"

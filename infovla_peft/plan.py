@@ -94,7 +94,7 @@ def describe_plan(
     tiny = config.base_model == "tiny"
     tasks = sum(len(stage.tasks) for stage in stages)
     recording = 0.0
-    if "demonstrations" not in state:
+    if "demonstrations" not in state and config.demonstrations_source is None:
         each = config.demonstrations * SECONDS_PER_DEMONSTRATION / workers(config.demonstration_workers)
         recording = tasks * (each + SECONDS_PER_ENVIRONMENT)
     terms = ", ".join(METHODS[training.method].terms)
@@ -104,7 +104,8 @@ def describe_plan(
         + f", base {config.base_model}, seed {training.seed}",
         f"  simulation    {assets.name} assets, {config.renderer} renderer, {config.image_size} px, "
         + ", ".join(config.cameras),
-        f"  demonstrations  {tasks} tasks x {config.demonstrations}, {_about(recording)}",
+        f"  demonstrations  {tasks} tasks x {config.demonstrations}, "
+        + (f"from {config.demonstrations_source}" if config.demonstrations_source else _about(recording)),
     ]
     total = recording
     step_seconds = measure_step(config, training)

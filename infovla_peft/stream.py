@@ -25,7 +25,7 @@ from .config import InfoVLAConfig, StreamConfig, resolved_config
 from .consolidation import Consolidation
 from .data.chunks import ChunkDataset
 from .data.collator import VLACollator
-from .data.demonstrations import CAMERA_COLUMNS, load_demonstrations
+from .data.demonstrations import CAMERA_COLUMNS, load_demonstrations, recipe_demonstrations
 from .data.normalisation import Normaliser
 from .data.statistics import statistics_of
 from .files import atomic_folder, write_json
@@ -149,7 +149,16 @@ class Stream:
 
     @property
     def demonstrations_folder(self) -> Path:
+        """Where scripted demonstrations are recorded."""
         return Path(self.config.demonstrations_folder or self.run_folder / "demonstrations")
+
+    @property
+    def _demonstrations(self) -> Path:
+        """What must be there once the demonstrations are: their folder; of the Hub, nothing of ours."""
+        source = self.config.demonstrations_source
+        if source is None:
+            return self.demonstrations_folder
+        return Path(source) if Path(source).exists() else self.run_folder.path
 
     @cached_property
     def assets(self) -> AssetSet:
@@ -159,10 +168,10 @@ class Stream:
         return find_assets(self.config.assets, self.config.assets_folder)
 
     def demonstrations(self, tasks: Sequence[Task]) -> datasets.Dataset:
-        """Frames of the recorded demonstrations of some tasks."""
-        return load_demonstrations(
-            self.demonstrations_folder, [task.name for task in tasks], episodes=self.config.demonstrations
-        )
+        """Frames of the demonstrations of some tasks."""
+        source, options = recipe_demonstrations(vars(self.config), self.demonstrations_folder)
+        names = [task.name for task in tasks]
+        return load_demonstrations(source, names, episodes=self.config.demonstrations, **options)
 
     def load_base(self) -> tuple[Any, Any, Normaliser]:
         """The base model, its processor and the frozen statistics.
@@ -213,8 +222,20 @@ class Stream:
     # --- the steps ---------------------------------------------------------------------------------------------------
 
     def record(self) -> None:
-        """Record the scripted demonstrations of every task."""
-        self.run_folder.once("demonstrations", self._record, products=[self.demonstrations_folder])
+        """Record the scripted demonstrations of every task; of those that exist already, see that all are there."""
+        work = self._record if self.config.demonstrations_source is None else self._find_demonstrations
+        self.run_folder.once("demonstrations", work, products=[self._demonstrations])
+
+    def _find_demonstrations(self) -> None:
+        source, options = recipe_demonstrations(vars(self.config), self.demonstrations_folder)
+        names = [task.name for task in self.tasks]
+        found = load_demonstrations(source, names, self.config.demonstrations, streaming=True, **options)
+        seen = [CAMERA_COLUMNS[camera] for camera in self.config.cameras]
+        if missing := [column for column in seen if column not in found.features]:
+            raise RunError(
+                f"{source} has no {', '.join(missing)}, which `cameras` wants; name its column by "
+                "demonstrations_columns (image=..., wrist_image=...), or choose other cameras"
+            )
 
     def _record(self) -> None:
         from .data.recording import record_demonstrations
@@ -238,7 +259,7 @@ class Stream:
             self.run_folder.once("base", self._learn_base, products=[self.run_folder.base], everyone=True)
 
     def _learn_base(self) -> None:
-        self._need("demonstrations", self.demonstrations_folder)
+        self._need("demonstrations", self._demonstrations)
         stage, config = self.stages[0], self.config
         frames = self.demonstrations(stage.tasks)
         model, processor = build_tiny_openvla(
@@ -386,7 +407,6 @@ class Stream:
     def _analyse(self) -> None:
         analyse_run(
             self.run_folder.path,
-            demonstrations=self.demonstrations_folder,
             policies=lambda stage: self.policy(self.stages[stage]),
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,6 +34,7 @@ __all__ = [
     "check_episode",
     "load_demonstrations",
     "read_start",
+    "recipe_demonstrations",
 ]
 
 Format = Literal["auto", "recorded", "libero_hdf5", "lerobot"]
@@ -109,6 +110,33 @@ def load_demonstrations(
             found.check(entry, options)
         features = frame_features(found.images, state_dim=state_dim, action_dim=action_dim)
     return _generate(found, entries, options, features, streaming=streaming, cache_dir=cache_dir)
+
+
+def recipe_demonstrations(recipe: Mapping[str, Any], recorded: Path) -> tuple[str | Path, dict[str, Any]]:
+    """Where the demonstrations of a recipe are, and the options of `load_demonstrations` to read them with.
+
+    Args:
+        recipe: with the fields of `StreamConfig`.
+        recorded: where scripted ones are, unless the recipe names another folder.
+
+    Raises:
+        ValueError: an entry of `demonstrations_columns` is not of the form `ours=theirs`.
+    """
+    source = recipe.get("demonstrations_source")
+    if source is None:
+        return Path(recipe.get("demonstrations_folder") or recorded), {}
+    columns: dict[str, list[str]] = {}
+    for entry in recipe.get("demonstrations_columns") or ():
+        ours, equals, theirs = entry.partition("=")
+        if not (ours and equals and theirs):
+            raise ValueError(f"demonstrations_columns: {entry!r} is not of the form image=observation.images.top")
+        columns.setdefault(ours, []).append(theirs)  # named twice, they are joined
+    options = {
+        "columns": columns or None,
+        "rotate": recipe.get("demonstrations_rotate"),
+        "drop_noops": bool(recipe.get("drop_noops")),
+    }
+    return str(source), options
 
 
 def open_source(
