@@ -1,4 +1,4 @@
-"""`infovla <command>`: train, evaluate, analyse, demos, report, act, bench, doctor, setup-libero."""
+"""`infovla <command>`: train, evaluate, analyse, demos, report, act, cp, bench, doctor, setup-libero."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .command_options import add_config_option, apply_config
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 EVALUATION_DEFAULTS = {
@@ -73,15 +74,27 @@ def _close_bars() -> None:
             bar.close()
 
 
+_DRY_RUN = (
+    "With --dry-run the plan is printed: stages, tasks, steps, rollouts, about how long; and nothing is written."
+)
+
+
 def train(argv: Sequence[str], *, prog: str = "infovla train") -> None:
     """The main job, from a recipe and its overrides."""
     from .config import load_recipe
     from .progress import quiet_libraries
     from .stream import Stream
 
+    dry_run = bool({"--dry-run", "--dry_run"} & set(argv))  # no field of a recipe: it is not kept with the run
+    argv = [argument for argument in argv if argument not in ("--dry-run", "--dry_run")]
     recipe, overrides = split_recipe(argv, prog)
-    config, training = load_recipe(recipe, overrides, prog=f"{prog} [RECIPE.yaml]", description=train.__doc__)
+    config, training = load_recipe(
+        recipe, overrides, prog=f"{prog} [RECIPE.yaml]", description=f"{train.__doc__}\n\n{_DRY_RUN}"
+    )
     quiet_libraries(loading_bars=config.base_model != "tiny")
+    if dry_run:
+        print(Stream(config, training).plan())
+        return
     with Stream(config, training) as stream:
         if stream.run_folder.main_process:
             print(stream.plan(), flush=True)
@@ -112,6 +125,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .simulation import find_assets, find_task, suite_tasks
     from .simulation.workers import EnvironmentPool
 
+    if options.dry_run:
+        suite = str(options.suite or EVALUATION_DEFAULTS["suite"])
+        planned = [find_task(suite, name) for name in options.tasks or range(len(suite_tasks(suite)))]
+        plural = "s" * (len(planned) != 1)
+        print(f"{options.policy} on {suite}: {len(planned)} task{plural} x {options.episodes} rollouts")
+        print("\n".join(f"  {task.name}" for task in planned))
+        return
     quiet_libraries(loading_bars=True)
     policy = load_policy(options.policy, stage=options.stage, base=options.base, unnorm_key=options.unnorm_key)
     policy.model.to(options.device)
@@ -162,13 +182,27 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _demos(options: argparse.Namespace) -> None:
+    from .data.demonstrations import DemonstrationManifest, load_demonstrations
+    from .data.lerobot_export import export_lerobot
     from .data.recording import record_demonstrations
     from .plan import workers
+    from .progress import quiet_libraries
     from .simulation import find_assets, find_task, suite_tasks
 
+    quiet_libraries(loading_bars=False)
     names = options.tasks or [task.name for task in suite_tasks(options.suite)]
+    tasks = [find_task(options.suite, name) for name in names]
+    if options.dry_run:
+        try:
+            recorded = DemonstrationManifest.load(options.folder).tasks
+        except FileNotFoundError:
+            recorded = {}
+        for task in tasks:
+            there = len(recorded[task.name].episodes) if task.name in recorded else 0
+            print(f"{task.name}: {there} of {options.episodes} are there")
+        return
     record_demonstrations(
-        [find_task(options.suite, name) for name in names],
+        tasks,
         Path(options.folder),
         episodes=options.episodes,
         assets=find_assets(options.assets, options.assets_folder),
@@ -179,6 +213,18 @@ def _demos(options: argparse.Namespace) -> None:
         seed=options.seed,
         num_workers=workers(options.workers),
     )
+    if options.lerobot:
+        frames = load_demonstrations(options.folder, [task.name for task in tasks], options.episodes, streaming=True)
+        print(f"LeRobot data set: {export_lerobot(frames, options.lerobot)}")
+
+
+def _cp(options: argparse.Namespace) -> None:
+    from .recipe_files import copy_recipe, list_recipes
+
+    if options.name is None:
+        print("\n".join(list_recipes()))
+    else:
+        print(copy_recipe(options.name, options.target, overwrite=options.force))
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -256,6 +302,7 @@ def make_parser() -> argparse.ArgumentParser:
             name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         added.set_defaults(handler=run)
+        add_config_option(added)
         return added
 
     # `train` takes the recipe's options, which only `load_recipe` knows, `bench` has commands of its own; see `main`.
@@ -273,6 +320,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--max_steps", type=int, help="step cap; the suite's own if not given")
     evaluate.add_argument("--videos", type=int, default=2, help="MP4s per task below --output, failures first")
     evaluate.add_argument("--output", help="folder for evaluation.json and videos")
+    evaluate.add_argument("--dry-run", action="store_true", help="say what would be rolled out, and stop")
     evaluate.add_argument("--device", default="cpu", help="where the policy runs")
 
     demos = command("demos", "record scripted demonstrations on fresh layouts", _demos)
@@ -282,6 +330,14 @@ def make_parser() -> argparse.ArgumentParser:
     demos.add_argument("--episodes", type=int, default=40, help="demonstrations per task")
     demos.add_argument("--noise", type=float, default=0.1, help="noise on the executed, not on the recorded, actions")
     demos.add_argument("--seed", type=int, default=0, help="of layouts and noise")
+
+    demos.add_argument("--lerobot", metavar="FOLDER", help="also write them as a LeRobot data set v3")
+    demos.add_argument("--dry-run", action="store_true", help="say what is there and what is missing, and stop")
+
+    cp = command("cp", "copy a recipe, to read and to change; without a name: list them", _cp)
+    cp.add_argument("name", nargs="?", help="such as continual (the loop), quickstart.yaml, libero_goal_b5_5n1")
+    cp.add_argument("target", nargs="?", default=".", help="folder, or name of the copy")
+    cp.add_argument("--force", action="store_true", help="replace a file that is there")
 
     report = command("report", "draw the figures and the page of a run again", _report)
     report.add_argument("run", help="folder of a run")
@@ -336,8 +392,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_command(lambda: train(arguments[1:]))
     if arguments[:1] == ["bench"]:
         return run_command(lambda: _bench(arguments[1:]))
-    options: Any = make_parser().parse_args(arguments)
-    return run_command(lambda: options.handler(options))
+    return run_command(lambda: _run(make_parser(), arguments))
+
+
+def _run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int | None:
+    assert parser._subparsers is not None
+    commands: Any = parser._subparsers._group_actions[0].choices
+    if arguments and arguments[0] in commands:
+        apply_config(commands[arguments[0]], arguments[1:])
+    options: Any = parser.parse_args(arguments)
+    result: int | None = options.handler(options)
+    return result
 
 
 if __name__ == "__main__":

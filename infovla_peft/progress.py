@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+
+from .bars import progress_bar
 
 
 class TrainingBar(TrainerCallback):
@@ -20,7 +22,7 @@ class TrainingBar(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and not args.disable_tqdm:
-            self._bar = tqdm(
+            self._bar = progress_bar(
                 total=state.max_steps, initial=state.global_step, desc=self._label, unit="step", dynamic_ncols=True
             )
 
@@ -55,8 +57,10 @@ def quiet_libraries(*, loading_bars: bool) -> None:
     """
     import datasets
     import transformers
+    from huggingface_hub import utils as hub_utils
 
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    if not loading_bars:
+    if not (loading_bars and sys.stderr.isatty()):
+        hub_utils.disable_progress_bars()  # type: ignore[attr-defined]
         transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from .adapters import base_model, fingerprint
+from .bars import progress_bar
 from .data.chunks import FrameTable
 from .data.collator import VLACollator
 from .data.sampling import Augmentation, Views
@@ -138,7 +138,7 @@ def compute_anchors(
     device = next(inner.parameters()).device
     batches: list[tuple[Tensor, ...]] = []
     order = np.stack(np.meshgrid(np.arange(views.count), np.arange(len(rows)), indexing="ij"), -1).reshape(-1, 2)
-    with teacher_mode(model, adapter), tqdm(total=len(order), desc="anchors", unit="frame", delay=2) as bar:
+    with teacher_mode(model, adapter), progress_bar(total=len(order), desc="anchors", unit="frame", delay=2) as bar:
         for start in range(0, len(order), batch_size):
             view, row = order[start : start + batch_size].T
             samples = replace(
@@ -190,7 +190,7 @@ def teacher_answers(
     with (
         _statistics(inner, normaliser.as_statistics()),
         teacher_mode(model, adapter),
-        tqdm(total=len(rows), desc="answers", unit="frame", delay=2) as bar,
+        progress_bar(total=len(rows), desc="answers", unit="frame", delay=2) as bar,
     ):
         for start in range(0, len(rows), batch_size):
             part = slice(start, start + batch_size)

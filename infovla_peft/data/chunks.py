@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm.auto import tqdm
 
+from ..bars import progress_bar
 from .images import ImagePipeline
 from .normalisation import to_model_action
 
@@ -165,7 +165,7 @@ class ChunkDataset(torch.utils.data.Dataset[Samples]):
     def _decode_all(self) -> NDArray[np.uint8]:
         images = np.empty((len(self), len(self.cameras), 3, self.pipeline.side, self.pipeline.side), dtype=np.uint8)
         batches = self.frames.select_columns(list(self.cameras)).iter(batch_size=256)
-        with tqdm(total=len(self), desc="decoding frames", unit="frame", delay=2, leave=False) as bar:
+        with progress_bar(total=len(self), desc="decoding frames", unit="frame", delay=2, leave=False) as bar:
             for batch in batches:
                 decoded = self._resize(batch)
                 images[bar.n : bar.n + len(decoded)] = decoded

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm.auto import tqdm
 
+from ..bars import progress_bar
 from ..files import atomic_file
 from ..simulation.assets import AssetSet
 from ..simulation.demonstrator import ACTION_NOISE, Demonstration, Demonstrator
@@ -117,12 +117,12 @@ def record_demonstrations(
     if not jobs:
         return manifest
     with (
-        tqdm(
+        progress_bar(
             total=episodes * len(tasks),
             initial=episodes * len(tasks) - len(jobs),
             unit="episode",
             desc="recording",
-            disable=not progress,
+            disable=not progress or None,
         ) as bar,
         _workers(min(num_workers, len(jobs))) as executor,
     ):

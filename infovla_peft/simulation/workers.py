@@ -22,8 +22,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
+from ..bars import progress_bar
 from .assets import AssetSet
 from .environment import LiberoEnvironment, Observation
 from .frames import SharedFrames
@@ -239,7 +239,7 @@ class EnvironmentPool:
             worker.start(episodes[index], index, max_steps)
 
         try:
-            with tqdm(total=len(episodes), unit="episode", disable=not progress, leave=False) as bar:
+            with progress_bar(total=len(episodes), unit="episode", disable=not progress or None, leave=False) as bar:
                 while True:
                     for worker in self._workers:
                         if worker.episode is None and pending:
