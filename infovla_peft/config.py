@@ -110,7 +110,8 @@ class InfoVLAConfig(TrainingArguments):
         image_shift: random shift of the images by up to this many pixels of the model's input, edges repeated. Applied
             to samples of the current task, and to replay samples that have no anchors in use.
         proprio_noise: standard deviation of Gaussian noise on the normalised proprioception of the same samples.
-        cache_images: decode all frames once and keep them in memory as uint8, at the model's input size.
+        cache_images: decode all frames once and keep them in memory as uint8, at the model's input size, if that takes
+            no more than 1 GiB per process; larger sets are decoded batch by batch (`infovla bench data`).
 
     > Parameters that control the adapter
 
@@ -180,7 +181,7 @@ class InfoVLAConfig(TrainingArguments):
 
     image_shift: int = _option(4, "Random image shift in pixels of the model's input; 0 turns it off.")
     proprio_noise: float = _option(0.0, "Standard deviation of noise on the normalised proprioception.")
-    cache_images: bool = _option(True, "Decode all frames once and keep them in memory.")
+    cache_images: bool = _option(True, "Decode all frames once and keep them in memory, if 1 GiB is enough.")
 
     adapter_init: Literal["continue", "fresh"] = _option(
         "continue", "Start a new adapter from the previous task's (continue) or from zero (fresh)."

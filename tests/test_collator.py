@@ -70,6 +70,32 @@ def test_cached_and_decoded_images_are_the_same(dataset: ChunkDataset, pipeline:
     np.testing.assert_array_equal(dataset[3].images[0, 0].transpose(1, 2, 0), np.asarray(dataset.frames[3]["image"]))
 
 
+def test_a_large_set_is_decoded_batch_by_batch(
+    dataset: ChunkDataset, pipeline: ImagePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = dataset.__getitems__(range(len(dataset))).images
+    for limit, kept in ((decoded.nbytes, True), (decoded.nbytes - 1, False)):
+        monkeypatch.setattr("infovla_peft.data.chunks.IMAGE_CACHE_LIMIT", limit)
+        other = ChunkDataset(dataset.frames, pipeline, chunk=5)
+        assert (other._images is not None) is kept
+        np.testing.assert_array_equal(other.__getitems__(range(len(other))).images, decoded)
+
+
+def test_columns_of_selected_rows_and_of_lists_of_any_length(dataset: ChunkDataset, pipeline: ImagePipeline) -> None:
+    rows = [*range(36, 48), *range(12)]
+    chosen = ChunkDataset(dataset.frames.select(rows), pipeline)
+    np.testing.assert_array_equal(chosen.states, dataset.states[rows])
+    np.testing.assert_array_equal(chosen.states[5], np.asarray(dataset.frames[41]["state"], np.float32))
+    assert (chosen.tasks, chosen.task.tolist()) == ([dataset.tasks[1], dataset.tasks[0]], [0] * 12 + [1] * 12)
+    features = dataset.frames.features.copy()
+    features["action"] = datasets.List(datasets.Value("float64"))
+    loose = dataset.frames.cast(features)
+    np.testing.assert_array_equal(ChunkDataset(loose, pipeline).env_actions, dataset.env_actions)
+    ragged = loose.map(lambda _, row: {"action": [0.5] * (6 if row == 3 else 7)}, with_indices=True)
+    with pytest.raises(ValueError, match="actions or states have 7 or 6 numbers each"):
+        ChunkDataset(ragged, pipeline)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("size", [32, 48])
 @pytest.mark.parametrize("strategy", ["resize-naive", "resize-crop", "letterbox"])

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from infovla_peft.simulation import AssetSet, LiberoEnvironment, Task, find_assets, find_task
+from infovla_peft.simulation import AssetSet, LiberoEnvironment, find_assets, find_task
 from infovla_peft.simulation.environment import EnvironmentState
-from infovla_peft.simulation.headless import load_libero, quiet
+from infovla_peft.simulation.headless import quiet
 from infovla_peft.simulation.suites import initial_states
+from infovla_peft.speed.plain_loop import begin_episode, libero_environment, place_fixtures
 
 pytestmark = pytest.mark.libero
 CAMERAS = ("agentview", "robot0_eye_in_hand")
@@ -31,34 +32,9 @@ def environment(primitive: AssetSet) -> Iterator[LiberoEnvironment]:
         yield made
 
 
-def libero(task: Task, assets: AssetSet, **options: Any) -> Any:
-    """LIBERO's own environment."""
-    load_libero()
-    import libero.libero
-    from libero.libero.envs.env_wrapper import ControlEnv
-
-    libero.libero._assets_path_cache = str(assets.path)
-    options = {"use_camera_obs": False, "has_offscreen_renderer": False, "hard_reset": True} | options
-    with quiet():
-        return ControlEnv(bddl_file_name=str(task.bddl_file), **options)
-
-
 def begin(reference: Any, environment: LiberoEnvironment, state: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """Bring LIBERO's environment to where ours started, by its own protocol; returns the last observation."""
-    with quiet():
-        reference.seed(seed)
-        reference.reset()
-        place_fixtures(reference, environment)
-        reference.set_init_state(state)
-        for _ in range(10):
-            observation = reference.step([0, 0, 0, 0, 0, 0, -1])[0]
-    return dict(observation)
-
-
-def place_fixtures(reference: Any, environment: LiberoEnvironment) -> None:
-    model, bodies = reference.sim.model._model, environment._fixture_bodies
-    model.body_pos[bodies] = environment.start.fixtures[:, :3]
-    model.body_quat[bodies] = environment.start.fixtures[:, 3:]
+    return begin_episode(reference, state, environment.start.fixtures, seed)
 
 
 def random_actions(seed: int, count: int) -> np.ndarray:
@@ -70,7 +46,7 @@ def random_actions(seed: int, count: int) -> np.ndarray:
 @pytest.mark.parametrize(("suite", "index"), [("libero_goal", 7), ("libero_goal", 3), ("libero_object", 2)])
 def test_states_equal_a_hard_reset_exactly(suite: str, index: int, primitive: AssetSet) -> None:
     task = find_task(suite, index)
-    reference = libero(task, primitive)
+    reference = libero_environment(task, primitive)
     with LiberoEnvironment(task, assets=primitive, image_size=16) as environment:
         for episode, start in enumerate((4, 11)):
             state = initial_states(task)[start]
@@ -91,7 +67,7 @@ def test_states_equal_a_hard_reset_exactly(suite: str, index: int, primitive: As
 )
 def test_states_equal_a_hard_reset_exactly_with_official_assets(suite: str, index: int, shared: Path) -> None:
     task, assets = find_task(suite, index), find_assets("official", shared / "libero" / "assets")
-    reference = libero(task, assets)
+    reference = libero_environment(task, assets)
     with LiberoEnvironment(task, assets=assets) as environment:
         for episode in range(3):
             environment.reset(initial_state=episode, seed=episode)
@@ -111,7 +87,7 @@ def test_published_observation(shared: Path) -> None:
         *(0.03872336505859045, -0.0387222020954563),
     ]
     task, assets = find_task("libero_spatial", 0), find_assets("official", shared / "libero" / "assets")
-    reference = libero(task, assets)
+    reference = libero_environment(task, assets)
     from robosuite.utils.transform_utils import quat2axisangle
 
     with LiberoEnvironment(task, assets=assets) as environment:
@@ -129,7 +105,7 @@ def test_published_observation(shared: Path) -> None:
 def test_exact_pictures_are_those_of_libero(primitive: AssetSet) -> None:
     task = find_task("libero_goal", 7)
     options = {"use_camera_obs": True, "has_offscreen_renderer": True, "camera_heights": 64, "camera_widths": 64}
-    reference = libero(task, primitive, hard_reset=False, **options)
+    reference = libero_environment(task, primitive, hard_reset=False, **options)
     with quiet():
         reference.reset()
     with LiberoEnvironment(task, assets=primitive, cameras=CAMERAS, image_size=64, renderer="exact") as environment:
@@ -138,7 +114,7 @@ def test_exact_pictures_are_those_of_libero(primitive: AssetSet) -> None:
             environment.step(action)
         observation = environment.observe()
         reference.sim._render_context_offscreen.gl_ctx.make_current()
-        place_fixtures(reference, environment)
+        place_fixtures(reference, environment.start.fixtures)
         seen = reference.set_init_state(environment.state().simulation)
         for camera in CAMERAS:
             np.testing.assert_array_equal(observation.images[camera], seen[f"{camera}_image"][::-1, ::-1])
@@ -208,7 +184,7 @@ def test_an_episode_is_a_function_of_its_seed(environment: LiberoEnvironment) ->
 @pytest.mark.parametrize(("suite", "index"), [("libero_goal", 2), ("libero_object", 1)])
 def test_fresh_layouts_equal_those_of_a_hard_reset(suite: str, index: int, primitive: AssetSet) -> None:
     task = find_task(suite, index)
-    reference = libero(task, primitive, initialization_noise="default")
+    reference = libero_environment(task, primitive, initialization_noise="default")
     benchmark = initial_states(task)
     with LiberoEnvironment(task, assets=primitive, image_size=16) as environment:
         for seed in range(2):

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 from ..progress import quiet_libraries
 
-BENCHMARKS: dict[str, str] = {}
+BENCHMARKS: dict[str, str] = {
+    "rollout": "environment steps per second, beside the physics alone and a plain loop",
+}
 """Name → one line of help. `speed/<name>.py` offers `add_arguments(parser)` and `run(options) -> Report`."""
 
 
