@@ -4,7 +4,8 @@ An adapter's folder:
 
     adapter_model.safetensors   the LoRA matrices, nothing of the base
     adapter_config.json         PEFT's own, readable by `PeftModel.from_pretrained`
-    infovla.json                which base (with a fingerprint), task and stage, and the resolved configuration
+    infovla.json                which base (with a fingerprint), task and stage, the resolved configuration, and
+                                checksums of all four files
     dataset_statistics.json     the frozen normalisation
 """
 
@@ -30,8 +31,9 @@ from torch import Tensor, nn
 from . import __version__
 from .config import InfoVLAConfig
 from .files import atomic_folder, write_json
+from .integrity import DamagedFileError, check_files, checksums, read_sealed, write_sealed
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no checksums
 WEIGHTS, PEFT_CONFIG, INFO, STATISTICS = (
     "adapter_model.safetensors", "adapter_config.json", "infovla.json", "dataset_statistics.json"
 )  # fmt: skip
@@ -57,6 +59,7 @@ class AdapterInfo:
         cameras: cameras the policy sees, in the model's order.
         training: the resolved configuration.
         package_version: of infovla_peft.
+        sha256: of the files beside it, by their names; written by `write_info`.
     """
 
     base_model: str
@@ -70,6 +73,7 @@ class AdapterInfo:
     cameras: list[str] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
     package_version: str = __version__
+    sha256: dict[str, str] = field(default_factory=dict, compare=False)
     format_version: int = FORMAT_VERSION
 
 
@@ -251,9 +255,37 @@ def save_adapter(
         lora = model.peft_config[name]
         lora.base_model_name_or_path, lora.inference_mode = info.base_model, True
         lora.save_pretrained(str(temporary))
-        write_json(temporary / INFO, asdict(info))
         write_json(temporary / STATISTICS, dict(statistics))
+        write_info(temporary, info)
     return path
+
+
+def write_info(folder: Path, info: AdapterInfo) -> None:
+    """Write `infovla.json` with checksums of the files beside it: last of all, and again after any change of them."""
+    content = {**asdict(info), "format_version": FORMAT_VERSION}
+    files = [folder / name for name in (WEIGHTS, PEFT_CONFIG, STATISTICS) if (folder / name).is_file()]
+    write_sealed(folder / INFO, content, checksums(files, folder))
+
+
+def check_adapter(folder: str | os.PathLike[str]) -> AdapterInfo:
+    """Read `infovla.json` and check every file of the folder against its checksum (a few seconds per gigabyte).
+
+    Raises:
+        FileNotFoundError, AdapterError: see `read_info`; a file is missing or was changed.
+    """
+    info = read_info(folder)
+    if strange := [name for name in info.sha256 if name != Path(name).name]:
+        raise AdapterError(f"{Path(folder) / INFO} names a file elsewhere ({strange[0]}); do not trust this adapter")
+    absent = [name for name in (WEIGHTS, PEFT_CONFIG, STATISTICS) if name not in info.sha256]
+    if info.format_version >= 2 and absent:
+        raise AdapterError(f"{Path(folder) / INFO} has no checksum of {absent[0]}; copy or train the adapter again")
+    if lost := [name for name in info.sha256 if not (Path(folder) / name).is_file()]:
+        raise FileNotFoundError(f"{folder} holds no whole adapter: {lost[0]} is missing; copy the whole folder")
+    try:
+        check_files(Path(folder), info.sha256)
+    except DamagedFileError as error:
+        raise AdapterError(f"{error}; copy or train the adapter again") from error
+    return info
 
 
 def write_adapter_weights(model: PeftModel, name: str, folder: Path) -> None:
@@ -290,12 +322,12 @@ def read_info(folder: str | os.PathLike[str]) -> AdapterInfo:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no adapter of this package: {INFO} is missing")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["format_version"] > FORMAT_VERSION:
-            raise AdapterError(f"{file} was written by a later version of infovla-peft; update the package")
+        content = read_sealed(file, newest=FORMAT_VERSION)
         known = {option.name for option in fields(AdapterInfo)}
         return AdapterInfo(**{key: value for key, value in content.items() if key in known})
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except DamagedFileError as error:
+        raise AdapterError(f"{error}; copy or train the adapter again") from error
+    except TypeError as error:
         raise AdapterError(f"{file} is damaged ({error}); copy or train the adapter again") from error
 
 
@@ -308,7 +340,7 @@ def load_adapter(
         FileNotFoundError, AdapterError: see `read_info`, `read_adapter_weights`, `check_base`.
     """
     path = Path(folder)
-    info = read_info(path)
+    info = check_adapter(path)
     check_base(model, info, path)
     if not (path / PEFT_CONFIG).is_file():
         raise FileNotFoundError(f"{path} holds no adapter: {PEFT_CONFIG} is missing")

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .adapters import adapter_parameters
 from .data.chunks import FrameTable
 from .data.collator import VLACollator
-from .files import atomic_file
+from .tensor_files import load_tensors, save_tensors
 
 
 class Consolidation:
@@ -89,12 +88,12 @@ class Consolidation:
     def save(self, path: Path) -> None:
         tensors = {f"fisher.{key}": value for key, value in self.fisher.items()}
         tensors |= {f"reference.{key}": value for key, value in self.reference.items()}
-        with atomic_file(path) as temporary:
-            save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, temporary)
+        save_tensors(path, tensors)
 
     @classmethod
     def load(cls, path: Path) -> Consolidation:
-        tensors = load_file(path)
+        """Read what `save` wrote; a DamagedFileError names a damaged file."""
+        tensors, _ = load_tensors(path)
         return cls(
             *(
                 {key.removeprefix(kind): value for key, value in tensors.items() if key.startswith(kind)}

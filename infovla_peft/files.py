@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,12 +13,28 @@ from pathlib import Path
 from typing import Any
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: str | os.PathLike[str]) -> None:
+    """Wait until a file's content, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, each entered in its parent on the disk."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        fsync(folder.parent)
+
+
+def fsync_tree(folder: Path) -> None:
+    """`fsync` of a folder and of everything below it."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir() or path.is_file():
+            fsync(path)
 
 
 @contextmanager
@@ -30,19 +47,18 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: the folder cannot be written or the disk is full; `path` is then as it was before.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}", dir=path.parent)
+    make_folder(path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=_prefix(path.stem), suffix=f".tmp{path.suffix}", dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        fsync(temporary)
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
-        _fsync_folder(path.parent)
+        fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -51,28 +67,68 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary folder beside `path`; on a clean exit its files are flushed and it replaces `path`.
 
-    An existing folder is moved aside first and removed last, so that one of the two is always whole.
+    An existing folder is moved aside first and removed last, so that one of the two is always whole; a process that is
+    killed in between leaves it moved aside, and `clean_up` puts it back.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    make_folder(path.parent)
+    temporary = Path(tempfile.mkdtemp(prefix=_prefix(path.name), suffix=".tmp", dir=path.parent))
     temporary.chmod(0o755)
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
+        fsync_tree(temporary)
         if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+            old = Path(tempfile.mkdtemp(prefix=_prefix(path.name), suffix=".old", dir=path.parent))
             path.rename(old / path.name)
             temporary.rename(path)
+            fsync(path.parent)
             shutil.rmtree(old)
         else:
             temporary.rename(path)
-        _fsync_folder(path.parent)
+        fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clean_up(folder: str | os.PathLike[str]) -> list[Path]:
+    """Remove what killed processes of this machine have left half written below `folder`, at any depth.
+
+    A folder that was moved aside and not replaced is put back.
+
+    Returns:
+        What was put back.
+    """
+    restored = []
+    for path in sorted(Path(folder).rglob(".*"), reverse=True):  # what lies deeper first
+        match = re.fullmatch(r"\.(.+)\.p(\d+)-[^.]+\.(tmp|old)(\.\w+)?", path.name)
+        if match is None or _is_alive(int(match[2])):
+            continue
+        target = path.parent / match[1]
+        if match[3] == "old" and (path / match[1]).exists() and not target.exists():
+            (path / match[1]).rename(target)
+            fsync(path.parent)
+            restored.append(target)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return restored
+
+
+def _prefix(name: str) -> str:
+    return f".{name}.p{os.getpid()}-"  # mkstemp's own letters follow, without a dot
+
+
+def _is_alive(process: int) -> bool:
+    if process == os.getpid():
+        return False  # one of an earlier boot: this one has none open when it cleans up
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -2,13 +2,12 @@
 
 memory/
   frames/               Arrow: the kept rows of the demonstrations, images included
-  anchors.safetensors   what the frozen teacher made of each frame; a task's are computed once and kept
-  memory.json           tasks, episodes, and a checksum of each file
+  anchors.safetensors   with a checksum, what the frozen teacher made of each frame; a task's are computed once
+  memory.json           tasks, number of frames, and a checksum of itself and of each file below frames/
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -20,15 +19,17 @@ import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from .files import atomic_file, atomic_folder, write_json
+from .files import atomic_folder
+from .integrity import DamagedFileError, check_files, checksums, files_below, read_sealed, write_sealed
 from .losses import CrossModalSummary
+from .tensor_files import load_tensors, save_tensors
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # 2 had no checksums of its manifest and its anchors: they are computed again
+
+MANIFEST = "memory.json"
 
 
 @dataclass(frozen=True)
@@ -97,15 +98,21 @@ class Anchors:
         return cls(**tensors, spec={task: spec for part in parts for task, spec in part.spec.items()})
 
     def save(self, path: Path) -> None:
-        with atomic_file(path) as temporary:
-            metadata = {"spec": json.dumps({task: dict(spec) for task, spec in self.spec.items()})}
-            save_file({name: tensor.contiguous() for name, tensor in self.tensors().items()}, temporary, metadata)
+        spec = json.dumps({task: dict(spec) for task, spec in self.spec.items()})
+        save_tensors(path, self.tensors(), {"spec": spec})
 
     @classmethod
     def load(cls, path: Path) -> Anchors:
-        with safe_open(path, framework="pt") as file:
-            spec = json.loads(file.metadata()["spec"])
-            return cls(**{name: file.get_tensor(name) for name in file.keys()}, spec=spec)  # noqa: SIM118
+        """Read what `save` wrote.
+
+        Raises:
+            DamagedFileError: it is damaged, or holds something else.
+        """
+        tensors, notes = load_tensors(path)
+        try:
+            return cls(**tensors, spec=json.loads(notes["spec"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedFileError(f"{path} holds no anchors ({error})") from error
 
 
 class ReplayMemory:
@@ -183,14 +190,8 @@ class ReplayMemory:
                 self.frames.save_to_disk(str(temporary / "frames"))
             if self.anchors is not None:
                 self.anchors.save(temporary / "anchors.safetensors")
-            files = sorted(file for file in (temporary / "frames").rglob("*") if file.is_file())
-            content = {
-                "format_version": FORMAT_VERSION,
-                "tasks": self.tasks,
-                "frames": len(self),
-                "sha256": {str(file.relative_to(temporary)): _sha256(file) for file in files},
-            }
-            write_json(temporary / "memory.json", content)
+            content = {"format_version": FORMAT_VERSION, "tasks": self.tasks, "frames": len(self)}
+            write_sealed(temporary / MANIFEST, content, checksums(files_below(temporary / "frames"), temporary))
         return ReplayMemory.load(path)
 
     @classmethod
@@ -202,34 +203,30 @@ class ReplayMemory:
             ValueError: it is damaged, or of another format.
         """
         path = Path(folder)
-        content = _read_manifest(path / "memory.json")
-        for name, checksum in content["sha256"].items():
-            if not (path / name).is_file() or _sha256(path / name) != checksum:
-                raise ValueError(f"{path / name} is damaged; repeat the stage that wrote it")
+        content = _read_manifest(path / MANIFEST)
+        try:
+            check_files(path, content["sha256"])
+        except DamagedFileError as error:
+            raise DamagedFileError(f"{error}; repeat the stage that wrote it") from error
         frames = datasets.load_from_disk(str(path / "frames")) if content["frames"] else None
         file = path / "anchors.safetensors"
+        if not file.exists() or content["format_version"] < FORMAT_VERSION:
+            return cls(frames, None, path)
         try:
-            return cls(frames, Anchors.load(file) if file.exists() else None, path)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file} is damaged; delete it, and the next run computes it again") from error
+            return cls(frames, Anchors.load(file), path)
+        except ValueError as error:
+            raise DamagedFileError(f"{file} is damaged; delete it, and the next run computes it again") from error
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"no replay memory at {file.parent}; it is written at the end of the base stage")
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        version = content["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged; repeat the stage that wrote it") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{file} has format {version!r}, this version reads {FORMAT_VERSION}; update infovla-peft")
+        content = read_sealed(file, newest=FORMAT_VERSION, sealed_since=3)
+        if content["format_version"] < 2:
+            raise DamagedFileError(f"{file} has format {content['format_version']}, which is read no more")
+        if not isinstance(content["sha256"], dict) or not isinstance(content["frames"], int):
+            raise DamagedFileError(f"{file} is damaged")
+    except (DamagedFileError, KeyError) as error:
+        raise DamagedFileError(f"{error}; repeat the stage that wrote it") from error
     return content
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
