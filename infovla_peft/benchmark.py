@@ -28,7 +28,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from .config import InfoVLAConfig, StreamConfig, load_recipe, parse_stream, resolved_config
-from .files import write_json
+from .measurement import read_cell, write_cell
 from .results import Results, ResultsError
 from .run_folder import RunError, RunFolder, changed_keys
 from .stream import HARMLESS, Stream
@@ -322,8 +322,8 @@ def take_over_base(job: Job) -> None:
     target = RunFolder(job.folder).stage(0) / "rollouts"
     for cell in sorted((RunFolder(job.base.folder).stage(0) / "rollouts").glob("*.json")):
         if not (target / cell.name).exists():
-            content = json.loads(cell.read_text(encoding="utf-8"))
-            write_json(target / cell.name, {**content, "videos": []})  # they lie in the base's folder
+            result = replace(read_cell(cell), videos=[])  # they lie in the base's folder
+            write_cell(target / cell.name, result, target)
 
 
 def progress(job: Job) -> Progress:

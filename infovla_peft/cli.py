@@ -1,4 +1,4 @@
-"""`infovla <command>`: train, evaluate, analyse, demos, report, act, cp, bench, doctor, setup-libero."""
+"""`infovla <command>`: train, evaluate, analyse, demos, report, verify, act, cp, bench, doctor, setup-libero."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import errno
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from . import __version__
 from .command_options import add_config_option, apply_config
+from .interruption import Stopped, stop_signals
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 EVALUATION_DEFAULTS = {
@@ -33,10 +35,15 @@ def explain(error: BaseException) -> str:
             f"the disk is full ({text.splitlines()[0]}); free some space and give the same command again. "
             "What was finished before is kept"
         )
-    if isinstance(error, PermissionError):
+    number = getattr(error, "errno", None)
+    if number == errno.EIO:
         return (
-            f"no permission for {error.filename or text}; choose another folder (--output_dir), or get the permission"
+            f"the disk fails ({text.splitlines()[0]}); check it. What was finished before is kept: "
+            "`infovla verify RUN_DIR` says whether it is whole"
         )
+    if isinstance(error, PermissionError) or number == errno.EROFS:
+        where = getattr(error, "filename", None) or text
+        return f"no permission to write {where}; choose another folder (--output_dir), or get the permission"
     if isinstance(error, KeyError):  # whose text is the repr of its message
         return str(error.args[0]) if error.args else text
     return text
@@ -46,10 +53,17 @@ def run_command(command: Callable[[], int | None]) -> int:
     """Run a command; errors become one message on stderr and a non-zero exit code (INFOVLA_DEBUG=1: a traceback).
 
     Returns:
-        0, what `command` returned, 1 after an error, 130 after Ctrl-C.
+        0, what `command` returned, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM.
     """
     try:
-        return command() or 0
+        with stop_signals():
+            return command() or 0
+    except Stopped as stop:
+        _close_bars()
+        saved = f"; saved {stop.saved}" if stop.saved else ""
+        name = "Ctrl-C" if stop.number == signal.SIGINT else signal.Signals(stop.number).name
+        print(f"\ninfovla: stopped by {name}{saved}; the same command continues", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("\ninfovla: stopped; the same command continues", file=sys.stderr)
         return 130
@@ -233,6 +247,14 @@ def _report(options: argparse.Namespace) -> None:
     print(write_report(options.run))
 
 
+def _verify(options: argparse.Namespace) -> int:
+    from .verify import verify_run
+
+    found = verify_run(options.run)
+    print(found.describe())
+    return 0 if found.ok else 1
+
+
 def _analyse(options: argparse.Namespace) -> None:
     from .analysis import analyse_run, compare_analyses, is_analysed
     from .progress import quiet_libraries
@@ -341,6 +363,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     report = command("report", "draw the figures and the page of a run again", _report)
     report.add_argument("run", help="folder of a run")
+
+    verify = command("verify", "check every file of a run; the exit code is 1 if one is damaged", _verify)
+    verify.add_argument("run", metavar="RUN_DIR", help="folder of a run")
 
     analyse = command("analyse", "show what the stages of runs have kept, and compare the runs", _analyse)
     analyse.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")

@@ -93,6 +93,12 @@ class InfoVLAConfig(TrainingArguments):
         mir_candidates: MIR draws that many times as many memory samples as it then replays, ≥ 1. Unverified.
         merge_weight: w of each adapter's update in the merged one; 1 is task arithmetic's sum. Unverified.
 
+    > Parameters that control when a training is given up
+
+    Args:
+        grad_norm_limit: a training stops, before the step is made, when the norm of its gradient (before clipping)
+            exceeds this, or when loss or norm are not finite; > 0. Unverified.
+
     > Parameters that control the replay memory
 
     Args:
@@ -179,6 +185,8 @@ class InfoVLAConfig(TrainingArguments):
     mir_candidates: int = _option(3, "`mir` chooses among that many times as many samples as it replays.")
     merge_weight: float = _option(1.0, "Weight of each adapter in what `merge` evaluates.")
 
+    grad_norm_limit: float = _option(1e6, "Stop before a step whose gradient norm exceeds this, or is not finite.")
+
     image_shift: int = _option(4, "Random image shift in pixels of the model's input; 0 turns it off.")
     proprio_noise: float = _option(0.0, "Standard deviation of noise on the normalised proprioception.")
     cache_images: bool = _option(True, "Decode all frames once and keep them in memory, if 1 GiB is enough.")
@@ -211,6 +219,8 @@ class InfoVLAConfig(TrainingArguments):
             self, 0, "lambda_rac", "lambda_cmi", "lambda_output", "anchor_bank", "near_duplicate_window", "image_shift"
         )
         _check_at_least(self, 0, "proprio_noise", "lambda_ewc", "ewc_decay")
+        if not self.grad_norm_limit > 0:
+            raise ValueError(f"grad_norm_limit must be above 0, got {self.grad_norm_limit}")
         _check_at_least(self, 1, "lora_r", "lora_alpha", "anchor_views", "counterfactual_frames")
         _check_at_least(self, 1, "ewc_samples", "mir_candidates")
         _check_choices(self)

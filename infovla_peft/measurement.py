@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .evaluation import TaskResult, evaluate
-from .files import write_json
 from .inference import Policy
+from .integrity import SUMS, checksums, read_sealed, write_sealed
 from .methods import METHODS
 from .plan import Stage, step_name, workers
 from .report import write_report
@@ -21,6 +20,9 @@ if TYPE_CHECKING:
     from .simulation import Task
     from .stream import Stream
 
+CELL_VERSION = 2  # 1 had no checksums
+_NO_RESULT = ("format_version", SUMS)
+
 
 def read_cell(file: Path) -> TaskResult:
     """The rollouts of one task after one stage.
@@ -29,9 +31,20 @@ def read_cell(file: Path) -> TaskResult:
         RunError: the file is missing or damaged.
     """
     try:
-        return TaskResult.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        content = read_sealed(file, newest=CELL_VERSION)
+        return TaskResult.from_dict({key: value for key, value in content.items() if key not in _NO_RESULT})
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{file} is missing or damaged ({error}); delete it and measure again") from error
+
+
+def write_cell(file: Path, result: TaskResult, videos: Path) -> None:
+    """Store the rollouts of one task after one stage, with checksums of them and of their videos.
+
+    Args:
+        videos: folder of the MP4s.
+    """
+    sums = checksums([videos / name for name in result.videos], file.parent)
+    write_sealed(file, {"format_version": CELL_VERSION, **result.to_dict()}, sums)
 
 
 def measure_stage(stream: Stream, stage: Stage) -> None:
@@ -63,7 +76,7 @@ def measure_stage(stream: Stream, stage: Stage) -> None:
                     videos=config.videos_per_task,
                     video_folder=folder.videos(stage.index),
                 ):
-                    write_json(folder.cell(stage.index, result.task), result.to_dict())
+                    write_cell(folder.cell(stage.index, result.task), result, folder.videos(stage.index))
                     print(f"  {result.task}: {sum(result.successes)} of {result.episodes}", flush=True)
     gather_results(stream, stage).save(folder.results)
     if stream.seen(stage):
@@ -89,7 +102,8 @@ def _measured_before(stream: Stream, stage: Stage, task: Task) -> bool:
     if cell.episodes < wanted:
         return False
     same = replace(cell, successes=cell.successes[:wanted], steps=cell.steps[:wanted], seconds=0.0, videos=[])
-    write_json(stream.run_folder.cell(stage.index, task.name), same.to_dict())
+    folder = stream.run_folder
+    write_cell(folder.cell(stage.index, task.name), same, folder.videos(stage.index))
     return True
 
 

@@ -1,7 +1,7 @@
 """The folder of one run: what lies where, what is finished, and that a resumed run is the same run.
 
     config.yaml                  the resolved recipe; a resumed run must agree with it
-    state.json                   the finished steps, in order, with their durations in seconds
+    state.json                   the finished steps, in order, with their durations in seconds; checksums of products
     demonstrations/              unless the recipe names a folder of its own
     base/                        the base checkpoint in the OpenVLA folder format (a tiny base only)
     stages/stage_01/             trainer checkpoints, log.jsonl (loss curves), rollouts/<task>.json (one cell each)
@@ -18,18 +18,28 @@ was in, and within training at most the optimiser steps since the last checkpoin
 from __future__ import annotations
 
 import fcntl
-import json
+import hashlib
 import os
+import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
+from weakref import WeakSet
 
 import yaml
 
-from .files import write_json, write_text
+from .files import clean_up, write_text
+from .integrity import SUMS, DamagedFileError, check_files, checksums, files_below, read_sealed, write_sealed
 
-STATE_VERSION = 1
+STATE = "state.json"
+RESTORE = "restore it from a copy, or start anew in another --output_dir"
+_SUM = "# sha256: "
+
+STATE_VERSION = 2  # 1 had no checksums
 
 
 class RunError(RuntimeError):
@@ -102,18 +112,29 @@ class RunFolder:
     def _acquire(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self / ".lock").open("w", encoding="utf-8")
+            lock = (self / ".lock").open("a+", encoding="utf-8")
         except (NotADirectoryError, FileExistsError) as error:
             raise RunError(f"{self.path} is, or lies below, a file; choose another --output_dir") from error
         except OSError as error:
             raise RunError(f"cannot write to {self.path} ({error.strerror}); choose another --output_dir") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self.close()
+            with lock:
+                owner = _read_owner(lock)
             raise RunError(
-                f"another process is using {self.path}; wait for it or choose another --output_dir"
+                f"another process is using {self.path}: {owner}; wait for it or choose another --output_dir"
             ) from error
+        self._lock = lock
+        try:
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}, started {_now()}: {' '.join(sys.argv)}")
+            lock.flush()
+            clean_up(self.path)
+        except OSError:
+            self.close()
+            raise
+        _held.add(self)
 
     def _settle(self, config: dict[str, Any], harmless: Iterable[str]) -> None:
         file = self / "config.yaml"
@@ -125,11 +146,14 @@ class RunFolder:
                     f"{self.path} holds a run with another configuration; changed:{listed}\n"
                     "Use its configuration to continue it, or another --output_dir to start anew."
                 )
-        write_text(file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        write_text(file, f"{text}{_SUM}{hashlib.sha256(text.encode()).hexdigest()}\n")
 
     def close(self) -> None:
         """Let another process use the folder."""
         if self._lock is not None:
+            with suppress(OSError):
+                self._lock.truncate(0)
             self._lock.close()
             self._lock = None
 
@@ -143,29 +167,55 @@ class RunFolder:
 
     def state(self) -> dict[str, dict[str, Any]]:
         """The finished steps, oldest first: name -> {"seconds": ..., and what the step noted}."""
-        file = self / "state.json"
-        if not file.exists():
-            return {}
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            version, steps = content["format_version"], content["steps"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(
-                f"{file} is damaged ({error}); restore it, or start anew in another --output_dir"
-            ) from error
-        if version != STATE_VERSION or not isinstance(steps, dict):
-            raise RunError(f"{file} has format {version!r}, this version reads {STATE_VERSION}; update infovla-peft")
+        steps: dict[str, dict[str, Any]] = self._read_state()["steps"]
         return steps
+
+    def _read_state(self) -> dict[str, Any]:
+        try:
+            content = read_sealed(self / STATE, newest=STATE_VERSION)
+            if not isinstance(content["steps"], dict) or not content["format_version"]:
+                raise DamagedFileError(f"{self / STATE} is damaged (its steps are none)")
+        except FileNotFoundError:
+            return {"steps": {}, SUMS: {}}
+        except KeyError as error:
+            raise RunError(f"{self / STATE} is damaged (it lacks {error}); {RESTORE}") from error
+        except DamagedFileError as error:
+            raise RunError(f"{error}; {RESTORE}") from error
+        return {SUMS: {}, **content}
 
     def done(self, step: str) -> bool:
         return step in self.state()
 
-    def mark(self, step: str, seconds: float, **notes: Any) -> None:
-        """Enter a finished step. Only the main process writes."""
-        if self.main_process:
-            steps = self.state()
-            steps[step] = {"seconds": round(seconds, 2), **notes}
-            write_json(self / "state.json", {"format_version": STATE_VERSION, "steps": steps})
+    def mark(self, step: str, seconds: float, *, sealed: Iterable[Path] = (), **notes: Any) -> None:
+        """Enter a finished step. Only the main process writes.
+
+        Args:
+            sealed: files and folders whose checksums are entered with it.
+        """
+        if not self.main_process:
+            return
+        content = self._read_state()
+        sums = content[SUMS]
+        for product in sealed:
+            name = product.relative_to(self.path).as_posix()
+            sums = {key: value for key, value in sums.items() if key != name and not key.startswith(f"{name}/")}
+            sums |= checksums(files_below(product), self.path)
+        content["steps"][step] = {"seconds": round(seconds, 2), **notes}
+        write_sealed(self / STATE, {"format_version": STATE_VERSION, "steps": content["steps"]}, sums)
+
+    def checksums(self) -> dict[str, str]:
+        """Of the sealed products of finished steps: name relative to the folder → SHA-256."""
+        sums: dict[str, str] = self._read_state()[SUMS]
+        return sums
+
+    def check(self, product: Path) -> None:
+        """Raise a RunError that names a file of a sealed product which is not what was written."""
+        name = product.relative_to(self.path).as_posix()
+        mine = {key: value for key, value in self.checksums().items() if key == name or key.startswith(f"{name}/")}
+        try:
+            check_files(self.path, mine)
+        except DamagedFileError as error:
+            raise RunError(f"{error}; {RESTORE}") from error
 
     def once(
         self,
@@ -173,6 +223,7 @@ class RunFolder:
         work: Callable[[], Mapping[str, Any] | None],
         *,
         products: Iterable[Path] = (),
+        sealed: Iterable[Path] = (),
         everyone: bool = False,
     ) -> None:
         """Do `work` unless `step` is finished; no process goes on before it is.
@@ -180,6 +231,7 @@ class RunFolder:
         Args:
             work: what it returns is noted in state.json.
             products: what a finished step must have left behind.
+            sealed: those of them whose checksums are kept.
             everyone: all processes work (training), or the main one alone.
 
         Raises:
@@ -190,7 +242,7 @@ class RunFolder:
             return
         start = time.monotonic()
         notes = work() if self.main_process or everyone else None
-        self.mark(step, time.monotonic() - start, **(notes or {}))
+        self.mark(step, time.monotonic() - start, sealed=sealed, **(notes or {}))
         while not self.done(step):
             time.sleep(0.5)
 
@@ -200,8 +252,39 @@ class RunFolder:
         if missing:
             raise RunError(
                 f"{self.path}: step {step!r} is entered as finished, but {missing[0]} is missing. "
-                f"Put it back, or remove {step!r} and every later step from {self / 'state.json'} to repeat them."
+                "Put it back from a copy, or start anew in another --output_dir"
             )
+
+
+_held: WeakSet[RunFolder] = WeakSet()
+
+
+def _let_go() -> None:
+    # A forked child (a DataLoader's worker) must not hold a folder when this process is killed.
+    for folder in _held:
+        if folder._lock is not None:
+            folder._lock.close()
+            folder._lock = None
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+def config_is_sealed(file: Path) -> bool | None:
+    """Whether a run's config.yaml matches its checksum; None if an earlier version wrote it without one."""
+    text, mark, stored = file.read_text(encoding="utf-8").rpartition(_SUM)
+    return hashlib.sha256(text.encode()).hexdigest() == stored.strip() if mark else None
+
+
+def _read_owner(lock: IO[str]) -> str:
+    with suppress(OSError, UnicodeDecodeError):
+        lock.seek(0)
+        return lock.read(1000).strip() or "unknown"
+    return "unknown"
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def _read_config(file: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ a run that was stopped. `run` calls them in order; `recipes/continual.py` spells
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -21,6 +20,7 @@ import datasets
 from .adapters import AdapterInfo, add_adapter, fingerprint, load_adapter, merge_adapters, save_adapter
 from .analysis import analyse_run
 from .analysis_results import FILE as ANALYSIS
+from .checkpoints import STAGING, checkpoints
 from .config import InfoVLAConfig, StreamConfig, resolved_config
 from .consolidation import Consolidation
 from .data.chunks import ChunkDataset
@@ -28,9 +28,10 @@ from .data.collator import VLACollator
 from .data.demonstrations import CAMERA_COLUMNS, load_demonstrations, recipe_demonstrations
 from .data.normalisation import Normaliser
 from .data.statistics import statistics_of
-from .files import atomic_folder, write_json
+from .files import atomic_folder
 from .hub import load_policy, relative_base
 from .inference import Policy
+from .integrity import read_sealed, write_sealed
 from .measurement import measure_stage
 from .memory import ReplayMemory
 from .methods import METHODS
@@ -69,6 +70,7 @@ HARMLESS = frozenset(
         "dataloader_pin_memory",
         "dataloader_prefetch_factor",
         "hub_token",
+        "grad_norm_limit",
     }
 )
 """What may differ between a run and its continuation: none of it changes a number."""
@@ -256,7 +258,10 @@ class Stream:
     def learn_base(self) -> None:
         """Build a tiny base and train all its parameters on the base tasks; a checkpoint is the base as it is."""
         if self.is_tiny:
-            self.run_folder.once("base", self._learn_base, products=[self.run_folder.base], everyone=True)
+            self.run_folder.once(
+                "base", self._learn_base, products=[self.run_folder.base], sealed=[self.run_folder.base], everyone=True
+            )
+            self._drop_checkpoints(self.stages[0])
 
     def _learn_base(self) -> None:
         self._need("demonstrations", self._demonstrations)
@@ -283,7 +288,6 @@ class Stream:
             with atomic_folder(self.run_folder.base) as folder:
                 model.save_pretrained(folder)
                 processor.save_pretrained(folder)
-            self._drop_checkpoints(stage)
 
     def learn(self, stage: Stage, train: Callable[[Stream, Stage], None] | None = None) -> None:
         """Train the adapter of one stage.
@@ -297,7 +301,9 @@ class Stream:
         """
         folder = self.run_folder.adapter(stage.name)
         work = train or train_adapter
-        self.run_folder.once(step_name("learn", stage), lambda: work(self, stage), products=[folder], everyone=True)
+        step = step_name("learn", stage)
+        self.run_folder.once(step, lambda: work(self, stage), products=[folder], sealed=[folder], everyone=True)
+        self._drop_checkpoints(stage)  # not before the step is entered: a kill in between would repeat the training
 
     def load_previous(self, stage: Stage, model: Any) -> tuple[Any, str | None]:
         """The base `model` with the adapter of the stage before, and its name; the base alone and None in stage 1.
@@ -349,7 +355,7 @@ class Stream:
         return found
 
     def save_adapter(self, model: Any, stage: Stage, normaliser: Normaliser) -> None:
-        """Write the folder of a stage's adapter, and remove the checkpoints that led to it."""
+        """Write the folder of a stage's adapter."""
         if self.run_folder.main_process:
             folder = self.run_folder.adapter(stage.name)
             info = AdapterInfo(
@@ -365,7 +371,6 @@ class Stream:
                 training=self.resolved_config(),
             )
             save_adapter(model, stage.name, folder, info, normaliser.as_statistics())
-            self._drop_checkpoints(stage)
 
     def memory(self) -> ReplayMemory:
         """What is kept of the tasks so far."""
@@ -395,8 +400,12 @@ class Stream:
 
         Each task's result is stored as it comes, so that a stopped evaluation continues with the next task.
         """
+        results = self.run_folder.results
         self.run_folder.once(
-            step_name("measure", stage), lambda: measure_stage(self, stage), products=[self.run_folder.results]
+            step_name("measure", stage),
+            lambda: measure_stage(self, stage),
+            products=[results],
+            sealed=[results, results.with_name("success.csv")],
         )
 
     def analyse(self) -> None:
@@ -457,8 +466,9 @@ class Stream:
             statistics = {key: statistics_of(self.demonstrations(first.tasks))}
             if not self.run_folder.main_process:
                 return statistics
-            write_json(file, statistics)
-        loaded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            write_sealed(file, {"format_version": 2, "statistics": statistics}, {})
+        content = read_sealed(file, newest=2)
+        loaded: dict[str, Any] = content.get("statistics", content)  # as the first format had them
         return loaded
 
     def _need(self, step: str, product: Path) -> None:
@@ -468,10 +478,13 @@ class Stream:
                 "run the whole recipe with this --output_dir, it does what is missing"
             )
         self.run_folder.require([product], step)
+        self.run_folder.check(product)
 
     def _drop_checkpoints(self, stage: Stage) -> None:
-        for checkpoint in self.run_folder.stage(stage.index).glob("checkpoint-*"):
-            shutil.rmtree(checkpoint, ignore_errors=True)
+        if self.run_folder.main_process:
+            folder = self.run_folder.stage(stage.index)
+            for path in (*checkpoints(folder), folder / STAGING):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def train_adapter(stream: Stream, stage: Stage) -> None:

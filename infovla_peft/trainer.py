@@ -6,6 +6,8 @@ import copy
 import json
 import math
 import os
+import shutil
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -19,14 +21,17 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import TrainOutput
 
 from .adapters import base_model, freeze_unused, read_adapter_weights, write_adapter_weights
+from .checkpoints import STAGING, keep_newest, last_checkpoint, publish_checkpoint
 from .config import InfoVLAConfig
 from .consolidation import Consolidation
 from .data.chunks import ChunkDataset, ReplayRows
 from .data.collator import VLACollator
 from .data.sampling import StratifiedBatchSampler
+from .divergence import DivergenceError, describe_batch, has_diverged
 from .features import FeatureTap, extract_features, policy_output
-from .files import atomic_file
+from .files import atomic_file, fsync
 from .interference import most_interfered
+from .interruption import Stopped, deferred_stop, requested_stop
 from .losses import output_distillation_loss
 from .memory import Anchors, ReplayMemory
 from .methods import METHODS, Term
@@ -116,6 +121,10 @@ class InfoVLATrainer(Trainer):
         self._collator = data_collator
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self.loss_is_scaled_for_ga = False  # `compute_loss` gives the mean of its batch
+        self._stop = _StopOnSignal(self)
+        self.add_callback(self._stop)
+        self._loss: Tensor | float = math.nan
+        self._staging: str | None = None
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._consolidation = consolidation.to(args.device) if consolidation is not None else None
@@ -166,12 +175,20 @@ class InfoVLATrainer(Trainer):
         """Train, or go on training.
 
         Args:
-            resume_from_checkpoint: a checkpoint's folder; True = the last complete one in `output_dir`, if any.
+            resume_from_checkpoint: a checkpoint's folder; True = the last whole one in `output_dir`, if any.
+
+        Raises:
+            DivergenceError: loss or gradient ran away. The weights are those before that step, the checkpoints stay.
+            Stopped: a signal ended it (see `interruption`); a checkpoint is saved.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
         self.prepare_anchors()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with deferred_stop():
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if (number := requested_stop() or self._stop.number) is not None:
+            raise Stopped(number, last_checkpoint(str(self.args.output_dir)))
+        return output
 
     def compute_loss(
         self,
@@ -198,6 +215,7 @@ class InfoVLATrainer(Trainer):
             penalty = self._consolidation.penalty(self.model, self.model.active_adapter)
             self._note("ewc", penalty)
             loss = loss + self.args.lambda_ewc * penalty
+        self._loss = loss.detach()
         return (loss, outputs) if return_outputs else loss
 
     def _policy_loss(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
@@ -205,6 +223,27 @@ class InfoVLATrainer(Trainer):
         if self.rehearsal.regresses_answers:
             return output_distillation_loss(outputs.predicted_actions, inputs["actions"], kind="actions")
         return cast(Tensor, outputs.loss)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # Trainer asks for it in every step, before the optimiser's: the last moment at which the weights are good.
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        size = None if norm is None else float(norm)
+        problem = has_diverged(float(self._loss), size, self.args.grad_norm_limit, scaled=scaled)
+        if problem is not None:
+            raise DivergenceError(self._explain_divergence(problem))
+        return norm
+
+    def _explain_divergence(self, problem: str) -> str:
+        step, accumulated = self.state.global_step, self.args.gradient_accumulation_steps
+        draws = [self._sampler().draw(step * accumulated + part) for part in range(accumulated)]
+        batch = "; ".join(describe_batch(self.rehearsal.mixture(), draw) for draw in draws)
+        checkpoint = last_checkpoint(str(self.args.output_dir))
+        return (
+            f"training diverged in step {step + 1}: {problem}. Its batch: {batch}. The last good checkpoint is "
+            f"{checkpoint or 'the beginning of this stage (none was saved yet)'}; look at these frames, or start in "
+            "another --output_dir with a lower learning_rate or max_grad_norm"
+        )
 
     def _retrieve(self, inputs: dict[str, Any], candidates: int) -> dict[str, Any]:
         """The batch with only those of its last samples, the candidates, that the current ones hurt most."""
@@ -276,6 +315,28 @@ class InfoVLATrainer(Trainer):
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Trainer writes file after file in place, and removes the checkpoint before by its date: a kill in between
+        # could leave none, and a clock set back would make it remove the new one.
+        folder = Path(str(self.args.output_dir))
+        if self.args.should_save:
+            shutil.rmtree(folder / STAGING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = str(folder / STAGING)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            name = f"checkpoint-{self.state.global_step}"
+            publish_checkpoint(folder / STAGING / name, folder / name)
+            keep_newest(folder, self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # Only the adapter in training: PEFT would write all of them, and on resume read the frozen ones back.
         if not isinstance(self.model, PeftModel):
@@ -317,23 +378,24 @@ def _steps(config: InfoVLAConfig, samples: int, replay: bool) -> int:
     return math.ceil(config.num_train_epochs * samples / per_step)
 
 
-def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest complete checkpoint in a training's output folder; one that was cut off does not count."""
-    found = [
-        (int(path.name.removeprefix("checkpoint-")), path)
-        for path in Path(folder).glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit() and _is_complete(path)
-    ]
-    return str(max(found)[1]) if found else None
+class _StopOnSignal(TrainerCallback):
+    """Ends a training after the step in which a signal came, with a checkpoint; all processes after the same step."""
 
+    def __init__(self, trainer: Trainer) -> None:
+        self._accelerator = trainer.accelerator
+        self.number: int | None = None
 
-def _is_complete(checkpoint: Path) -> bool:
-    # Trainer writes its state last.
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        stop = requested_stop() is not None
+        if self._accelerator.num_processes > 1:
+            if stop:
+                self._accelerator.set_trigger()
+            stop = self._accelerator.check_trigger()
+        if stop:
+            self.number = requested_stop() or signal.SIGTERM  # which only another process has seen
+            control.should_save = control.should_training_stop = True
 
 
 class LossLog(TrainerCallback):
@@ -373,6 +435,10 @@ class LossLog(TrainerCallback):
             numbers = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in entry.items()}
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(numbers) + "\n")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self._path.exists():
+            fsync(self._path)  # a continued training goes on behind these lines
 
 
 def _step(line: str) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -66,19 +65,12 @@ def test_every_single_bit_of_a_sealed_file_counts(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     write_sealed(file, {"format_version": 2, "successes": [True, False], "steps": 17}, {})
     whole = file.read_bytes()
-    meaning, harmless = json.loads(whole), 0
     for place in range(8 * len(whole)):
         content = bytearray(whole)
         content[place // 8] ^= 1 << place % 8
         file.write_bytes(content)
-        read = None
-        with contextlib.suppress(DamagedFileError):
-            read = read_sealed(file, newest=2)
-        if read is not None:  # white space, or another writing of the same text
-            assert json.loads(content) == meaning
-            assert read["steps"] == 17
-            harmless += 1
-    assert 0 < harmless < 100
+        with pytest.raises(DamagedFileError, match=str(file)):
+            read_sealed(file, newest=2)
 
 
 def test_formats_before_and_after(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,8 +43,41 @@ def test_harmless_keys_may_change(folder: RunFolder) -> None:
 
 
 def test_two_processes_do_not_share_a_folder(folder: RunFolder) -> None:
-    with pytest.raises(RunError, match="another process is using"):
+    with pytest.raises(RunError, match=rf"another process is using .*: process {os.getpid()} on .*, started 20"):
         RunFolder(folder.path).open(CONFIG)
+    with pytest.raises(RunError, match=rf"process {os.getpid()} "):  # a refused one leaves the owner's name
+        RunFolder(folder.path).open(CONFIG)
+    folder.close()
+    RunFolder(folder.path).open(CONFIG).close()
+
+
+def test_a_forked_child_does_not_hold_the_folder(folder: RunFolder) -> None:
+    start, end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(end)
+        os.read(start, 1)  # until the test ends
+        os._exit(0)
+    try:
+        folder.close()
+        RunFolder(folder.path).open(CONFIG).close()
+    finally:
+        os.close(end)
+        os.waitpid(child, 0)
+
+
+def test_a_changed_product_is_named(folder: RunFolder) -> None:
+    product = folder / "base"
+    (product / "deep").mkdir(parents=True)
+    (product / "deep" / "weights").write_bytes(b"123")
+    folder.once("base", lambda: None, products=[product], sealed=[product])
+    folder.mark("later", 1.0)
+    folder.check(product)
+    (product / "deep" / "weights").write_bytes(b"124")
+    with pytest.raises(RunError, match=r"base/deep/weights is damaged"):
+        folder.check(product)
+    folder.mark("base", 1.0, sealed=[product])
+    folder.check(product)
 
 
 def test_a_finished_step_is_not_repeated(folder: RunFolder) -> None:

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..files import write_json
+from ..integrity import DamagedFileError, read_sealed, sha256, write_sealed
 from ..simulation.environment import EnvironmentState
 from .rows import ACTION_DIM, CAMERA_COLUMNS, STATE_DIM, DemonstrationError, Episode, frame_features
 from .sources import EpisodeEntry, Location
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import datasets
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no checksums
 FOOTER_KEY = b"infovla_peft"
 RECORD_AGAIN = "delete it and record again, which makes only what is missing"
 
@@ -48,6 +48,7 @@ class EpisodeRecord:
         frames: rows of the file.
         attempts: layouts tried until the script succeeded, this one included.
         seed: of `LiberoEnvironment.reset` for the layout that was recorded.
+        sha256: of the file; empty in a set of the first format.
     """
 
     index: int
@@ -55,6 +56,7 @@ class EpisodeRecord:
     frames: int
     attempts: int
     seed: int
+    sha256: str = ""
 
 
 @dataclass
@@ -133,7 +135,7 @@ class DemonstrationManifest:
             for name, task in self.tasks.items()
         }
         content = {"format_version": FORMAT_VERSION, "settings": asdict(self.settings), "tasks": tasks}
-        write_json(folder / MANIFEST, content)
+        write_sealed(folder / MANIFEST, content, {})
 
     @staticmethod
     def load(folder: str | Path) -> DemonstrationManifest:
@@ -147,13 +149,7 @@ class DemonstrationManifest:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no demonstrations ({MANIFEST} is missing): run `infovla demos`")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            version = content["format_version"]
-            if version != FORMAT_VERSION:
-                raise DemonstrationError(
-                    f"{path} has format {version}, this version reads {FORMAT_VERSION}: record the set again, or use "
-                    "the version of infovla_peft that wrote it"
-                )
+            content = read_sealed(path, newest=FORMAT_VERSION)
             settings = RecordingSettings(**{**content["settings"], "cameras": tuple(content["settings"]["cameras"])})
             tasks = {
                 name: TaskRecord(
@@ -165,7 +161,9 @@ class DemonstrationManifest:
                 )
                 for name, task in content["tasks"].items()
             }
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        except DamagedFileError as error:
+            raise DemonstrationError(f"{error}: delete the folder and record the set again") from error
+        except (KeyError, TypeError, AttributeError) as error:
             raise DemonstrationError(
                 f"{path} is damaged ({type(error).__name__}: {error}): delete the folder and record the set again"
             ) from error
@@ -212,6 +210,17 @@ def read_start(path: str | Path) -> EnvironmentState:
         raise DemonstrationError(f"{path} holds no start state: it was not written by `infovla demos`")
     start = json.loads(footer)["start"]
     return EnvironmentState(np.array(start["simulation"], np.float64), np.array(start["fixtures"], np.float64))
+
+
+def check_recorded(path: Path, record: EpisodeRecord) -> None:
+    """Check one episode of a set: `check_episode`, and its checksum, where the set has any.
+
+    Raises:
+        DemonstrationError: the first thing that is wrong, and the cure.
+    """
+    check_episode(path, record.frames)
+    if record.sha256 and sha256(path) != record.sha256:
+        raise DemonstrationError(f"{path} is damaged (its content does not match its checksum): {RECORD_AGAIN}")
 
 
 def check_episode(path: str | Path, frames: int | None = None) -> None:
@@ -297,7 +306,7 @@ class RecordedSource:
             path = self.location.file(entry.file)
         except FileNotFoundError as error:
             raise DemonstrationError(f"{error}: {RECORD_AGAIN}") from error
-        check_episode(path, self._manifest.tasks[entry.place].episodes[entry.index].frames)
+        check_recorded(path, self._manifest.tasks[entry.place].episodes[entry.index])
         return path
 
     def read(self, entry: EpisodeEntry) -> Episode:

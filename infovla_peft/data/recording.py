@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from ..bars import progress_bar
 from ..files import atomic_file
+from ..integrity import sha256
 from ..simulation.assets import AssetSet
 from ..simulation.demonstrator import ACTION_NOISE, Demonstration, Demonstrator
 from ..simulation.environment import LiberoEnvironment
@@ -131,7 +132,8 @@ def record_demonstrations(
             for future in as_completed(futures):
                 episode = future.result()
                 _write_episode(episode, folder, schema)
-                manifest.tasks[episode.task.name].episodes[episode.record.index] = episode.record
+                record = replace(episode.record, sha256=sha256(folder / episode.record.file))
+                manifest.tasks[episode.task.name].episodes[record.index] = record
                 manifest.save(folder)
                 bar.update()
         except BrokenProcessPool as error:

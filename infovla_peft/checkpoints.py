@@ -1,0 +1,70 @@
+"""Trainer checkpoints: written aside, flushed, sealed with checksums, then given their name; the last whole one found.
+
+checkpoint-120/checkpoint.json    a checksum of itself and of every other file of the checkpoint
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from .files import fsync, fsync_tree
+from .integrity import DamagedFileError, check_files, checksums, files_below, read_sealed, write_sealed
+
+MANIFEST = "checkpoint.json"
+STAGING = ".writing"
+"""Folder beside the checkpoints in which one is written; what is in it after a kill is worth nothing."""
+FORMAT_VERSION = 2
+_log = logging.getLogger(__name__)
+
+
+def publish_checkpoint(staged: Path, target: Path) -> None:
+    """Seal a checkpoint that was written aside, and move it to its place."""
+    content = {"format_version": FORMAT_VERSION, "checkpoint": target.name}
+    write_sealed(staged / MANIFEST, content, checksums(files_below(staged), staged))
+    fsync_tree(staged)
+    if target.exists():  # of the same step, by a training that was continued from an earlier one
+        shutil.rmtree(target)
+    staged.rename(target)
+    fsync(target.parent)
+
+
+def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
+    """The checkpoints in a training's output folder, by their steps, whole or not."""
+    found = [
+        (int(path.name.removeprefix("checkpoint-")), path)
+        for path in Path(folder).glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raise a DamagedFileError that names a file of a checkpoint which is not what was written."""
+    try:
+        content = read_sealed(folder / MANIFEST, newest=FORMAT_VERSION)
+    except FileNotFoundError as error:
+        raise DamagedFileError(f"{folder / MANIFEST} is missing") from error
+    if content.get("checkpoint") != folder.name:
+        raise DamagedFileError(f"{folder} holds another checkpoint ({content.get('checkpoint')})")
+    check_files(folder, content["sha256"])
+
+
+def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """The newest whole checkpoint in a training's output folder; one that is damaged is named and not used."""
+    for path in reversed(checkpoints(folder)):
+        try:
+            check_checkpoint(path)
+        except (DamagedFileError, OSError) as error:
+            _log.warning("%s; this checkpoint is not used", error)
+        else:
+            return str(path)
+    return None
+
+
+def keep_newest(folder: Path, limit: int | None) -> None:
+    """Remove all but the `limit` checkpoints of the highest steps; None or 0 keeps all. No clock decides."""
+    for path in checkpoints(folder)[: -limit or None] if limit else []:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,206 @@
+"""Whether a run is whole: every file that can be checked is read and checked; what is damaged is named."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .adapters import AdapterError, check_adapter
+from .analysis_results import FILE as ANALYSIS
+from .analysis_results import Analysis
+from .checkpoints import check_checkpoint, checkpoints
+from .consolidation import Consolidation
+from .data.recorded import MANIFEST, DemonstrationManifest, check_recorded
+from .evaluation import TaskResult
+from .integrity import DamagedFileError, damaged, read_sealed
+from .measurement import read_cell
+from .memory import ReplayMemory
+from .results import Results
+from .run_folder import RunError, RunFolder, config_is_sealed
+
+
+@dataclass
+class Verification:
+    """What `verify_run` found.
+
+    Attributes:
+        damage: file → what is wrong with it.
+        checked: number of files that were read and found whole.
+        unchecked: what cannot be checked, and why.
+    """
+
+    damage: dict[Path, str] = field(default_factory=dict)
+    checked: set[Path] = field(default_factory=set)
+    unchecked: dict[Path, str] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return not self.damage
+
+    def describe(self) -> str:
+        """One line per finding, and a summary."""
+        lines = [f"DAMAGED  {path}: {problem}" for path, problem in self.damage.items()]
+        lines += [f"unknown  {path}: {reason}" for path, reason in self.unchecked.items()]
+        return "\n".join([*lines, f"{len(self.checked)} files whole, {len(self.damage)} damaged"])
+
+    def attempt(self, file: Path, check: Callable[[], Any]) -> Any:
+        """The result of a check, None if it finds damage in `file`."""
+        try:
+            result = check()
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            named = Path(str(error).split(" is ")[0])  # of a folder's files, the very one
+            named = named if named.is_relative_to(file.parent) else file
+            self.damage.setdefault(named, str(error).removeprefix(f"{named} "))
+            return None
+        self.checked.add(file)
+        return result
+
+    def files(self, folder: Path, sums: dict[str, str]) -> None:
+        """Check files against their checksums."""
+        lost = damaged(folder, sums)
+        for name in sums:
+            path = Path(os.path.normpath(folder / name))
+            if folder / name in lost:
+                self.damage[path] = "its content does not match its checksum" if path.exists() else "is missing"
+            else:
+                self.checked.add(path)
+
+
+def verify_run(path: str | os.PathLike[str]) -> Verification:
+    """Read everything that a run has kept and check it; nothing is changed.
+
+    Finished steps must have left their products. What a killed process left half written does not count: the next
+    start of the run removes or completes it.
+
+    Raises:
+        RunError: there is no run.
+    """
+    run = RunFolder(path)
+    if not (run / "state.json").exists() and not (run / "config.yaml").exists():
+        raise RunError(f"{path} holds no run (neither state.json nor config.yaml); give the folder of a run")
+    found = Verification()
+    config = _configuration(run, found)
+    steps = found.attempt(run / "state.json", run.state) if (run / "state.json").exists() else {}
+    if steps is None:
+        steps = {}
+    else:
+        _products(run, steps, found)
+    for folder in _folders(run / "adapters"):
+        info = found.attempt(folder / "infovla.json", partial(_adapter, folder))
+        if info is not None and info.sha256:
+            found.checked.update(folder / name for name in info.sha256)
+        elif info is not None:
+            found.unchecked[folder] = "written by an earlier version, without checksums"
+    if run.memory.exists() or any(name.startswith("remember_") for name in steps):
+        found.attempt(run.memory / "memory.json", lambda: ReplayMemory.load(run.memory))
+    _demonstrations(Path(config.get("demonstrations_folder") or run / "demonstrations"), steps, found)
+    cells = _stages(run, found)
+    _results(run, steps, cells, found)
+    if (run / ANALYSIS).exists() or "analyse" in steps:
+        found.attempt(run / ANALYSIS, lambda: Analysis.load(run.path))
+    if (run / "dataset_statistics.json").exists():
+        file = run / "dataset_statistics.json"
+        found.attempt(file, lambda: read_sealed(file, newest=2))
+    return found
+
+
+def _configuration(run: RunFolder, found: Verification) -> dict[str, Any]:
+    file = run / "config.yaml"
+
+    def read() -> dict[str, Any]:
+        if config_is_sealed(file) is False:
+            raise DamagedFileError("its content does not match its checksum")
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise DamagedFileError(f"{file} is no YAML") from error
+        if not isinstance(content, dict):
+            raise DamagedFileError("it holds no configuration")
+        return content
+
+    return found.attempt(file, read) or {}
+
+
+def _products(run: RunFolder, steps: Iterable[str], found: Verification) -> None:
+    """Each finished step's product is there, and what is sealed is what was written."""
+    finished_stages = sum(name.startswith("measure_") for name in steps)
+    sums = run.checksums()
+    if run.results.exists() and _stages_of(run.results) > finished_stages:
+        # A kill came between writing the next column and entering it: the cells tell whether it is right.
+        sums = {name: value for name, value in sums.items() if name not in ("results.json", "success.csv")}
+    found.files(run.path, sums)
+    for step in steps:
+        what, _, stage = step.rpartition("_")
+        if what == "learn" and not list((run / "adapters").glob(f"stage_{stage}_*")):
+            found.damage[run / "adapters" / f"stage_{stage}_*"] = f"is missing, though step {step!r} is finished"
+        if step == "base" and not run.base.is_dir():
+            found.damage[run.base] = "is missing, though step 'base' is finished"
+
+
+def _stages_of(results: Path) -> int:
+    try:
+        return Results.load(results).stages
+    except (OSError, ValueError):
+        return 0
+
+
+def _adapter(folder: Path) -> Any:
+    try:
+        return check_adapter(folder)
+    except AdapterError as error:  # which names the very file
+        raise DamagedFileError(str(error)) from error
+
+
+def _demonstrations(folder: Path, steps: Iterable[str], found: Verification) -> None:
+    if not (folder / MANIFEST).exists() and "demonstrations" not in steps:
+        return
+    manifest = found.attempt(folder / MANIFEST, lambda: DemonstrationManifest.load(folder))
+    for task in manifest.tasks.values() if manifest else ():
+        for episode in task.episodes.values():
+            found.attempt(folder / episode.file, partial(check_recorded, folder / episode.file, episode))
+
+
+def _stages(run: RunFolder, found: Verification) -> dict[tuple[int, str], TaskResult]:
+    """Checkpoints, Fisher information, logs and cells of every stage; gives the cells."""
+    cells: dict[tuple[int, str], TaskResult] = {}
+    for folder in _folders(run / "stages"):
+        for checkpoint in checkpoints(folder):
+            found.attempt(checkpoint, partial(check_checkpoint, checkpoint))
+        fisher = folder / "fisher.safetensors"
+        if fisher.exists():
+            found.attempt(fisher, partial(Consolidation.load, fisher))
+        for file in sorted((folder / "rollouts").glob("*.json")):
+            cell = found.attempt(file, partial(read_cell, file))
+            if cell is not None:
+                cells[int(folder.name.removeprefix("stage_")), cell.task] = cell
+                found.files(file.parent, read_sealed(file, newest=2).get("sha256", {}))
+    return cells
+
+
+def _results(
+    run: RunFolder, steps: Iterable[str], cells: dict[tuple[int, str], TaskResult], found: Verification
+) -> None:
+    if not run.results.exists() and not any(name.startswith("measure_") for name in steps):
+        return
+    results = found.attempt(run.results, lambda: Results.load(run.results))
+    if results is None:
+        return
+    for stage in range(results.stages):
+        for task, reached, tried in zip(results.tasks, results.successes, results.episodes, strict=True):
+            cell = cells.get((stage, task.name))
+            file = run.cell(stage, task.name)
+            if tried[stage] is not None and cell is None and file not in found.damage:
+                found.damage[file] = "is missing, though results.json counts its rollouts"
+            elif cell is not None and (reached[stage], tried[stage]) != (sum(cell.successes), cell.episodes):
+                found.checked.discard(run.results)
+                found.damage[run.results] = f"counts other rollouts than {file}; delete it and run again"
+
+
+def _folders(parent: Path) -> list[Path]:
+    return sorted(path for path in parent.glob("*") if path.is_dir() and not path.name.startswith("."))
