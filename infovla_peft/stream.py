@@ -40,6 +40,7 @@ from .plan import Stage, describe_plan, describe_results, plan_stages, step_name
 from .progress import show_progress
 from .results import Results
 from .run_folder import RunError, RunFolder
+from .trackers import check_trackers, curves_folder, make_trackers, stage_record
 from .trainer import InfoVLATrainer, LossLog
 from .video import CURE, video_available
 
@@ -119,6 +120,7 @@ class Stream:
             raise RunError(f"videos of rollouts need PyAV: {CURE}")
         if not self.is_tiny:
             read_config(self.config.base_model, {})
+        check_trackers(self.training.report_to)
         unknown = set(self.config.cameras) - set(CAMERA_COLUMNS)
         if unknown or not self.config.cameras:
             raise RunError(f"cameras must be among {', '.join(CAMERA_COLUMNS)}, got {self.config.cameras}")
@@ -275,15 +277,13 @@ class Stream:
             seed=self.training.seed,
         )
         collator = self.collator(model, processor, Normaliser(model.norm_stats, config.suite))
-        trainer = InfoVLATrainer(
-            model,
-            self.stage_training(stage),
-            self.samples(stage.tasks, model, collator),
-            collator,
-            callbacks=self.callbacks(stage),
-        )
-        show_progress(trainer, "base")
-        trainer.train(resume_from_checkpoint=True)
+        samples = self.samples(stage.tasks, model, collator)
+        with curves_folder(self.run_folder.path, stage.name):
+            trainer = InfoVLATrainer(
+                model, self.stage_training(stage), samples, collator, callbacks=self.callbacks(stage)
+            )
+            show_progress(trainer, "base")
+            trainer.train(resume_from_checkpoint=True)
         if self.run_folder.main_process:
             with atomic_folder(self.run_folder.base) as folder:
                 model.save_pretrained(folder)
@@ -300,9 +300,13 @@ class Stream:
             RunError: the stage before it is not finished.
         """
         folder = self.run_folder.adapter(stage.name)
-        work = train or train_adapter
+
+        def work() -> None:
+            with curves_folder(self.run_folder.path, stage.name):
+                (train or train_adapter)(self, stage)
+
         step = step_name("learn", stage)
-        self.run_folder.once(step, lambda: work(self, stage), products=[folder], sealed=[folder], everyone=True)
+        self.run_folder.once(step, work, products=[folder], sealed=[folder], everyone=True)
         self._drop_checkpoints(stage)  # not before the step is entered: a kill in between would repeat the training
 
     def load_previous(self, stage: Stage, model: Any) -> tuple[Any, str | None]:
@@ -403,10 +407,16 @@ class Stream:
         results = self.run_folder.results
         self.run_folder.once(
             step_name("measure", stage),
-            lambda: measure_stage(self, stage),
+            lambda: self._measure(stage),
             products=[results],
             sealed=[results, results.with_name("success.csv")],
         )
+
+    def _measure(self, stage: Stage) -> None:
+        measure_stage(self, stage)
+        for tracker in make_trackers(self.training, self.run_folder.path):
+            results = Results.load(self.run_folder.results)
+            tracker.log(stage_record(results, stage.index, self.run_folder.path))
 
     def analyse(self) -> None:
         """Look at what every stage has kept of every task (`analysis.analyse_run`), if the recipe asks for it."""

@@ -36,6 +36,7 @@ from .losses import output_distillation_loss
 from .memory import Anchors, ReplayMemory
 from .methods import METHODS, Term
 from .rehearsal import Rehearsal
+from .trackers import JSONL, trainer_report_to
 
 _TERM_WEIGHTS = "term_networks.safetensors"
 
@@ -119,6 +120,11 @@ class InfoVLATrainer(Trainer):
         if args.max_steps <= 0:
             args.max_steps = _steps(args, len(train_dataset), bool(self.rehearsal))
         self._collator = data_collator
+        if JSONL in (args.report_to or ()):  # no tracker of Trainer's
+            args.report_to = trainer_report_to(args.report_to)
+            if not any(isinstance(callback, LossLog) for callback in kwargs.get("callbacks") or ()):
+                log = LossLog(Path(str(args.output_dir)) / "log.jsonl", stage=0)
+                kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), log]
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self.loss_is_scaled_for_ga = False  # `compute_loss` gives the mean of its batch
         self._stop = _StopOnSignal(self)

@@ -40,7 +40,7 @@ def _no_simulator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("INFOVLA_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("write", [write_libero_hdf5, write_lerobot])
+@pytest.mark.parametrize("write", [write_libero_hdf5, pytest.param(write_lerobot, marks=pytest.mark.slow)])
 def test_a_stream_learns_from_files_that_exist(tmp_path: Path, write: Callable[..., Path]) -> None:
     source = write(tmp_path / "files", tasks=TASKS, episodes=2)
     with stream(tmp_path / "run", source) as run:
