@@ -54,6 +54,11 @@ def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+NOT_COMPILED = (
+    "{} is not supported: the terms tap a layer by a hook, which a compiled model leaves out; train without it"
+)
+
+
 @dataclass
 class InfoVLAConfig(TrainingArguments):
     r"""Configuration of [`InfoVLATrainer`]: everything of `TrainingArguments`, and the following.
@@ -205,6 +210,8 @@ class InfoVLAConfig(TrainingArguments):
     remove_unused_columns: bool = _option(False, "Must stay False: batches carry more than the model's arguments.")
 
     def __post_init__(self) -> None:
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
+            raise ValueError(NOT_COMPILED.format("torch_compile"))  # before it is written into the environment
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.method == "infovla_paper":
             self.teacher, self.cmi_mode, self.anchor_bank, self.near_duplicate_window = "previous", "paper", 0, 0

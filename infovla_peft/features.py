@@ -82,21 +82,28 @@ def policy_output(output: Any, rows: slice = slice(None)) -> Tensor:
     return answer[rows]  # type: ignore[no-any-return]
 
 
-def extract_features(hidden: Tensor, roles: TokenRoles, rows: slice = slice(None)) -> Features:
+def extract_features(
+    hidden: Tensor, roles: TokenRoles, rows: slice = slice(None), *, longest: int | None = None
+) -> Features:
     """Sort the hidden states of some samples by role.
 
     Args:
         hidden: (B, S, D).
         roles: of the same forward pass.
         rows: which samples; the others cost nothing.
+        longest: Nl, the most language tokens of one of them, where it is known; otherwise the device is asked.
     """
     hidden = hidden[rows]
     batch, _, width = hidden.shape
     action = roles.action[rows].to(hidden.dtype)  # (B, S)
     pooled = torch.einsum("bs,bsd->bd", action, hidden) / action.sum(1, keepdim=True).clamp(min=1)
-    vision = hidden[roles.vision[rows]].view(batch, -1, width) if batch else hidden[:, :0]  # all rows have as many
+    if roles.vision_span is not None:
+        vision = hidden[:, slice(*roles.vision_span)]
+    else:
+        vision = hidden[roles.vision[rows]].view(batch, -1, width) if batch else hidden[:, :0]  # all have as many
     mask = roles.language[rows]
-    longest = int(mask.sum(1).max()) if batch else 0
+    if longest is None:
+        longest = int(mask.sum(1).max()) if batch else 0
     order = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :longest]  # (B, Nl), tokens first
     language_mask = mask.gather(1, order)
     language = hidden.gather(1, order[..., None].expand(-1, -1, width)) * language_mask[..., None]

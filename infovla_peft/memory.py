@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,18 @@ class Anchors:
     def save(self, path: Path) -> None:
         spec = json.dumps({task: dict(spec) for task, spec in self.spec.items()})
         save_tensors(path, self.tensors(), {"spec": spec})
+
+    def on_disk(self, folder: str | os.PathLike[str]) -> Anchors:
+        """The same, mapped from a file without a name: rows are read when they are used, and take no memory.
+
+        Args:
+            folder: on a disk with room for them; the file is gone with the last of its tensors.
+        """
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".anchors.", dir=path) as scratch:
+            self.save(Path(scratch) / "anchors.safetensors")
+            return Anchors.load(Path(scratch) / "anchors.safetensors")
 
     @classmethod
     def load(cls, path: Path) -> Anchors:

@@ -39,6 +39,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -101,27 +102,79 @@ METHODS: dict[str, Method] = {
 
 
 @dataclass(frozen=True)
+class Bank:
+    """Anchors of negatives, on the student's device.
+
+    Attributes:
+        action: (M, D).
+        fused: (M, F).
+    """
+
+    action: Tensor
+    fused: Tensor
+
+    @cached_property
+    def center(self) -> Tensor:
+        """(D,), the mean of `action`."""
+        return self.action.mean(dim=0)
+
+    @cached_property
+    def centered(self) -> Tensor:
+        """(M, D), `action` without it."""
+        return self.action - self.center
+
+    def tensors(self) -> list[Tensor]:
+        """What it holds, as far as it is used."""
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+
+
+@dataclass(frozen=True)
 class Contrast:
-    """The replay samples of one batch, and what they are contrasted with. Everything on the CPU, as the anchors are.
+    """The replay samples of one batch, and what they are contrasted with.
+
+    What depends on the batch alone lies on the CPU, as the anchors do, and is decided there, so that no step waits
+    for an accelerator.
 
     Attributes:
         anchors: of the whole memory.
         own: (R, 2), (view, row) of this process's replay samples.
         negatives: (M, 2), (view, row) of further frames whose anchors are negatives.
         exclude: (R, R + M) bool, pairs that are no negatives.
+        bank: anchors of the negatives, on the student's device.
     """
 
     anchors: Anchors
     own: Tensor
     negatives: Tensor
     exclude: Tensor
+    bank: Bank
+
+    @property
+    def device(self) -> torch.device:
+        """The student's."""
+        return self.bank.action.device
+
+    @cached_property
+    def excluded(self) -> Tensor:
+        """`exclude` on the student's device."""
+        return self.exclude.to(self.device, non_blocking=True)
+
+    @cached_property
+    def words(self) -> int:
+        """Most language tokens of one of the samples."""
+        return int(self.anchors.words[self.own[:, 1]].max()) if len(self.own) else 0
+
+    def anchors_of_own(self, name: str) -> Tensor:
+        """(R, ...), the samples' own anchors of one kind, on the student's device."""
+        table: Tensor = getattr(self.anchors, name)
+        return table[tuple(self.own.T)].to(self.device, non_blocking=True)
 
 
 class Negatives:
     """Chooses what replay samples are contrasted with: a fixed bank of stored anchors, or the rest of the mini-batch.
 
     With a bank, the other samples of the mini-batch are left out, so that the term of a sample depends neither on
-    the batch nor on the number of processes.
+    the batch nor on the number of processes. Its anchors are gathered once, and stay on the student's device.
 
     Args:
         trajectory, frame: (N,) of all memory frames; trajectories are numbered over all tasks.
@@ -133,11 +186,23 @@ class Negatives:
     def __init__(self, trajectory: Tensor, frame: Tensor, *, bank_size: int, window: int, seed: int) -> None:
         self._trajectory, self._frame, self._window = trajectory, frame, window
         chosen = torch.randperm(len(frame), generator=torch.Generator().manual_seed(seed))[:bank_size].sort().values
-        self._bank = torch.stack((torch.zeros_like(chosen), chosen), dim=1)  # (M, 2), view 0
+        self._chosen = torch.stack((torch.zeros_like(chosen), chosen), dim=1)  # (M, 2), view 0
+        self._bank: tuple[Anchors, Bank] | None = None
 
-    def __call__(self, anchors: Anchors, own: Tensor, peers: Tensor) -> Contrast:
-        """Args: own (R, 2) and peers (S, 2), the (view, row) of this and of the other processes' replay samples."""
-        negatives = self._bank if len(self._bank) else peers
+    @property
+    def bank(self) -> Bank | None:
+        """As gathered by the first call; None before, and without a fixed bank."""
+        return self._bank[1] if self._bank is not None else None
+
+    def __call__(self, anchors: Anchors, own: Tensor, peers: Tensor, device: torch.device | str = "cpu") -> Contrast:
+        """Negatives of some replay samples.
+
+        Args:
+            anchors: of all frames.
+            own, peers: (R, 2) and (S, 2), the (view, row) of this and of the other processes' replay samples.
+            device: the student's.
+        """
+        negatives = self._chosen if len(self._chosen) else peers
         exclude = near_duplicates(
             self._trajectory[own[:, 1]],
             self._frame[own[:, 1]],
@@ -145,9 +210,17 @@ class Negatives:
             bank_trajectory=self._trajectory[negatives[:, 1]],
             bank_frame=self._frame[negatives[:, 1]],
         )
-        if len(self._bank):
-            exclude[:, : len(own)] = True
-        return Contrast(anchors, own, negatives, exclude)
+        if not len(self._chosen):
+            return Contrast(anchors, own, negatives, exclude, _gather(anchors, negatives, device))
+        exclude[:, : len(own)] = True
+        if self._bank is None or self._bank[0] is not anchors or self._bank[1].action.device != torch.device(device):
+            self._bank = (anchors, _gather(anchors, negatives, device))
+        return Contrast(anchors, own, negatives, exclude, self._bank[1])
+
+
+def _gather(anchors: Anchors, rows: Tensor, device: torch.device | str) -> Bank:
+    place = tuple(rows.T)
+    return Bank(*(table[place].to(device, non_blocking=True) for table in (anchors.action, anchors.fused)))
 
 
 class Term(Protocol):
@@ -181,18 +254,16 @@ class ReplayAnchorContrast:
     def __call__(self, student: Features, contrast: Contrast) -> Tensor | None:
         if not rac_is_informative(len(contrast.own), len(contrast.negatives), contrast.exclude):
             return None
-        device, table = student.action.device, contrast.anchors.action
-        features = student.action.float()
-        anchors, bank = (table[tuple(rows.T)].to(device) for rows in (contrast.own, contrast.negatives))
+        features, anchors, bank = student.action.float(), contrast.anchors_of_own("action"), contrast.bank.action
         if self._center:
-            center = bank.mean(dim=0)
-            features, anchors, bank = features - center, anchors - center, bank - center
+            center, bank = contrast.bank.center, contrast.bank.centered
+            features, anchors = features - center, anchors - center
         return replay_anchor_contrastive_loss(
             features,
             anchors,
             temperature=self._temperature,
             bank=bank,
-            exclude=contrast.exclude.to(device),
+            exclude=contrast.excluded,
             targets=self._targets,
         )
 
@@ -212,8 +283,7 @@ class CrossModalInformation:
                 self.network = JointDistributionMLP()
 
     def __call__(self, student: Features, contrast: Contrast) -> Tensor | None:
-        own, device = contrast.own, student.action.device
-        teacher = contrast.anchors.summary(own, student.language.shape[1])
+        teacher = contrast.anchors.summary(contrast.own, student.language.shape[1])
         if not cmi_is_informative(teacher, mode=self._mode, bank=len(contrast.negatives), exclude=contrast.exclude):
             return None
         summary = summarize_cross_modal(
@@ -222,11 +292,11 @@ class CrossModalInformation:
         across = self._mode != "paper"
         return cross_modal_mi_from_summaries(
             summary,
-            type(teacher)(*(tensor.to(device) for tensor in teacher)),
+            type(teacher)(*(tensor.to(contrast.device, non_blocking=True) for tensor in teacher)),
             mode=self._mode,
             temperature=self._temperature,
-            bank=contrast.anchors.fused[tuple(contrast.negatives.T)].to(device) if across else None,
-            exclude=contrast.exclude.to(device) if across else None,
+            bank=contrast.bank.fused if across else None,
+            exclude=contrast.excluded if across else None,
             joint_network=self.network,
         )
 
@@ -243,8 +313,7 @@ class OutputDistillation:
     def __call__(self, student: Features, contrast: Contrast) -> Tensor | None:
         if not len(contrast.own) or student.output is None:
             return None
-        teacher = contrast.anchors.output[tuple(contrast.own.T)].to(student.output.device)
-        return output_distillation_loss(student.output, teacher, kind=self._kind)
+        return output_distillation_loss(student.output, contrast.anchors_of_own("output"), kind=self._kind)
 
 
 def make_terms(config: InfoVLAConfig, output: Literal["actions", "logits"] = "actions") -> Sequence[Term]:

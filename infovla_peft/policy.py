@@ -22,15 +22,21 @@ class TokenRoles:
         action: positions whose hidden state predicts an action token (parallel decoding: chunk x dim positions;
             autoregressive: the position before each action token).
         proprio: the proprioception token, all False where the model has none.
+        vision_span: (first, end) of the patches where they are the same positions in every row; None elsewhere.
+            Saves a copy of them, and asking the device where they are.
     """
 
     vision: Tensor
     language: Tensor
     action: Tensor
     proprio: Tensor
+    vision_span: tuple[int, int] | None = None
 
     def to(self, device: torch.device | str) -> TokenRoles:
-        return TokenRoles(*(mask.to(device) for mask in (self.vision, self.language, self.action, self.proprio)))
+        vision, language, action, proprio = (
+            mask.to(device) for mask in (self.vision, self.language, self.action, self.proprio)
+        )
+        return TokenRoles(vision, language, action, proprio, self.vision_span)
 
 
 @runtime_checkable

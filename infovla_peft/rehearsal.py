@@ -40,6 +40,7 @@ class Rehearsal:
         memory: as it is after `prepare`, with anchors; None where nothing of it is replayed.
         remembered: its frames; None likewise.
         counterfactual: frames of the current task under old instructions; None where the method has none.
+        tables: both of them, as far as there are any, in the order of the anchors' rows.
         terms: of the loss, for replayed samples.
         teachers: past task → adapter, None = the base; empty where nobody is asked.
 
@@ -74,14 +75,14 @@ class Rehearsal:
             self.counterfactual = CounterfactualDataset(
                 current, past_tasks, frames=config.counterfactual_frames, seed=self._seed
             )
-        self._tables: list[FrameTable] = [each for each in (self.remembered, self.counterfactual) if each is not None]
+        self.tables: list[FrameTable] = [each for each in (self.remembered, self.counterfactual) if each is not None]
         self._kind: Literal["actions", "logits"] = (
             "actions" if base_model(model).config.action_head == "l1" else "logits"
         )
-        self.terms: list[Term] = list(make_terms(config, self._kind)) if self._tables else []
+        self.terms: list[Term] = list(make_terms(config, self._kind)) if self.tables else []
         self.teachers: dict[str, str | None] = {}
         if self.terms or self.counterfactual is not None:
-            tasks = dict.fromkeys(task for table in self._tables for task in table.tasks)
+            tasks = dict.fromkeys(task for table in self.tables for task in table.tasks)
             self.teachers = _teachers(model, config, tasks, previous_adapter, learned_by or {})
         self._views = self._draw_views() if self.teachers else None
         self.anchors: Anchors | None = None
@@ -89,7 +90,7 @@ class Rehearsal:
 
     def __bool__(self) -> bool:
         """Whether anything is replayed."""
-        return bool(self._tables)
+        return bool(self.tables)
 
     @property
     def regresses_answers(self) -> bool:
@@ -98,7 +99,7 @@ class Rehearsal:
 
     def mixture(self) -> ReplayMixture:
         """The data that `sampler` addresses."""
-        return ReplayMixture(self._current, self._tables)
+        return ReplayMixture(self._current, self.tables)
 
     def sampler(self, batch_size: int, batches: int) -> StratifiedBatchSampler:
         """Batches of current and replayed samples for this process.
@@ -144,7 +145,7 @@ class Rehearsal:
         ask = _Asking(self._model, self._config, self._collator, self.teachers, batch_size, autocast, dtype)
         parts: list[Anchors] = []
         first = 0
-        for table in self._tables:
+        for table in self.tables:
             views = self._views.rows(np.arange(first, first + len(table)))
             first += len(table)
             imagined = table if isinstance(table, CounterfactualDataset) else None
@@ -155,15 +156,22 @@ class Rehearsal:
                 stored = self.memory.anchors if self.memory is not None and table is self.remembered else None
                 anchors = Anchors.join(list(_each_task(table, views, ask.anchors, stored)))
                 parts.append(anchors)
-                if imagined is not None and self._kind == "actions":
-                    imagined.answer(self._collator.normaliser.unnormalise_actions(anchors.output[0].numpy()))
+                if imagined is not None:
+                    if self._kind == "actions":
+                        imagined.answer(self._collator.normaliser.unnormalise_actions(anchors.output[0].numpy()))
                 elif self.memory is not None and (stored is None or stored.spec != anchors.spec):
                     self.memory = self.memory.with_anchors(anchors, save=self._config.should_save)
         if not self.terms:
             return None
-        self.negatives = self._draw_negatives()
-        self.anchors = Anchors.join(parts)
+        self.use(Anchors.join(parts))
         return self.anchors
+
+    def use(self, anchors: Anchors) -> None:
+        """Take these as the anchors of all tables, one after another; from now on they lie on the disk.
+
+        However many tasks are remembered, a stage holds no more of them in memory than one batch and the bank.
+        """
+        self.anchors, self.negatives = anchors.on_disk(str(self._config.output_dir)), self._draw_negatives()
 
     @property
     def _augmentation(self) -> Augmentation:
@@ -174,16 +182,16 @@ class Rehearsal:
         return Views.join(
             [
                 Views.draw(table, count, self._augmentation, self._seed, plain=table is self.remembered)
-                for table in self._tables
+                for table in self.tables
             ]
         )
 
     def _draw_negatives(self) -> Negatives:
-        offsets = np.cumsum([0, *(int(table.trajectory.max()) + 1 for table in self._tables)])
-        trajectory = [table.trajectory + offset for table, offset in zip(self._tables, offsets, strict=False)]
+        offsets = np.cumsum([0, *(int(table.trajectory.max()) + 1 for table in self.tables)])
+        trajectory = [table.trajectory + offset for table, offset in zip(self.tables, offsets, strict=False)]
         return Negatives(
             torch.from_numpy(np.concatenate(trajectory)),
-            torch.from_numpy(np.concatenate([table.frame for table in self._tables])),
+            torch.from_numpy(np.concatenate([table.frame for table in self.tables])),
             bank_size=self._config.anchor_bank,
             window=self._config.near_duplicate_window,
             seed=self._seed,

@@ -22,7 +22,7 @@ from transformers.trainer_utils import TrainOutput
 
 from .adapters import base_model, freeze_unused, read_adapter_weights, write_adapter_weights
 from .checkpoints import STAGING, keep_newest, last_checkpoint, publish_checkpoint
-from .config import InfoVLAConfig
+from .config import NOT_COMPILED, InfoVLAConfig
 from .consolidation import Consolidation
 from .data.chunks import ChunkDataset, ReplayRows
 from .data.collator import VLACollator
@@ -126,6 +126,8 @@ class InfoVLATrainer(Trainer):
                 log = LossLog(Path(str(args.output_dir)) / "log.jsonl", stage=0)
                 kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), log]
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        if self.accelerator.state.dynamo_plugin.backend.value != "NO":
+            raise ValueError(NOT_COMPILED.format("accelerate's dynamo_backend"))
         self.loss_is_scaled_for_ga = False  # `compute_loss` gives the mean of its batch
         self._stop = _StopOnSignal(self)
         self.add_callback(self._stop)
@@ -270,8 +272,9 @@ class InfoVLATrainer(Trainer):
         share = len(own) * self.args.world_size / (len(own) + len(peers))
         total = hidden.new_zeros((), dtype=torch.float32)
         rows = slice(len(hidden) - len(own), None)
-        features = extract_features(hidden, outputs.token_roles, rows)._replace(output=policy_output(outputs, rows))
-        contrast = negatives(anchors, own, peers)
+        contrast = negatives(anchors, own, peers, hidden.device)
+        features = extract_features(hidden, outputs.token_roles, rows, longest=contrast.words)
+        features = features._replace(output=policy_output(outputs, rows))
         for term in self.terms:
             value = term(features, contrast) if len(own) else total
             if value is None:

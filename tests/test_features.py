@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +52,16 @@ def test_only_some_rows(policy: TinyPolicy) -> None:
     assert torch.equal(some.language, every.language[2:, :longest])
     none = extract_features(tap.hidden, roles, slice(4, None))
     assert (len(none.action), len(none.vision), len(none.language)) == (0, 0, 0)
+
+
+def test_known_positions_give_what_the_masks_give(policy: TinyPolicy) -> None:
+    with FeatureTap(policy.model, -1) as tap:
+        roles = policy.model(**policy.batch([0, 30, 60, 1])).token_roles
+    assert roles.vision_span == (1, 5)
+    words = int(roles.language.sum(1).max())
+    known = extract_features(tap.hidden, roles, longest=words)
+    asked = extract_features(tap.hidden, replace(roles, vision_span=None))
+    assert all(torch.equal(one, other) for one, other in zip(known[:4], asked[:4], strict=True))  # type: ignore[arg-type]
 
 
 def test_a_layer_that_did_not_run(policy: TinyPolicy) -> None:

@@ -140,6 +140,15 @@ def test_a_summary_is_padded_like_the_batch() -> None:
     assert summary.vision_mask.shape == (2, 4)
 
 
+def test_anchors_on_the_disk_are_the_same_and_leave_no_file(tmp_path: Path) -> None:
+    anchors = some_anchors(6)
+    mapped = anchors.on_disk(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+    for name, tensor in anchors.tensors().items():
+        assert torch.equal(getattr(mapped, name), tensor)
+    assert mapped.spec == anchors.spec
+
+
 # --- stratified batches ---------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -14,11 +15,17 @@ from torch.nn import functional as F
 from infovla_peft.adapters import AdapterError, adapter_parameters, add_adapter, merge_adapters
 from infovla_peft.config import InfoVLAConfig
 from infovla_peft.consolidation import Consolidation
-from infovla_peft.features import Features
+from infovla_peft.features import Features, extract_features
 from infovla_peft.interference import most_interfered, sample_losses
-from infovla_peft.losses import cross_modal_mi_from_summaries, replay_anchor_contrastive_loss, summarize_cross_modal
+from infovla_peft.losses import (
+    ACTION_KINK,
+    cross_modal_mi_from_summaries,
+    replay_anchor_contrastive_loss,
+    summarize_cross_modal,
+)
 from infovla_peft.memory import Anchors
 from infovla_peft.methods import METHODS, Contrast, Negatives, make_terms
+from infovla_peft.models.openvla.sequence import token_roles
 
 FRAMES, PATCHES, WORDS, WIDTH = 20, 4, 3, 6
 TRAJECTORY = torch.arange(FRAMES) // 10  # two trajectories of ten frames
@@ -144,6 +151,41 @@ def test_cmi_is_the_loss_on_stored_summaries(tmp_path: Path, anchors: Anchors, m
     assert (cmi.network is not None) == (mode == "paper")
 
 
+@pytest.mark.parametrize("bank_size", [0, 8])
+@pytest.mark.parametrize("mode", ["infonce", "relational", "paper"])
+def test_no_term_waits_for_an_accelerator(
+    tmp_path: Path, anchors: Anchors, mode: str, bank_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the device "meta" there are no values: whoever asks for one, as `bool(...)` would on a GPU, gets an error."""
+    monkeypatch.setattr(torch, "autocast", lambda *_args, **_options: nullcontext())  # knows no "meta"
+    chosen = Negatives(TRAJECTORY, FRAME, bank_size=bank_size, window=2, seed=0)(
+        anchors, pairs((0, 0), (1, 5)), pairs((1, 17)), "meta"
+    )
+    length = 1 + PATCHES + WORDS + 5
+    roles = token_roles(torch.full((4,), WORDS + 2), length, PATCHES, False, 4).to("meta")
+    hidden = torch.empty(4, length, WIDTH, device="meta", requires_grad=True)
+    student = extract_features(hidden, roles, slice(2, None), longest=chosen.words)
+    student = student._replace(output=torch.empty(2, 4, 7, device="meta", requires_grad=True))
+    options = {"cmi_mode": mode, "rac_center": bool(bank_size), "rac_targets": "soft"}
+    terms = make_terms(config(tmp_path, **options))
+    assert len(terms) == 3
+    for term in terms:
+        if term.network is not None:
+            term.network.to("meta")
+        value = term(student, chosen)
+        assert value is not None
+        assert value.device.type == "meta"
+        value.backward(retain_graph=True)
+
+
+def test_the_bank_is_gathered_once(anchors: Anchors) -> None:
+    negatives = Negatives(TRAJECTORY, FRAME, bank_size=8, window=2, seed=0)
+    first, second = (negatives(anchors, pairs((0, row)), pairs()) for row in (0, 5))
+    assert first.bank is second.bank is negatives.bank
+    assert torch.equal(first.bank.action, anchors.action[0, first.negatives[:, 1]])
+    assert torch.equal(first.bank.fused, anchors.fused[0, first.negatives[:, 1]])
+
+
 def test_terms_without_information(tmp_path: Path, anchors: Anchors) -> None:
     rac, cmi = make_terms(config(tmp_path, lambda_output=0.0, cmi_mode="infonce"))
     alone = contrast(anchors, pairs((0, 0), (0, 1)), pairs(), window=2)
@@ -174,7 +216,7 @@ def test_output_is_the_distance_to_the_stored_answers(tmp_path: Path, anchors: A
     value = term(features(3, seed=2)._replace(output=answers), contrast(anchors, own, pairs()))
     stored = torch.stack([anchors.output[view, row] for view, row in own.tolist()])
     if kind == "actions":
-        expected = (answers - stored).abs().mean()
+        expected = F.smooth_l1_loss(answers, stored, beta=ACTION_KINK)
     else:
         expected = F.kl_div(answers.log_softmax(-1), stored.log_softmax(-1), reduction="none", log_target=True)
         expected = expected.sum(-1).mean()

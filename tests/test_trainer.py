@@ -245,8 +245,12 @@ def test_the_label_of_a_counterfactual_frame_is_the_answer_of_its_teacher(
         tmp_path, method=method, lambda_output=1.0, autoregressive=autoregressive, max_steps=3, **options
     )
     trainer.prepare_anchors()
-    data, model = trainer.rehearsal.counterfactual, trainer.model
+    data, model, memory = trainer.rehearsal.counterfactual, trainer.model, trainer.memory
     assert data is not None
+    if method == "infovla":  # what is kept with the memory is about its own frames
+        assert memory is not None
+        assert memory.anchors is not None
+        assert [int(each["rows"]) for each in memory.anchors.spec.values()] == [12, 12]
     assert isinstance(model, nn.Module)
     for row in (0, 9):
         adapter = "one" if (data.tasks[data.task[row]] == STOVE and method == "infovla") or method == "lwf" else None

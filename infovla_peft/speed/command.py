@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 from collections.abc import Sequence
 
 from ..progress import quiet_libraries
 
 BENCHMARKS: dict[str, str] = {
+    "train": "time and memory of a training step, beside plain replay and the paper's wording",
+    "memory": "memory of a training step alone",
     "rollout": "environment steps per second, beside the physics alone and a plain loop",
 }
 """Name → one line of help. `speed/<name>.py` offers `add_arguments(parser)` and `run(options) -> Report`."""
@@ -16,7 +19,10 @@ BENCHMARKS: dict[str, str] = {
 
 def bench(argv: Sequence[str], *, prog: str = "infovla bench") -> None:
     """Run one benchmark: print its table and, with `--json FILE`, write what it found."""
-    options = make_parser(prog).parse_args(argv)
+    # Before torch is loaded: its profiler, which counts memory, would tell of its own doings on stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    options = make_parser(prog, only=argv[0] if argv and argv[0] in BENCHMARKS else None).parse_args(argv)
     if options.threads:
         import torch
 
@@ -29,8 +35,8 @@ def bench(argv: Sequence[str], *, prog: str = "infovla bench") -> None:
         print(f"written: {options.json}")
 
 
-def make_parser(prog: str = "infovla bench") -> argparse.ArgumentParser:
-    """The parser of `infovla bench` with the options of every benchmark."""
+def make_parser(prog: str = "infovla bench", *, only: str | None = None) -> argparse.ArgumentParser:
+    """The parser of `infovla bench`, with the options of one benchmark: the others need not be imported for it."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Speed and memory of this package beside their references, interleaved in one process. "
@@ -38,6 +44,9 @@ def make_parser(prog: str = "infovla bench") -> argparse.ArgumentParser:
     )
     names = parser.add_subparsers(dest="benchmark", required=True, metavar="{" + ",".join(BENCHMARKS) + "}")
     for name, text in BENCHMARKS.items():
+        if name != only:
+            names.add_parser(name, help=text)
+            continue
         module = importlib.import_module(f".{name}", __package__)
         added = names.add_parser(name, help=text, description=module.__doc__, formatter_class=_Help)
         added.add_argument("--json", metavar="FILE", help="write ratios, figures and the machine there")

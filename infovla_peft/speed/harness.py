@@ -3,8 +3,9 @@
 For `infovla bench`. Not the harness of `infovla_peft.benchmark`, which runs continual-learning methods.
 
 A machine is never quiet and never twice the same, so a single time says little. Contestants take turns, each once per
-round and every round in another order; a ratio is the median over the rounds of the ratios *within* a round, in which
-both met the same load. Its spread is half the distance between its quartiles.
+round and every round in another order (who follows whom matters to caches and allocators); a ratio is the median over
+the rounds of the ratios *within* a round, in which both met the same load. Its spread is half the distance between
+its quartiles.
 
 Example:
     >>> rounds = interleave({"ours": lambda: sum(range(900)), "theirs": lambda: sum(range(9000))}, repetitions=5)
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,9 +61,9 @@ def interleave(
         raise ValueError(f"{len(contestants)} contestants and {repetitions} repetitions: give at least one of each")
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
     for turn in range(warm_up + repetitions):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        for name in order.sample(names, len(names)):
             start = clock()
             contestants[name]()
             elapsed = clock() - start

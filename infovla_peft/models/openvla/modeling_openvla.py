@@ -277,7 +277,7 @@ class OpenVLAForActionPrediction(ActingModel):
                 predicts = F.pad(labels[:, 1:] > self.config.action_token_begin_id, (0, 1))
                 prompt = predicts.int().argmax(1) + 1 - patches
                 roles = token_roles(prompt, hidden.shape[1], patches, False, predicts)
-        loss, action_logits = (None, None) if labels is None else self._cross_entropy(hidden, labels, logits)
+        loss, action_logits = (None, None) if labels is None else self.action_token_loss(hidden, labels, logits)
         return OpenVLAOutput(
             loss=loss,
             logits=logits,
@@ -288,7 +288,9 @@ class OpenVLAForActionPrediction(ActingModel):
             token_roles=roles,
         )
 
-    def _cross_entropy(self, hidden: Tensor, labels: Tensor, logits: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def action_token_loss(
+        self, hidden: Tensor, labels: Tensor, logits: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Mean negative log-likelihood of labels (batch, sequence), each predicted one position before.
 
         Also the logits (batch, actions, bins) of action tokens, None where rows have unequal numbers of them.
@@ -372,7 +374,7 @@ class OpenVLAForActionPrediction(ActingModel):
             logits = self.language_model.lm_head(hidden)
         if labels is not None and loss is None:
             labels = insert_after_bos(labels, labels.new_full((len(labels), extra), IGNORE_INDEX))
-            loss, action_logits = self._cross_entropy(hidden, labels, logits)
+            loss, action_logits = self.action_token_loss(hidden, labels, logits)
         roles = token_roles(
             sequence.prompt_length, hidden.shape[1], features.shape[1], bool(config.proprio_dim), slots
         )

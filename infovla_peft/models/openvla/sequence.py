@@ -158,7 +158,9 @@ def token_roles(
     language = (position > extra) & (position < first)
     vision = ((position >= 1) & (position <= patches)).expand(len(prompt_length), -1)
     proprio = (position == patches + 1).expand(len(prompt_length), -1)
-    return TokenRoles(vision, language, action, proprio if has_proprio else torch.zeros_like(proprio))
+    return TokenRoles(
+        vision, language, action, proprio if has_proprio else torch.zeros_like(proprio), vision_span=(1, 1 + patches)
+    )
 
 
 def check_batch(pixel_values: Tensor, input_ids: Tensor) -> None:
