@@ -26,7 +26,7 @@ from .workload import Workload
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `infovla bench memory`."""
-    _add_arguments(parser, repetitions=1)
+    _add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> Report:

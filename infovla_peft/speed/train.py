@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 
+from .command import positive
 from .harness import Report, interleave
 from .memory import add_loss_memory, add_training_memory
 from .training import CONTESTANTS, MANY_TASKS, contest
@@ -19,7 +20,8 @@ from .training import add_arguments as _add_arguments
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `infovla bench train`."""
-    _add_arguments(parser, repetitions=12)
+    _add_arguments(parser)
+    parser.add_argument("--repetitions", type=positive, default=12, help="rounds that count")
     parser.add_argument("--clock", choices=("cpu", "wall"), help="of the step times; see above")
 
 

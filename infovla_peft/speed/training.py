@@ -72,9 +72,8 @@ class _PreparedTrainer(InfoVLATrainer):
         return rehearsal.anchors
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, repetitions: int) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What both benchmarks can be asked."""
-    parser.add_argument("--repetitions", type=positive, default=repetitions, help="rounds that count")
     parser.add_argument("--batch_size", type=positive, default=16, help="samples per step")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="tiny", help="of the model, see speed/workload.py")
     parser.add_argument(
