@@ -63,6 +63,7 @@ class NaiveInfoVLATrainer(InfoVLATrainer):
         for name, value in (("policy_loss", outputs.loss), ("rac", rac), ("cmi", cmi)):
             self._note(name, value)
         loss = outputs.loss + self.args.lambda_rac * rac + self.args.lambda_cmi * cmi
+        self._loss = loss.detach()  # which the trainer checks before the optimiser's step
         return (loss, outputs) if return_outputs else loss
 
     def _features(self, outputs: Any, rows: slice) -> Features:
