@@ -94,6 +94,7 @@ def test_autoregressive_prediction_of_a_batch_equals_its_samples_and_needs_no_ca
     inputs = batch(model, processor)
     together = model.predict_action(**inputs)
     assert together.shape == (3, 7)
+    first = model.config.action_token_begin_id + 1
     for index in range(3):
         sample = row(inputs, index)
         np.testing.assert_array_equal(model.predict_action(**sample), together[index])
@@ -101,8 +102,50 @@ def test_autoregressive_prediction_of_a_batch_equals_its_samples_and_needs_no_ca
         for _ in range(7):  # the whole sequence anew for each token
             with torch.no_grad():
                 logits = model(ids, pixel_values=sample["pixel_values"]).logits
-            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+            ids = torch.cat([ids, logits[:, -1:, first : first + 256].argmax(-1) + first], dim=1)
         np.testing.assert_allclose(model.bins.decode(ids[0, -7:].numpy()), together[index], atol=1e-12)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("rows", [1, 3], ids=["alone", "padded"])
+def test_lean_steps_are_the_decoders_own_bit_for_bit(attention: str, rows: int) -> None:
+    model, processor = tiny(**AUTOREGRESSIVE)
+    model.language_model.model.set_attn_implementation(attention)
+    inputs = batch(model, processor)
+    inputs = row(inputs, 0) if rows == 1 else inputs
+    heads: list[Tensor] = []
+    model.language_model.model.norm.register_forward_hook(lambda _, __, output: heads.append(output[:, -1]))
+    lean = model.predict_action(**inputs)
+    steps, heads[:] = list(heads), []
+    calls: list[object] = []
+    model.language_model.model.register_forward_hook(lambda *_: calls.append(None))  # a hook forbids going around it
+    np.testing.assert_array_equal(model.predict_action(**inputs), lean)
+    assert len(calls) == len(steps) == 7
+    assert all(torch.equal(one, other) for one, other in zip(steps, heads, strict=True))
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_only_action_tokens_are_chosen_whatever_the_head(do_sample: bool) -> None:
+    model, processor = tiny(**AUTOREGRESSIVE)
+    inputs = batch(model, processor)
+    first = model.config.action_token_begin_id + 1
+    with torch.no_grad():
+        model.language_model.lm_head.weight[7] *= 100  # a word that is likelier than any action, or far less likely
+        model.language_model.lm_head.weight[8] = -model.language_model.lm_head.weight[7]
+
+    def decode() -> Tensor:
+        torch.manual_seed(0)
+        return model._decode_tokens(
+            inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"], 7, do_sample
+        )
+
+    ids = decode()
+    assert ids.shape == (3, 7)
+    assert bool((ids >= first).all())
+    assert bool((ids < first + 256).all())
+    head = model.language_model.lm_head
+    head.register_forward_hook(lambda *_: None)  # whole, as with an adapter on it
+    assert torch.equal(decode(), ids)
 
 
 def test_cached_forward_continues_a_sequence() -> None:

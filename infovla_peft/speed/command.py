@@ -12,6 +12,7 @@ from ..progress import quiet_libraries
 BENCHMARKS: dict[str, str] = {
     "train": "time and memory of a training step, beside plain replay and the paper's wording",
     "memory": "memory of a training step alone",
+    "act": "latency of an action, batched and beside decoding as the original does it",
     "rollout": "environment steps per second, beside the physics alone and a plain loop",
 }
 """Name → one line of help. `speed/<name>.py` offers `add_arguments(parser)` and `run(options) -> Report`."""

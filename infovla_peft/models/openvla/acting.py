@@ -8,17 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
 from .action_tokenizer import ActionBins
 from .configuration_openvla import OpenVLAConfig
+from .decoding import TokenSteps, action_logits, new_cache
 from .sequence import TextSequence, append_tokens, check_batch, insert_after_bos, multimodal_mask
-
-
-def new_cache(config: OpenVLAConfig) -> DynamicCache:
-    """An empty cache. It is handed to the decoder by its place, the fourth: transformers 5.24 renamed the argument."""
-    return DynamicCache(config=config.text_config)
 
 
 class ActingModel(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -53,8 +48,9 @@ class ActingModel(PreTrainedModel):  # type: ignore[no-untyped-call]
 
         Returns:
             Autoregressive: (dim,) for a batch of one, as the original, else (batch, dim). Parallel: (chunk, dim) or
-            (batch, chunk, dim). The original stops at an early end-of-sequence token and then reads prompt ids as
-            actions; here `dim` tokens are always decoded.
+            (batch, chunk, dim). Only action tokens are chosen from, and always `dim` of them. The original
+            chooses from the whole vocabulary: where another token is the likeliest it gives the outermost bin, and
+            after an early end-of-sequence token it reads prompt ids as actions.
         """
         statistics = self.get_action_stats(unnorm_key)
         if self.config.decoding == "parallel":
@@ -63,7 +59,7 @@ class ActingModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             output = self(input_ids, attention_mask, pixel_values, proprio=proprio)
             normalized: NDArray[Any] = output.predicted_actions.float().cpu().numpy()
             if self.config.action_head == "discrete":
-                token_ids = output.logits[:, :-1].argmax(-1).cpu().numpy()
+                token_ids = output.action_logits.argmax(-1).cpu().numpy() + self.config.action_token_begin_id + 1
                 normalized = self.bins.decode(token_ids).reshape(normalized.shape)  # in double precision
         else:
             dim = len(statistics["q01"])
@@ -80,31 +76,27 @@ class ActingModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         count: int,
         temperature: float,
     ) -> Tensor:
-        """(batch, count) token ids after the prompts, with a key-value cache; temperature 0 takes the likeliest."""
+        """(batch, count) action tokens after the prompts, with a key-value cache; temperature 0: the likeliest."""
         prompt = append_tokens(input_ids, attention_mask, empty_id=self.config.empty_token_id, slots=0, stop_id=None)
-        mask = prompt.attention_mask
         cache = new_cache(self.config)
-        output = self._forward_prompt(prompt, pixel_values, cache)
-        length = cache.get_seq_length()
-        patches = length - prompt.input_ids.shape[1]
+        hidden = self._forward_prompt(prompt, pixel_values, cache).last_hidden_state
+        patches = hidden.shape[1] - prompt.input_ids.shape[1]
         position = (prompt.prompt_length + patches)[:, None]  # of the next token; padding is not counted
-        mask = multimodal_mask(mask, patches)
-        hidden = output.last_hidden_state.gather(
-            1, (position - 1)[..., None].expand(-1, -1, int(self.config.text_config.hidden_size))
-        )
+        last = (position - 1)[..., None].expand(-1, -1, hidden.shape[-1])
+        mask = multimodal_mask(prompt.attention_mask, patches)
+        steps = position + torch.arange(count - 1, device=position.device)
+        advance = TokenSteps(self.language_model.model, cache, mask, steps, hidden.dtype)
+        hidden = hidden.gather(1, last)  # (batch, 1, hidden)
         ids: list[Tensor] = []
         for step in range(count):
-            logits = self.language_model.lm_head(hidden)[:, -1].float()
+            logits = action_logits(self.language_model.lm_head, hidden[:, -1], self.config).float()  # (batch, bins)
             if temperature > 0:
-                token = torch.multinomial((logits / temperature).softmax(-1), 1)
+                chosen = torch.multinomial((logits / temperature).softmax(-1), 1)
             else:
-                token = logits.argmax(-1, keepdim=True)
-            ids.append(token)
-            if step == count - 1:
-                break
-            if mask is not None:
-                mask = F.pad(mask, (0, 1), value=True)
-            hidden = self.language_model.model(token, mask, position + step, cache, use_cache=True).last_hidden_state
+                chosen = logits.argmax(-1, keepdim=True)
+            ids.append(chosen + (self.config.action_token_begin_id + 1))
+            if step < count - 1:
+                hidden = advance(ids[-1], step)
         return torch.cat(ids, dim=1)
 
     def _forward_prompt(self, prompt: TextSequence, pixel_values: Tensor | None, cache: DynamicCache) -> Any:

@@ -15,11 +15,12 @@ from transformers.modeling_outputs import ModelOutput
 
 from ...files import write_json
 from ...policy import TokenRoles
-from .acting import ActingModel, new_cache
+from .acting import ActingModel
 from .action_head import L1ActionHead, ProprioProjector
 from .action_tokenizer import ActionBins
 from .checkpoint import check_loaded, clear_loading_errors, load_components, read_config, read_statistics
 from .configuration_openvla import OpenVLAConfig
+from .decoding import new_cache
 from .sequence import (
     IGNORE_INDEX,
     TextSequence,
@@ -45,8 +46,8 @@ class OpenVLAOutput(ModelOutput):
             head and without labels: (batch, chunk * dim + 1, vocabulary) at the action positions and the one that
             predicts the stop token.
         predicted_actions: parallel decoding, (batch, chunk, dim), normalised.
-        action_logits: heads that write tokens, with targets: (batch, actions, bins), those of the action vocabulary
-            at the positions that predict action tokens.
+        action_logits: heads that write tokens, with targets (or parallel, with logits): (batch, actions, bins), those
+            of the action vocabulary at the positions that predict action tokens.
         hidden_states: embeddings and the output of each decoder layer, the last one after the final norm.
         projector_features: (batch, images * patches, hidden), the visual tokens of the language model.
         cache: with `use_cache=True`; also called `past_key_values`, its name before transformers 5.24.
