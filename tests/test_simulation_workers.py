@@ -126,11 +126,44 @@ def test_a_dead_worker_is_named(assets: AssetSet) -> None:
             os.kill(pool._workers[1].process.pid, signal.SIGKILL)
             return policy(observations, tasks)
 
-        message = r"for libero_goal/turn_on_the_stove, start state 1, seed 41 died by SIGKILL.*fewer workers"
+        message = r"start state 1, seed 41 died by SIGKILL \(exit code -9\), as 2 others before it.*fewer workers"
         with pytest.raises(WorkerError, match=message):
             pool.run(episodes, act, max_steps=STEPS)
         assert pool._workers == []
         assert len(pool.run(episodes[:1], policy, max_steps=2)) == 1  # new workers are started
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP])
+def test_a_lost_worker_is_replaced_and_its_episode_counts_once(
+    assets: AssetSet, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """It dies, crashes within the simulator, or hangs, in the middle of an episode."""
+    task = find_task("libero_goal", 7)
+    episodes = [Episode(task, index, seed=index, record_video=True) for index in range(3)]
+    with EnvironmentPool(2, assets=assets, image_size=32, episode_timeout=60.0) as pool:
+        whole = summary(pool.run(episodes, policy, max_steps=STEPS))
+        batches: list[int] = []
+
+        def act(observations: list[Observation], tasks: list[Task]) -> list[np.ndarray]:
+            batches.append(len(observations))
+            if len(batches) == 2:
+                worker = pool._workers[1]
+                os.kill(worker.process.pid, number)
+                lost.append(worker.process.pid)
+                if number == signal.SIGSTOP:  # it has hung for as long as it may
+                    worker._timeout, launch = 0.0, worker._launch
+
+                    def relaunch() -> None:
+                        worker._timeout = 60.0
+                        launch()
+
+                    monkeypatch.setattr(worker, "_launch", relaunch)
+            return policy(observations, tasks)
+
+        lost: list[int] = []
+        assert summary(pool.run(episodes, act, max_steps=STEPS)) == whole
+        assert batches == [2, 2, 2, 1, 1, 1]  # the policy was not asked again
+        assert lost[0] != pool._workers[1].process.pid
 
 
 def test_a_failure_in_a_worker_is_named(assets: AssetSet) -> None:

@@ -3,22 +3,28 @@
 Workers advance in rounds. In a round every worker executes its chunk of actions and shows what it then sees; the
 policy looks at all of it at once. Which episodes share a batch therefore follows from the episodes alone, not from
 the speed of the machine, and neither does any result depend on it. Pictures go through shared memory (`frames.py`).
+
+A worker that dies or hangs is replaced: the new one repeats the episode with the chunks that were already decided, so
+the policy is not asked again, the rounds stay as they were, and the episode counts once.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +39,12 @@ from .suites import Task
 Act = Callable[[list[Observation], list[Task]], Sequence[NDArray[Any]]]
 """The policy: what each environment shows and its task -> one chunk of LIBERO actions (T, 7) for each."""
 
+EPISODE_TIMEOUT = 600.0
+"""Seconds. An episode of 520 steps takes about 15 on one core, building its environment 3; the rest is patience."""
+MAX_REPLACEMENTS = 2
+"""Workers that one episode may cost; a third that dies of it says that it is the episode's fault."""
 _MODELS_PER_WORKER = 4
+_log = logging.getLogger(__name__)
 _SINGLE_THREADED = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
@@ -44,7 +55,7 @@ _SINGLE_THREADED = (
 
 
 class WorkerError(RuntimeError):
-    """A worker process died, or the simulation in it failed; the message names the task and the seed."""
+    """An episode costs one worker process after another, or its simulation fails; the message names task and seed."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +114,21 @@ class _Ended:
 class _Worker:
     """The parent's side of one worker process."""
 
-    def __init__(self, settings: _Settings) -> None:
+    def __init__(self, settings: _Settings, timeout: float) -> None:
+        self._settings, self._timeout = settings, timeout
+        self.episode: Episode | None = None
+        self.index = -1
+        self._seen: list[NDArray[np.uint8]] = []
+        self._chunks: list[NDArray[np.float64]] = []
+        self._steps, self._replaced = 0, 0
+        self._spent, self._since = 0.0, time.monotonic()
+        self._launch()
+
+    def _launch(self) -> None:
         # A fresh interpreter, as multiprocessing's "spawn", but it does not import the caller's main module again,
         # so that scripts without a __main__ guard and notebooks work.
         ours, theirs = socket.socketpair()
+        settings = self._settings
         environment = dict.fromkeys(_SINGLE_THREADED, "1") | dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         with theirs, SharedFrames(settings.cameras, settings.image_size) as self._frames:
@@ -116,31 +138,50 @@ class _Worker:
                 [sys.executable, "-c", command], env=environment, stdin=subprocess.DEVNULL, pass_fds=inherited
             )
         self.connection: Connection[Any, Any] = Connection(ours.detach())
-        self.episode: Episode | None = None
-        self.index = -1
-        self._seen: list[NDArray[np.uint8]] = []
-        self.send(settings)
+        self._send(settings)
 
     def start(self, episode: Episode, index: int, max_steps: int | None) -> None:
-        self.episode, self.index, self._seen = episode, index, []
-        self.send((episode, max_steps or episode.task.max_steps))
+        self.episode, self.index, self._steps = episode, index, max_steps or episode.task.max_steps
+        self._chunks, self._replaced = [], 0
+        self._begin()
 
-    def send(self, message: Any) -> None:
-        try:
+    def _begin(self) -> None:
+        self._seen, self._spent = [], 0.0
+        self._send((self.episode, self._steps))
+
+    def execute(self, chunk: NDArray[np.float64]) -> None:
+        """Go on with the episode."""
+        self._chunks.append(chunk)
+        self._send(chunk)
+
+    def _send(self, message: Any) -> None:
+        self._since = time.monotonic()
+        with suppress(OSError):  # its death shows when its answer is waited for
             self.connection.send(message)
-        except OSError:
-            self.report_death()
 
-    def receive(self) -> Observation | EpisodeResult:
-        """What the worker sees, or the result of its episode.
+    @property
+    def patience(self) -> float:
+        """Seconds that the answer may still take; the policy's time does not count."""
+        return self._timeout - self._spent - (time.monotonic() - self._since)
+
+    def receive(self) -> Observation | EpisodeResult | None:
+        """What the worker sees, or the result of its episode; None if it was replaced and must be waited for again.
 
         Raises:
-            WorkerError: it died, or the simulation failed.
+            WorkerError: the simulation failed, or the episode has cost too many workers.
         """
         try:
-            message = self.connection.recv()
+            if self.connection.poll():
+                return self._read()
         except (EOFError, OSError):
-            self.report_death()
+            self._replace()
+        else:
+            self._replace(f"gave no answer within {self._timeout:.0f} s")
+        return None
+
+    def _read(self) -> Observation | EpisodeResult:
+        message = self.connection.recv()
+        self._spent += time.monotonic() - self._since
         if isinstance(message, str):
             raise WorkerError(f"the simulation of {self.episode} failed:\n{message}")
         assert self.episode is not None
@@ -153,13 +194,40 @@ class _Worker:
             self.episode, message.success, message.steps, self._seen if self.episode.record_video else None
         )
 
-    def report_death(self) -> NoReturn:
+    def _replace(self, problem: str | None = None) -> None:
+        """Start another process, and bring it to where this one was lost."""
+        while True:
+            problem = self._bury(problem)
+            self._replaced += 1
+            if self._replaced > MAX_REPLACEMENTS:
+                raise WorkerError(
+                    f"the worker process for {self.episode} {problem}, as {MAX_REPLACEMENTS} others before it: if the "
+                    "machine ran out of memory, use fewer workers"
+                )
+            _log.warning("the worker process for %s %s; another one repeats the episode", self.episode, problem)
+            self._launch()
+            self._begin()
+            try:
+                for chunk in self._chunks:
+                    if not self.connection.poll(max(self.patience, 0)):
+                        raise TimeoutError
+                    self._read()
+                    self._send(chunk)
+            except TimeoutError:
+                problem = f"gave no answer within {self._timeout:.0f} s"
+            except (EOFError, OSError):
+                problem = None
+            else:
+                return
+
+    def _bury(self, problem: str | None) -> str:
+        """End the process; how it ended, if not of itself then for `problem`."""
+        self.connection.close()
+        if problem is not None:
+            self.process.kill()
         code = self.process.wait()
         killed = f" by {signal.Signals(-code).name}" if code < 0 else ""
-        raise WorkerError(
-            f"the worker process for {self.episode or 'the next episode'} died{killed} (exit code {code}): "
-            "if the machine ran out of memory, use fewer workers"
-        )
+        return problem or f"died{killed} (exit code {code})"
 
     def close(self) -> None:
         self.connection.close()  # the worker ends when it reads this
@@ -177,6 +245,7 @@ class EnvironmentPool:
         num_workers: processes; each holds up to four tasks' models. One per core is right, or fewer if a worker's
             1 GB (primitive assets) to 1.5 GB (official ones) would not fit.
         assets, image_size, cameras, renderer: as for `LiberoEnvironment`.
+        episode_timeout: seconds an episode's simulation may take before its worker counts as hung and is replaced.
 
     Raises:
         ValueError: no worker or no camera wanted.
@@ -195,6 +264,7 @@ class EnvironmentPool:
         image_size: int = 128,
         cameras: Sequence[str] = ("agentview",),
         renderer: str = "fast",
+        episode_timeout: float = EPISODE_TIMEOUT,
     ) -> None:
         if num_workers < 1:
             raise ValueError(f"a pool needs at least one worker, not {num_workers}")
@@ -204,6 +274,7 @@ class EnvironmentPool:
         choose_gl()
         self.num_workers = num_workers
         self._settings = _Settings(assets, image_size, tuple(cameras), renderer)
+        self._timeout = episode_timeout
         self._workers: list[_Worker] = []
 
     def run(
@@ -226,12 +297,12 @@ class EnvironmentPool:
 
         Raises:
             ValueError: `act` returned no chunk (T, 7) for some environment.
-            WorkerError: a worker died or its simulation failed. The pool can be used again.
+            WorkerError: an episode has cost three workers, or its simulation failed. The pool can be used again.
         """
         if open_loop_steps < 1:
             raise ValueError(f"open_loop_steps must be at least 1, not {open_loop_steps}")
         while len(self._workers) < min(self.num_workers, len(episodes)):
-            self._workers.append(_Worker(self._settings))
+            self._workers.append(_Worker(self._settings, self._timeout))
         results: list[EpisodeResult | None] = [None] * len(episodes)
         pending, successes = deque(range(len(episodes))), 0
 
@@ -252,9 +323,16 @@ class EnvironmentPool:
                     seen: dict[int, Observation] = {}
                     waiting = {worker.connection: worker for worker in busy}
                     while waiting:
-                        for connection in wait(list(waiting)):
-                            worker = waiting[connection]  # type: ignore[index]
+                        patience = min(worker.patience for worker in waiting.values())
+                        ready: list[Any] = wait(list(waiting), max(patience, 0))
+                        ready = ready or [each for each, worker in waiting.items() if worker.patience <= 0]
+                        for connection in ready:
+                            worker = waiting[connection]
                             message = worker.receive()
+                            if message is None:
+                                del waiting[connection]
+                                waiting[worker.connection] = worker
+                                continue
                             if isinstance(message, Observation):
                                 seen[id(worker)] = message
                                 del waiting[worker.connection]
@@ -273,7 +351,7 @@ class EnvironmentPool:
                         tasks = [worker.episode.task for worker in looking if worker.episode is not None]
                         chunks = act([seen[id(worker)] for worker in looking], tasks)
                         for worker, chunk in zip(looking, _checked(chunks, len(looking)), strict=True):
-                            worker.send(chunk[:open_loop_steps])
+                            worker.execute(chunk[:open_loop_steps])
         except BaseException:
             self.close()  # the workers are somewhere within an episode
             raise
