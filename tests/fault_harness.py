@@ -1,18 +1,22 @@
 """Faults by the hundred, injected into a small stream; what was lost, as a table.
 
-    python tests/fault_harness.py OUTPUT.json [--short]
+    python tests/fault_harness.py OUTPUT.json [--short | --share 0.2]
+
+`--share` injects that part of each number.
 
 A fault hits a run, and the same command continues it. A run is lost if it then does not equal the uninterrupted one:
 adapters, base and anchors bit for bit, the cells, and results.json but for times.
 
-The simulator is replaced by `stream_fakes` in all but the rows that say so. Runs are forked from this process, which
-has everything imported and has not computed anything, so that a run costs about two seconds. Moments are drawn from a
-fixed seed.
+The simulator is replaced by `stream_fakes` (faults of its processes: `test_simulation_workers.py`), and the report by
+a page without figures. Runs are forked from this process, which has everything imported and has not computed anything,
+so that a run costs about two seconds. Moments are drawn from a fixed seed.
 """
 
 from __future__ import annotations
 
+import argparse
 import errno
+import gc
 import json
 import os
 import random
@@ -22,7 +26,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,12 +37,18 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NU
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from stream_fakes import STREAM, TRAINING, install_fakes  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from stream_fakes import STREAM, TRAINING, fake_frames, install_fakes  # noqa: E402
 
+import infovla_peft.data.recording  # noqa: E402
+import infovla_peft.measurement  # noqa: E402
 import infovla_peft.trainer  # noqa: E402
 from infovla_peft.cli import run_command  # noqa: E402
 from infovla_peft.config import InfoVLAConfig, StreamConfig  # noqa: E402
+from infovla_peft.data.recorded import DemonstrationManifest, RecordingSettings  # noqa: E402
+from infovla_peft.files import atomic_folder  # noqa: E402
 from infovla_peft.progress import quiet_libraries  # noqa: E402
+from infovla_peft.simulation import Task  # noqa: E402
 from infovla_peft.stream import Stream  # noqa: E402
 from infovla_peft.verify import verify_run  # noqa: E402
 
@@ -114,7 +124,14 @@ class Run:
         """What must be equal: bytes of tensors, and numbers without times."""
         content: dict[str, Any] = {}
         for file in sorted(self.folder.rglob("*.safetensors")):
-            content[str(file.relative_to(self.folder))] = file.read_bytes()
+            with safe_open(file, framework="np") as tensors:  # whose notes are in no order
+                content[str(file.relative_to(self.folder))] = (
+                    tensors.metadata(),
+                    {
+                        name: tensors.get_tensor(name).tobytes()
+                        for name in tensors.keys()  # noqa: SIM118
+                    },
+                )
         for file in sorted(self.folder.glob("stages/*/rollouts/*.json")):
             cell = json.loads(file.read_text())
             content[str(file.relative_to(self.folder))] = {
@@ -139,32 +156,37 @@ class Harness:
     Args:
         folder: for the runs.
         short: a few of each only.
+        share: of the full numbers.
     """
 
-    def __init__(self, folder: Path, *, short: bool) -> None:
-        self.folder, self.short = folder, short
+    def __init__(self, folder: Path, *, short: bool, share: float = 1.0) -> None:
+        self.folder, self.short, self._share = folder, short, share
         self.random = random.Random(0)
         self.rows: list[Row] = []
         self._number = 0
-        self.reference = Run(folder / "reference")
+        self.reference = Run(folder / "reference", **self._stream)
         start = time.monotonic()
-        ended = self.reference.finish()
-        assert ended.code == 0, ended.said
+        self.writes = self._count_writes()
         self.seconds = time.monotonic() - start
         self.expected = self.reference.content()
-        self.writes = self._count_writes()
+
+    @property
+    def _stream(self) -> dict[str, Any]:
+        return {"stream": "B1-1N1"} if self.short else {}
 
     def times(self, full: int, short: int = 1) -> int:
-        return short if self.short else full
+        return short if self.short else max(short, round(self._share * full))
 
     def row(self, fault: str) -> Row:
+        if self.rows:
+            print(asdict(self.rows[-1]), file=sys.stderr, flush=True)
         self.rows.append(Row(fault))
         return self.rows[-1]
 
     @contextmanager
     def run(self) -> Iterator[Run]:
         self._number += 1
-        run = Run(self.folder / f"run_{self._number}")
+        run = Run(self.folder / f"run_{self._number}", **self._stream)
         yield run
         shutil.rmtree(run.folder, ignore_errors=True)
 
@@ -181,30 +203,30 @@ class Harness:
 
     def _count_writes(self) -> int:
         """How often an uninterrupted run calls `fsync`, which each of its writes does."""
-        with self.run() as run:
-            counted = self.folder / "writes"
+        counted = self.folder / "writes"
 
-            def count() -> None:
-                fsync, calls = os.fsync, [0]
+        def count() -> None:
+            fsync, calls = os.fsync, [0]
 
-                def counting(descriptor: int) -> None:
-                    calls[0] += 1
-                    fsync(descriptor)
-                    counted.write_text(str(calls[0]))
+            def counting(descriptor: int) -> None:
+                calls[0] += 1
+                fsync(descriptor)
+                counted.write_text(str(calls[0]))
 
-                os.fsync = counting
+            os.fsync = counting
 
-            assert run.finish(count).code == 0
-            return int(counted.read_text())
+        ended = self.reference.finish(count)
+        assert ended.code == 0, ended.said
+        return int(counted.read_text())
 
     # --- faults ------------------------------------------------------------------------------------------------------
 
     def kill_anywhere(self) -> None:
         row = self.row("SIGKILL at a random moment")
-        while row.injected < self.times(80, 3):
+        while row.injected < self.times(80):
             with self.run() as run:
                 kills = 0
-                for _ in range(4):
+                for _ in range(2 if self.short else 4):
                     child, log = run.start()
                     time.sleep(self.random.uniform(0, self.seconds))
                     os.kill(child, signal.SIGKILL)
@@ -217,10 +239,10 @@ class Harness:
 
     def kill_within_a_write(self) -> None:
         row = self.row("SIGKILL within a write")
-        while row.injected < self.times(40, 2):
+        while row.injected < self.times(40):
             with self.run() as run:
                 kills = 0
-                for _ in range(2):
+                for _ in range(1 if self.short else 2):
                     after = self.random.randrange(self.writes)
                     kills += run.finish(lambda after=after: _at_fsync(after, _die)).code == -signal.SIGKILL
                 self._close(row, run, kills)
@@ -339,19 +361,22 @@ class Harness:
         assert verify_run(self.reference.folder).ok
 
     def everything(self) -> None:
+        """All faults; in short those that are not the same code under another name."""
         self.kill_anywhere()
         self.kill_within_a_write()
         self.stop(signal.SIGTERM, "SIGTERM in training", 143)
-        self.stop(signal.SIGINT, "Ctrl-C in training", 130)
         self.refuse("ENOSPC at a write", errno.ENOSPC, "the disk is full")
+        self.diverge("loss NaN", lambda loss: loss * float("nan"), "the loss is nan")
+        self.share()
+        self.damage()
+        if self.short:
+            return
+        self.stop(signal.SIGINT, "Ctrl-C in training", 130)
         self.refuse("EIO at a write", errno.EIO, "the disk fails")
         self.refuse("read-only file system at a write", errno.EROFS, "no permission to write")
         self.cut_off()
-        self.diverge("loss NaN", lambda loss: loss * float("nan"), "the loss is nan")
         self.diverge("gradient exploded", lambda loss: loss * 1e12, "above grad_norm_limit")
         self.jump()
-        self.share()
-        self.damage()
 
     def table(self) -> str:
         lines = ["| fault | injected | lost |", "|---|---|---|"]
@@ -418,22 +443,41 @@ def _same_json(one: bytes, other: bytes) -> bool:
         return False
 
 
-def main(output: str, short: bool) -> int:
+def _record(tasks: Sequence[Task], folder: Path, *, episodes: int, **_options: Any) -> None:
+    with atomic_folder(folder) as temporary:
+        fake_frames(tasks, episodes).save_to_disk(str(temporary))
+        settings = RecordingSettings("primitive", "3.3.2", 24, ("agentview",), "fast", 0.1, 0)
+        DemonstrationManifest(settings).save(temporary)
+
+
+def _page(folder: Path) -> None:
+    with atomic_folder(folder / "report") as report:
+        (report / "index.html").write_text("a page")
+
+
+def main(options: argparse.Namespace) -> int:
     quiet_libraries(loading_bars=False)
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     patch = pytest.MonkeyPatch()
     install_fakes(patch, folder)
+    patch.setattr(infovla_peft.measurement, "write_report", _page)
+    patch.setattr(infovla_peft.data.recording, "record_demonstrations", _record)
+    gc.freeze()  # else each child's collections walk through everything that is imported here
     start = time.monotonic()
     try:
-        harness = Harness(folder, short=short)
+        harness = Harness(folder, short=options.short, share=options.share)
         harness.everything()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    Path(output).write_text(json.dumps([asdict(row) for row in harness.rows], indent=2))
+    Path(options.output).write_text(json.dumps([asdict(row) for row in harness.rows], indent=2))
     print(harness.table())
     print(f"{time.monotonic() - start:.0f} s; an uninterrupted run: {harness.seconds:.1f} s")
     return int(any(row.lost for row in harness.rows))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], "--short" in sys.argv))
+    parser = argparse.ArgumentParser(description="Inject faults into a small stream.")
+    parser.add_argument("output", help="JSON of the table")
+    parser.add_argument("--short", action="store_true", help="a few faults only")
+    parser.add_argument("--share", type=float, default=1.0, help="part of the full numbers")
+    sys.exit(main(parser.parse_args()))

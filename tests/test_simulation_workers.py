@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,37 +134,43 @@ def test_a_dead_worker_is_named(assets: AssetSet) -> None:
         assert len(pool.run(episodes[:1], policy, max_steps=2)) == 1  # new workers are started
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP])
 def test_a_lost_worker_is_replaced_and_its_episode_counts_once(
-    assets: AssetSet, monkeypatch: pytest.MonkeyPatch, number: int
+    assets: AssetSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It dies, crashes within the simulator, or hangs, in the middle of an episode."""
     task = find_task("libero_goal", 7)
     episodes = [Episode(task, index, seed=index, record_video=True) for index in range(3)]
-    with EnvironmentPool(2, assets=assets, image_size=32, episode_timeout=60.0) as pool:
+    with EnvironmentPool(2, assets=assets, image_size=32) as pool:
         whole = summary(pool.run(episodes, policy, max_steps=STEPS))
-        batches: list[int] = []
+        for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP):
+            batches: list[int] = []
+            worker = pool._workers[1]
+            process = worker.process
 
-        def act(observations: list[Observation], tasks: list[Task]) -> list[np.ndarray]:
-            batches.append(len(observations))
-            if len(batches) == 2:
-                worker = pool._workers[1]
-                os.kill(worker.process.pid, number)
-                lost.append(worker.process.pid)
-                if number == signal.SIGSTOP:  # it has hung for as long as it may
-                    worker._timeout, launch = 0.0, worker._launch
+            def act(observations: list[Observation], tasks: list[Task]) -> list[np.ndarray]:
+                batches.append(len(observations))  # noqa: B023
+                if len(batches) == 2:  # noqa: B023
+                    os.kill(process.pid, number)  # noqa: B023
+                    if number == signal.SIGSTOP:  # noqa: B023
+                        be_impatient(worker, monkeypatch)  # noqa: B023
+                return policy(observations, tasks)
 
-                    def relaunch() -> None:
-                        worker._timeout = 60.0
-                        launch()
+            assert summary(pool.run(episodes, act, max_steps=STEPS)) == whole
+            assert batches == [2, 2, 2, 1, 1, 1]  # the policy was not asked again
+            assert worker.process is not process
+            assert process.returncode == (-signal.SIGKILL if number == signal.SIGSTOP else -number)
 
-                    monkeypatch.setattr(worker, "_launch", relaunch)
-            return policy(observations, tasks)
 
-        lost: list[int] = []
-        assert summary(pool.run(episodes, act, max_steps=STEPS)) == whole
-        assert batches == [2, 2, 2, 1, 1, 1]  # the policy was not asked again
-        assert lost[0] != pool._workers[1].process.pid
+def be_impatient(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the process had been silent for as long as it may; the next one gets its time."""
+    timeout, launch = worker._timeout, worker._launch
+
+    def relaunch() -> None:
+        worker._timeout = timeout
+        launch()
+
+    worker._timeout = 0.0
+    monkeypatch.setattr(worker, "_launch", relaunch)
 
 
 def test_a_failure_in_a_worker_is_named(assets: AssetSet) -> None:
