@@ -241,6 +241,12 @@ def _cp(options: argparse.Namespace) -> None:
         print(copy_recipe(options.name, options.target, overwrite=options.force))
 
 
+def _docs(options: argparse.Namespace) -> None:
+    from .documentation import render_documentation
+
+    print(render_documentation(options.folder))
+
+
 def _report(options: argparse.Namespace) -> None:
     from .report import write_report
 
@@ -360,6 +366,9 @@ def make_parser() -> argparse.ArgumentParser:
     cp.add_argument("name", nargs="?", help="such as continual (the loop), quickstart.yaml, libero_goal_b5_5n1")
     cp.add_argument("target", nargs="?", default=".", help="folder, or name of the copy")
     cp.add_argument("--force", action="store_true", help="replace a file that is there")
+
+    docs = command("docs", "render the docstrings of all modules as web pages", _docs)
+    docs.add_argument("folder", nargs="?", default="site", help="where the pages go")
 
     report = command("report", "draw the figures and the page of a run again", _report)
     report.add_argument("run", help="folder of a run")
