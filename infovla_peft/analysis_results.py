@@ -36,18 +36,18 @@ Strict JSON (UTF-8, no NaN), these keys and no others::
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .files import write_json
+from .reading import Checker, read_json
 
 FILE = "analysis.json"
 FORMAT_VERSION = 1
@@ -188,61 +188,24 @@ class Analysis:
         """
         path = Path(run_folder) / FILE
         try:
-            content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+            content = read_json(path, error=AnalysisError, cure=_AGAIN)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{path} does not exist: run `infovla analyse {run_folder}`") from error
-        except (ValueError, RecursionError) as error:
-            raise AnalysisError(f"{path} is no valid JSON ({error}); {_AGAIN}") from error
         return cls.from_dict(content, source=str(path))
 
     @classmethod
     def from_dict(cls, content: Any, *, source: str = FILE) -> Analysis:
         """Validate the content of an analysis.json; `source` names it in errors."""
-        return _Reader(source).analysis(content)
+        return _Reader(source, AnalysisError, _AGAIN).analysis(content)
 
 
 _AGAIN = "delete it, and analyse the run again"
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not allowed")
-
-
-class _Reader:
-    """Checks analysis.json piece by piece; every error names the file and the place."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-
-    def need(self, condition: bool, where: str, expected: str, got: object) -> None:
-        if not condition:
-            raise AnalysisError(f"{self.source}: {where} must be {expected}, got {got!r:.80}; {_AGAIN}")
-
-    def typed(self, value: Any, kind: type, where: str) -> Any:
-        kinds = (int, float) if kind is float else (kind,)
-        self.need(type(value) in kinds, where, _JSON_NAMES[kind], value)  # not isinstance: JSON's true is no number
-        return value
-
-    def record(self, value: Any, keys: Sequence[str], where: str) -> dict[str, Any]:
-        record: dict[str, Any] = self.typed(value, dict, where)
-        wrong = sorted(set(keys) ^ set(record))
-        self.need(not wrong, where, f"an object with the keys {', '.join(keys)}", wrong)
-        return record
-
-    def items(self, value: Any, where: str, length: int | None = None) -> list[tuple[str, Any]]:
-        items = self.typed(value, list, where)
-        self.need(length in (None, len(items)), where, f"an array of {length}", len(items))
-        return [(f"{where}[{index}]", item) for index, item in enumerate(items)]
-
-    def number(self, value: Any, where: str, low: float = -math.inf, high: float = math.inf) -> float:
-        number: float = self.typed(value, float, where)
-        fits = math.isfinite(number) and low - _ROUNDING <= number <= high + _ROUNDING
-        self.need(fits, where, f"a number from {low:g} to {high:g}", value)
-        return number
-
+class _Reader(Checker[AnalysisError]):
     def grid(self, value: Any, where: str, low: float, high: float = math.inf) -> list[list[list[float]]]:
         grids = [
-            [[self.number(cell, there, low, high) for there, cell in self.items(row, place)]
+            [[self.number(cell, there, low, high, rounding=_ROUNDING) for there, cell in self.items(row, place)]
              for place, row in self.items(grid, spot)]
             for spot, grid in self.items(value, where, 2)
         ]  # fmt: skip
@@ -251,19 +214,13 @@ class _Reader:
         return grids
 
     def analysis(self, content: Any) -> Analysis:
-        version = self.typed(content, dict, "the content").get("format_version")
-        if version != FORMAT_VERSION or type(version) is not int:
-            raise AnalysisError(
-                f"{self.source} has format {version!r:.80}, this version of infovla-peft reads {FORMAT_VERSION}; "
-                "update infovla-peft, or analyse the run again"
-            )
+        self.version(content, FORMAT_VERSION)
         content = self.record(content, _KEYS, "the content")
         head: dict[str, Any] = {name: self.typed(content[name], kind, name) for name, kind in _HEAD.items()}
-        self.need(1 <= head["stages"] <= _LARGEST, "stages", "at least 1", head["stages"])
+        self.count(head["stages"], "stages", minimum=1, maximum=10**6)
         tasks = [self.task(item, where, head["stages"]) for where, item in self.items(content["tasks"], "tasks")]
         names = {task.name for task in tasks}
         self.need(0 < len(tasks) == len(names), "tasks", "at least one, each with its own name", content["tasks"])
-        commit = content["commit"]
         tables: dict[str, Any] = {name: self.table(content[name], name, tasks, head["stages"]) for name in RANGES}
         return Analysis(
             **head,
@@ -273,11 +230,8 @@ class _Reader:
                 self.affinity(item, where, names) for where, item in self.items(content["affinity"], "affinity")
             ],
             matrices=[self.matrix(item, where, names) for where, item in self.items(content["matrices"], "matrices")],
-            versions={
-                key: self.typed(value, str, f"versions[{key!r}]")
-                for key, value in self.typed(content["versions"], dict, "versions").items()
-            },
-            commit=None if commit is None else self.typed(commit, str, "commit"),
+            versions=self.strings(content["versions"], "versions"),
+            commit=self.typed(content["commit"], str, "commit", optional=True),
         )
 
     def task(self, item: Any, where: str, stages: int) -> ProbedTask:
@@ -294,7 +248,7 @@ class _Reader:
             for stage, (where, cell) in enumerate(row):
                 if cell is not None:
                     self.need(stage >= task.learned_at, where, "null: the task is learned later", cell)
-                    self.number(cell, where, *RANGES[name])
+                    self.number(cell, where, *RANGES[name], rounding=_ROUNDING)
         return [[cell for _, cell in row] for row in rows]
 
     def stage_pair(self, value: Any, where: str) -> list[int]:
@@ -306,16 +260,13 @@ class _Reader:
 
     def affinity(self, item: Any, where: str, names: set[str]) -> AffinityPair:
         record = self.record(item, ["task", "image", "stages", "diffusion", "maps"], where)
-        image = self.typed(record["image"], str, f"{where}.image")
-        parts = PurePosixPath(image).parts
-        inside = parts and parts[0] != "/" and ".." not in parts and "\\" not in image and "\0" not in image
-        self.need(bool(inside), f"{where}.image", "a relative path inside the run's folder", image)
+        image = self.path_inside(record["image"], f"{where}.image")
         diffusion = self.items(record["diffusion"], f"{where}.diffusion", 2)
         return AffinityPair(
             self.name_of(record["task"], f"{where}.task", names),
             image,
             self.stage_pair(record["stages"], f"{where}.stages"),
-            [self.number(value, place, 0, 1) for place, value in diffusion],
+            [self.number(value, place, 0, 1, rounding=_ROUNDING) for place, value in diffusion],
             self.grid(record["maps"], f"{where}.maps", 0),
         )
 
@@ -326,10 +277,6 @@ class _Reader:
             self.stage_pair(record["stages"], f"{where}.stages"),
             self.grid(record["similarity"], f"{where}.similarity", -1, 1),
         )
-
-
-_LARGEST = 10**6
-_JSON_NAMES = {str: "a string", int: "an integer", float: "a number", dict: "an object", list: "an array"}
 
 
 COMPARED = {

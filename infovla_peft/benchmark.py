@@ -33,10 +33,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from .config import InfoVLAConfig, StreamConfig, load_recipe, parse_stream, resolved_config
 from .measurement import read_cell, write_cell
+from .reading import read_yaml
 from .results import Results, ResultsError
 from .run_folder import RunError, RunFolder, changed_keys
 from .stream import HARMLESS, Stream
@@ -89,6 +88,10 @@ BOOKKEEPING = HARMLESS | {
 }
 """What may differ between the machine that ran and the one that reads, or is no choice of the method."""
 _ENTRY_KEYS = ("suite", "methods", "seeds", "orders", "memory")
+
+
+class BenchmarkError(ValueError):
+    """A benchmark's YAML that cannot be used; the message names the file and the place."""
 
 
 class RunKey(NamedTuple):
@@ -197,19 +200,16 @@ def load_benchmark(path: str | os.PathLike[str]) -> Benchmark:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it cannot be used; the message names the place.
+        BenchmarkError: it cannot be used; the message names the file and the place.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no benchmark at {path}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    content = read_yaml(path, error=BenchmarkError, cure="see the example at the top of infovla_peft/benchmark.py")
     try:
         return _plan(path.stem, _mapping(content, "the file"))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise BenchmarkError(f"{path}: {error}") from error
 
 
 def _plan(name: str, content: Mapping[str, Any]) -> Benchmark:

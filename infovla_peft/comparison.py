@@ -21,18 +21,18 @@ ought to be, and with one there is none.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .metrics import all_metrics, average_by_stage, forward_transfer
+from .reading import Checker, read_json
 
 FORMAT_VERSION = 1
 RESAMPLES = 10_000
@@ -288,47 +288,24 @@ def load_comparison(path: str | os.PathLike[str]) -> Comparison:
         ComparisonError: it is damaged, edited, or of another format version.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        content = read_json(Path(path), error=ComparisonError, cure=_AGAIN)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} does not exist: `recipes/benchmark.py aggregate` writes it") from error
-    except (ValueError, RecursionError) as error:
-        raise ComparisonError(f"{path} is no valid JSON ({error}); aggregate the benchmark again") from error
     return read_comparison(content, source=str(path))
 
 
 def read_comparison(content: Any, *, source: str = "aggregate") -> Comparison:
     """Validate the content of an aggregate; `source` names it in errors."""
-    return _Reader(source).comparison(content)
+    return _Reader(source, ComparisonError, _AGAIN).comparison(content)
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not allowed")
+_AGAIN = "aggregate the benchmark again"
 
 
-class _Reader:
-    """Checks an aggregate piece by piece; every error names the file and the place."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-
-    def fail(self, where: str, expected: str, got: object) -> NoReturn:
-        raise ComparisonError(f"{self.source}: {where} must be {expected}, got {got!r:.80}")
-
-    def keys(self, value: Any, known: Sequence[str], where: str) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            self.fail(where, "an object", value)
-        if set(value) != set(known):
-            self.fail(where, f"an object with the keys {', '.join(known)}", sorted(set(value) ^ set(known)))
-        return value
-
+class _Reader(Checker[ComparisonError]):
     def comparison(self, content: Any) -> Comparison:
-        version = content.get("format_version") if isinstance(content, dict) else None
-        if type(version) is not int or version != FORMAT_VERSION:
-            raise ComparisonError(
-                f"{self.source} has format {version!r:.80}, this version of infovla-peft reads {FORMAT_VERSION}; "
-                "update infovla-peft, or aggregate the benchmark again"
-            )
-        self.keys(content, ("format_version", "protocol", "runs"), "the content")
+        self.version(content, FORMAT_VERSION)
+        self.record(content, ("format_version", "protocol", "runs"), "the content")
         if not isinstance(content["protocol"], dict):
             self.fail("protocol", "an object", content["protocol"])
         if not isinstance(content["runs"], list) or not content["runs"]:
@@ -350,7 +327,7 @@ class _Reader:
         return Comparison(content["protocol"], runs)
 
     def run(self, value: Any, where: str) -> ComparedRun:
-        record = self.keys(value, [item.name for item in fields(ComparedRun)], where)
+        record = self.record(value, [item.name for item in fields(ComparedRun)], where)
         for name, kind, expected in _KINDS:
             if not isinstance(record[name], kind) or isinstance(record[name], bool):
                 self.fail(f"{where}.{name}", expected, record[name])

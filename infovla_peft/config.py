@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
+
+from .reading import read_yaml
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names the file, the option and the cure."""
 
 
 class StreamShape(NamedTuple):
@@ -40,12 +46,12 @@ def parse_stream(notation: str) -> StreamShape:
     >>> parse_stream("B3-2N1").total_tasks
     5
     """
-    match = re.fullmatch(r"[Bb](\d+)-(\d+)[Nn](\d+)", notation.strip())
+    match = re.fullmatch(r"[Bb]([0-9]{1,4})-([0-9]{1,4})[Nn]([0-9]{1,4})", notation.strip())
     shape = StreamShape(*map(int, match.groups())) if match else None
     if shape is None or shape.steps < 1 or shape.tasks_per_step < 1:
         raise ValueError(
-            f"unknown stream {notation!r}: write Bi-kNm, i base tasks and then k ≥ 1 steps of m ≥ 1 new tasks each, "
-            "for example B3-2N1 (3 base tasks, then 2 steps of 1) or B0-5N1"
+            f"unknown stream {notation!r:.80}: write Bi-kNm, i base tasks and then k ≥ 1 steps of m ≥ 1 new tasks "
+            "each, for example B3-2N1 (3 base tasks, then 2 steps of 1) or B0-5N1"
         )
     return shape
 
@@ -59,7 +65,7 @@ NOT_COMPILED = (
 )
 
 
-@dataclass
+@dataclass(repr=False)  # TrainingArguments' own masks tokens
 class InfoVLAConfig(TrainingArguments):
     r"""Configuration of [`InfoVLATrainer`]: everything of `TrainingArguments`, and the following.
 
@@ -231,7 +237,7 @@ class InfoVLAConfig(TrainingArguments):
         _check_at_least(self, 1, "lora_r", "lora_alpha", "anchor_views", "counterfactual_frames")
         _check_at_least(self, 1, "ewc_samples", "mir_candidates")
         _check_choices(self)
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be > 0, got {self.temperature}")
         if self.rac_center and not self.anchor_bank:
             raise ValueError("rac_center needs stored anchors whose mean it subtracts: set anchor_bank above 0")
@@ -348,6 +354,8 @@ class StreamConfig:
             )
         if self.tasks is not None and len(set(self.tasks)) != len(self.tasks):
             raise ValueError(f"`tasks` names a task twice: {self.tasks}")
+        _check_at_least(self, 1, "tiny_image_size", "tiny_patch_size", "tiny_vision_width", "tiny_vision_depth")
+        _check_at_least(self, 1, "tiny_hidden_size", "tiny_layers", "tiny_heads")
         if self.tiny_image_size % self.tiny_patch_size:
             raise ValueError(
                 f"tiny_image_size {self.tiny_image_size} is no multiple of tiny_patch_size {self.tiny_patch_size}"
@@ -412,19 +420,24 @@ def load_recipe(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is no YAML mapping; an unknown or unusable option (the message names near ones).
+        RecipeError: the file is no YAML mapping; an unknown or unusable option (the message names near ones).
     """
     types: list[Any] = [StreamConfig, InfoVLAConfig]
     parser = _RecipeParser(types, prog=prog, description=description, allow_abbrev=False)
     flags: list[str] = []
+    source = "recipe" if path is None or isinstance(path, Mapping) else str(path)
     if path is not None:
-        flags = _flags(path, "recipe") if isinstance(path, Mapping) else _flags(_read_yaml(Path(path)), str(path))
-    stream, training, unknown = parser.parse_args_into_dataclasses(
-        [*flags, *argv], return_remaining_strings=True, look_for_args_file=False
-    )
+        flags = _flags(path if isinstance(path, Mapping) else _read_recipe(Path(path)), source)
+    try:
+        stream, training, unknown = parser.parse_args_into_dataclasses(
+            [*flags, *argv], return_remaining_strings=True, look_for_args_file=False
+        )
+    # TrainingArguments looks into files, packages and devices that its options name, and raises what they raise.
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, OSError, ImportError) as error:
+        raise RecipeError(f"{source}: {error}; --help says what each option takes" if flags else str(error)) from error
     if unknown:
         option = unknown[0].split("=")[0]
-        raise ValueError(f"unknown option {option}{_near(option.lstrip('-').replace('-', '_'))}")
+        raise RecipeError(f"unknown option {option:.80}{_near(option.lstrip('-').replace('-', '_'))}")
     return stream, training
 
 
@@ -440,15 +453,12 @@ class _RecipeParser(HfArgumentParser):
         raise ValueError(message)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no recipe at {path}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    content = read_yaml(path, error=RecipeError, cure="write `option: value` lines")
     if content is not None and not isinstance(content, dict):
-        raise ValueError(f"{path} must hold `option: value` lines, not a {type(content).__name__}")
+        raise RecipeError(f"{path} must hold `option: value` lines, not a {type(content).__name__}")
     return content or {}
 
 
@@ -458,10 +468,10 @@ def _flags(recipe: Mapping[str, Any], source: str) -> list[str]:
     flags: list[str] = []
     for name, value in recipe.items():
         if name not in known:
-            raise ValueError(f"{source}: unknown option {name!r}{_near(str(name))}")
+            raise RecipeError(f"{source}: unknown option {name!r:.80}{_near(str(name))}")
         if value is None:
             if known[name] is not None:
-                raise ValueError(f"{source}: {name} has no value; leave the line out to keep {known[name]!r}")
+                raise RecipeError(f"{source}: {name} has no value; leave the line out to keep {known[name]!r}")
         elif isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
         else:  # one word, so that a value may begin with a dash
@@ -477,15 +487,15 @@ def _option_names() -> dict[str, Any]:
 
 
 def _near(name: str) -> str:
-    near = difflib.get_close_matches(name, _option_names(), n=3)
+    near = difflib.get_close_matches(name[:80], _option_names(), n=3)
     return f"; did you mean {', '.join(near)}?" if near else "; --help lists all of them"
 
 
 def _check_at_least(config: Any, lowest: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if not value >= lowest:
-            raise ValueError(f"{name} must be at least {lowest}, got {value}")
+        if not lowest <= value < math.inf:
+            raise ValueError(f"{name} must be at least {lowest}, and finite, got {value}")
 
 
 def _check_choices(config: Any) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import write_json
+from .reading import parse_json
 
 SUMS = "sha256"
 
@@ -72,7 +73,7 @@ def read_sealed(path: str | os.PathLike[str], *, newest: int, sealed_since: int 
     file = Path(path)
     text = file.read_bytes()
     try:
-        content = json.loads(text.decode("utf-8"))
+        content = parse_json(text.decode("utf-8"))
         version = content.get("format_version", 1)
     except (ValueError, AttributeError, RecursionError) as error:
         raise DamagedFileError(f"{file} is damaged ({error})") from error

@@ -40,8 +40,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from itertools import pairwise
-from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,7 @@ from numpy.typing import NDArray
 from . import __version__
 from .files import write_json, write_text
 from .metrics import all_metrics, wilson_interval
+from .reading import Checker, read_json
 
 FORMAT_VERSION = 1
 PACKAGES = (
@@ -240,17 +241,15 @@ class Results:
             ResultsError: it is damaged, edited, or of another format version.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+            content = read_json(Path(path), error=ResultsError, cure=_CURE)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{path} does not exist: give the folder of a run that was evaluated") from error
-        except (ValueError, RecursionError) as error:
-            raise ResultsError(f"{path} is no valid JSON ({error}); restore it or evaluate the run again") from error
         return cls.from_dict(content, source=str(path))
 
     @classmethod
     def from_dict(cls, content: Any, *, source: str = "results") -> Results:
         """Validate the content of a results.json; `source` names it in errors."""
-        return _Reader(source).results(content)
+        return _Reader(source, ResultsError, _CURE).results(content)
 
 
 def collect_versions() -> dict[str, str]:
@@ -276,49 +275,12 @@ def source_commit() -> str | None:
         return None
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not allowed")
+_CURE = "restore it or evaluate the run again"
 
 
-class _Reader:
-    """Checks results.json piece by piece; every error names the file and the place."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-
-    def fail(self, where: str, expected: str, got: object) -> NoReturn:
-        shown = repr(got)
-        raise ResultsError(f"{self.source}: {where} must be {expected}, got {shown[:80]}")
-
-    def typed(self, value: Any, kind: type, where: str, *, optional: bool = False) -> Any:
-        if optional and value is None:
-            return None
-        if type(value) is not kind:  # not isinstance: JSON's true is no number
-            self.fail(where, f"{'null or ' if optional else ''}{_JSON_NAMES[kind]}", value)
-        return value
-
-    def count(self, value: Any, where: str, *, minimum: int = 0) -> int:
-        if not minimum <= self.typed(value, int, where) <= _LARGEST:
-            self.fail(where, f"from {minimum} to {_LARGEST}", value)
-        return int(value)
-
-    def items(self, value: Any, where: str) -> list[tuple[str, Any]]:
-        return [(f"{where}[{index}]", item) for index, item in enumerate(self.typed(value, list, where))]
-
-    def record(self, value: Any, keys: Sequence[str], where: str) -> dict[str, Any]:
-        record: dict[str, Any] = self.typed(value, dict, where)
-        missing, unknown = set(keys) - set(record), set(record) - set(keys)
-        if missing or unknown:
-            self.fail(where, f"an object with the keys {', '.join(keys)}", sorted(missing or unknown))
-        return record
-
+class _Reader(Checker[ResultsError]):
     def results(self, content: Any) -> Results:
-        version = self.typed(content, dict, "the content").get("format_version")
-        if version != FORMAT_VERSION or type(version) is not int:
-            raise ResultsError(
-                f"{self.source} has format {version!r:.80}, this version of infovla-peft reads {FORMAT_VERSION}; "
-                "update infovla-peft, or evaluate the run again"
-            )
+        self.version(content, FORMAT_VERSION)
         content = self.record(content, ["format_version", *_FIELDS, "metrics"], "the content")
         tasks = self.tasks(content["tasks"])
         successes, episodes = self.table(content, "successes", len(tasks)), self.table(content, "episodes", len(tasks))
@@ -344,10 +306,7 @@ class _Reader:
             episodes=episodes,
             timings=self.timings(content["timings"], stages),
             videos=self.videos(content["videos"], {task.name for task in tasks}, stages),
-            versions={
-                key: self.typed(value, str, f"versions[{key!r}]")
-                for key, value in self.typed(content["versions"], dict, "versions").items()
-            },
+            versions=self.strings(content["versions"], "versions"),
             config=self.typed(content["config"], dict, "config"),
         )
         self.metrics(content["metrics"], results.metrics())
@@ -367,9 +326,7 @@ class _Reader:
         return tasks
 
     def table(self, content: Mapping[str, Any], name: str, tasks: int) -> list[list[int | None]]:
-        rows = self.items(content[name], name)
-        if len(rows) != tasks:
-            self.fail(name, f"{tasks} rows, one per task", len(rows))
+        rows = self.items(content[name], name, tasks, each="rows, one per task")
         return [
             [None if cell is None else self.count(cell, place, minimum=int(name == "episodes"))
              for place, cell in self.items(row, where)]
@@ -377,13 +334,10 @@ class _Reader:
         ]  # fmt: skip
 
     def timings(self, value: Any, stages: int) -> list[dict[str, float]]:
-        entries = self.items(value, "timings")
-        if len(entries) != stages:
-            self.fail("timings", f"{stages} objects, one per stage", len(entries))
+        entries = self.items(value, "timings", stages, each="objects, one per stage")
         for where, entry in entries:
             for key, seconds in self.typed(entry, dict, where).items():
-                if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
-                    self.fail(f"{where}.{key}", "seconds, a number >= 0", seconds)
+                self.number(seconds, f"{where}.{key}", 0)
         return [entry for _, entry in entries]
 
     def videos(self, value: Any, tasks: set[str], stages: int) -> list[Video]:
@@ -391,12 +345,9 @@ class _Reader:
         for where, item in self.items(value, "videos"):
             record = self.record(item, ["path", "task", "stage", "success"], where)
             path, stage = (
-                self.typed(record["path"], str, f"{where}.path"),
+                self.path_inside(record["path"], f"{where}.path"),
                 self.count(record["stage"], f"{where}.stage"),
             )
-            parts = PurePosixPath(path).parts
-            if not parts or parts[0] == "/" or ".." in parts or "\\" in path or ":" in parts[0] or "\0" in path:
-                self.fail(f"{where}.path", "a relative path inside the run's folder", path)
             if self.typed(record["task"], str, f"{where}.task") not in tasks or stage >= stages:
                 self.fail(where, "of a task and stage of this run", (record["task"], stage))
             videos.append(Video(path, record["task"], stage, self.typed(record["success"], bool, f"{where}.success")))
@@ -412,7 +363,5 @@ class _Reader:
                 self.fail(f"metrics.{name}", f"{number}, which follows from successes and episodes", found)
 
 
-_LARGEST = 10**9
-_JSON_NAMES = {str: "a string", int: "an integer", bool: "true or false", dict: "an object", list: "an array"}
 _FIELDS = [item.name for item in fields(Results)]
 _TEXTS = ("method", "stream", "suite", "base_model", "assets", "renderer")

@@ -34,6 +34,7 @@ import yaml
 
 from .files import clean_up, write_text
 from .integrity import SUMS, DamagedFileError, check_files, checksums, files_below, read_sealed, write_sealed
+from .reading import read_yaml
 
 STATE = "state.json"
 RESTORE = "restore it from a copy, or start anew in another --output_dir"
@@ -288,10 +289,7 @@ def _now() -> str:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunError(f"{file} is damaged; restore it, or start anew in another --output_dir") from error
+    content = read_yaml(file, error=RunError, cure=RESTORE)
     if not isinstance(content, dict):
         raise RunError(f"{file} holds no configuration; restore it, or start anew in another --output_dir")
     return content

@@ -249,5 +249,5 @@ def test_an_unreadable_aggregate(tmp_path: Path) -> None:
     with pytest.raises(ComparisonError, match="no valid JSON"):
         load_comparison(tmp_path / "torn.json")
     (tmp_path / "list.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(ComparisonError, match="has format None"):
+    with pytest.raises(ComparisonError, match="the content must be an object"):
         load_comparison(tmp_path / "list.json")

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import ast
-import codecs
 import difflib
-import pickle
 import re
-import zipfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .headless import libero_folder
+from .start_states import read_states
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 STEP_CAPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
@@ -50,7 +47,7 @@ class Task:
 
 
 def _closest(word: str, choices: list[str]) -> str:
-    near = difflib.get_close_matches(word, choices, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(word[:80], choices, n=3, cutoff=0.4)
     return f"did you mean {' or '.join(repr(choice) for choice in near)}?" if near else f"choose one of {choices}"
 
 
@@ -63,7 +60,7 @@ def suite_tasks(suite: str) -> tuple[Task, ...]:
         SimulatorNotFoundError: LIBERO is not installed.
     """
     if suite not in SUITES:
-        raise ValueError(f"unknown suite {suite!r}: {_closest(suite, list(SUITES))}")
+        raise ValueError(f"unknown suite {suite!r:.80}: {_closest(suite, list(SUITES))}")
     source = libero_folder() / "benchmark" / "libero_suite_task_map.py"
     tree = ast.parse(source.read_text(encoding="utf-8"))
     names: list[str] = next(
@@ -85,32 +82,14 @@ def find_task(suite: str, task: int | str) -> Task:
         ValueError: unknown suite or task; the message lists near names.
     """
     tasks = suite_tasks(suite)
-    if isinstance(task, int) or task.isdecimal():
-        if not 0 <= int(task) < len(tasks):
-            raise ValueError(f"{suite} has tasks 0 to {len(tasks) - 1}, not {task}")
+    if isinstance(task, int) or re.fullmatch("[0-9]+", task):
+        if len(str(task)) > 9 or not 0 <= int(task) < len(tasks):
+            raise ValueError(f"{suite} has tasks 0 to {len(tasks) - 1}, not {task!s:.80}")
         return tasks[int(task)]
     for candidate in tasks:
         if task in (candidate.name, candidate.instruction):
             return candidate
-    raise ValueError(f"{suite} has no task {task!r}: {_closest(task, [candidate.name for candidate in tasks])}")
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles NumPy arrays and nothing else: what `torch.load(weights_only=True)` does, without torch."""
-
-    _ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
-        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-        ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): codecs.encode,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._ALLOWED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a file of start states") from None
+    raise ValueError(f"{suite} has no task {task!r:.80}: {_closest(task, [candidate.name for candidate in tasks])}")
 
 
 def initial_states(task: Task) -> NDArray[np.float64]:
@@ -123,10 +102,6 @@ def initial_states(task: Task) -> NDArray[np.float64]:
     """
     file = libero_folder() / "init_files" / task.suite / f"{task.name}.pruned_init"
     try:
-        with zipfile.ZipFile(file) as archive, archive.open("archive/data.pkl") as data:
-            states = _ArrayUnpickler(data).load()
-    except (zipfile.BadZipFile, KeyError, pickle.UnpicklingError) as error:
+        return read_states(file)
+    except ValueError as error:
         raise ValueError(f"cannot read the start states in {file} ({error}): reinstall hf-libero") from error
-    if not isinstance(states, np.ndarray) or states.ndim != 2 or states.dtype != np.float64:
-        raise ValueError(f"{file} holds no table of start states: reinstall hf-libero")
-    return states
