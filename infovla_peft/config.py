@@ -129,6 +129,9 @@ class InfoVLAConfig(TrainingArguments):
         proprio_noise: standard deviation of Gaussian noise on the normalised proprioception of the same samples.
         cache_images: decode all frames once and keep them in memory as uint8, at the model's input size, if that takes
             no more than 1 GiB per process; larger sets are decoded batch by batch (`infovla bench data`).
+        cache_vision_features: run the vision tower on the replayed frames once per stage and keep what it makes of
+            them on the disk. Needs a tower without adapters (`lora_targets`), and replay samples that are not
+            augmented anew.
 
     > Parameters that control the adapter
 
@@ -201,6 +204,9 @@ class InfoVLAConfig(TrainingArguments):
     image_shift: int = _option(4, "Random image shift in pixels of the model's input; 0 turns it off.")
     proprio_noise: float = _option(0.0, "Standard deviation of noise on the normalised proprioception.")
     cache_images: bool = _option(True, "Decode all frames once and keep them in memory, if 1 GiB is enough.")
+    cache_vision_features: bool = _option(
+        False, "Keep a frozen vision tower's features of the replayed frames on the disk, once per stage."
+    )
 
     adapter_init: Literal["continue", "fresh"] = _option(
         "continue", "Start a new adapter from the previous task's (continue) or from zero (fresh)."

@@ -41,6 +41,7 @@ class Rehearsal:
         remembered: its frames; None likewise.
         counterfactual: frames of the current task under old instructions; None where the method has none.
         tables: both of them, as far as there are any, in the order of the anchors' rows.
+        views: of their rows, for which anchors are kept; None where replayed frames are augmented anew.
         terms: of the loss, for replayed samples.
         teachers: past task → adapter, None = the base; empty where nobody is asked.
 
@@ -84,7 +85,7 @@ class Rehearsal:
         if self.terms or self.counterfactual is not None:
             tasks = dict.fromkeys(task for table in self.tables for task in table.tasks)
             self.teachers = _teachers(model, config, tasks, previous_adapter, learned_by or {})
-        self._views = self._draw_views() if self.teachers else None
+        self.views = self._draw_views() if self.teachers else None
         self.anchors: Anchors | None = None
         self.negatives: Negatives | None = None
 
@@ -120,7 +121,7 @@ class Rehearsal:
             augmentation=self._augmentation,
             counterfactual=self.counterfactual,
             counterfactual_share=config.counterfactual_share,
-            views=self._views,
+            views=self.views,
             candidates=config.mir_candidates if METHODS[config.method].retrieves else 1,
         )
 
@@ -140,13 +141,13 @@ class Rehearsal:
             batch_size: of the teachers' forward passes.
             autocast, dtype: see `teacher.compute_anchors`.
         """
-        if self._views is None:
+        if self.views is None:
             return None
         ask = _Asking(self._model, self._config, self._collator, self.teachers, batch_size, autocast, dtype)
         parts: list[Anchors] = []
         first = 0
         for table in self.tables:
-            views = self._views.rows(np.arange(first, first + len(table)))
+            views = self.views.rows(np.arange(first, first + len(table)))
             first += len(table)
             imagined = table if isinstance(table, CounterfactualDataset) else None
             # Chunks are among the anchors; action tokens must be known before the features that follow them.

@@ -37,6 +37,7 @@ from .memory import Anchors, ReplayMemory
 from .methods import METHODS, Term
 from .rehearsal import Rehearsal
 from .trackers import JSONL, trainer_report_to
+from .vision_cache import VisionCache, check_cacheable
 
 _TERM_WEIGHTS = "term_networks.safetensors"
 
@@ -137,6 +138,9 @@ class InfoVLATrainer(Trainer):
         self._counts: dict[str, int] = {}
         self._consolidation = consolidation.to(args.device) if consolidation is not None else None
         self._sampler()  # fails now, not after the anchors are computed
+        self._vision: VisionCache | None = None
+        if args.cache_vision_features:
+            check_cacheable(model, args, replayed_anew=bool(self.rehearsal) and self.rehearsal.views is None)
 
     @property
     def memory(self) -> ReplayMemory | None:
@@ -192,6 +196,11 @@ class InfoVLATrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
         self.prepare_anchors()
+        if self.args.cache_vision_features and self.rehearsal:
+            self._vision = VisionCache(
+                cast(nn.Module, self.model), self.rehearsal.tables, self._collator, self.rehearsal.views,
+                str(self.args.output_dir), batch_size=self._train_batch_size, autocast=self.accelerator.autocast,
+            )  # fmt: skip
         with deferred_stop():
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         if (number := requested_stop() or self._stop.number) is not None:
@@ -210,6 +219,9 @@ class InfoVLATrainer(Trainer):
         replay: ReplayRows | None = inputs.pop("replay", None)
         if replay is not None and METHODS[self.args.method].retrieves:
             inputs = self._retrieve(inputs, len(replay.own))
+        if self._vision is not None and replay is not None and len(replay.own):
+            inputs["pixel_values"] = inputs["pixel_values"][: -len(replay.own)]
+            inputs["patch_features"] = self._vision(replay.own).to(inputs["input_ids"].device, non_blocking=True)
         if replay is None or not self.terms:
             outputs = model(**inputs, return_logits=False)
             loss = policy_loss = self._policy_loss(outputs, inputs)

@@ -194,6 +194,7 @@ class OpenVLAForActionPrediction(ActingModel):
         *,
         proprio: Tensor | None = None,
         actions: Tensor | None = None,
+        patch_features: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -211,6 +212,8 @@ class OpenVLAForActionPrediction(ActingModel):
             labels: (batch, length), -100 where no loss is taken. They are shifted inside.
             proprio: (batch, proprio_dim), normalised; needed if the configuration has `proprio_dim`.
             actions: (batch, chunk, dim), normalised targets (parallel decoding).
+            patch_features: (R, images * patches, vision width), what `vision_backbone` has made of the images of the
+                last R samples; `pixel_values` then holds those of the others alone. Not with FiLM.
             past_key_values, use_cache: the cache of autoregressive decoding.
             output_hidden_states: also give all hidden states.
             return_logits: False computes no logits beyond those that the loss needs; True gives them; None (default)
@@ -222,8 +225,9 @@ class OpenVLAForActionPrediction(ActingModel):
         """
         if self.config.decoding == "parallel":
             output = self._forward_parallel(
-                input_ids, attention_mask, pixel_values, labels, proprio, actions, output_hidden_states, return_logits
-            )
+                input_ids, attention_mask, pixel_values, labels, proprio, actions, output_hidden_states, return_logits,
+                patch_features,
+            )  # fmt: skip
         else:
             if actions is not None or proprio is not None:
                 raise ValueError("`actions` and `proprio` need a model with `decoding='parallel'`.")
@@ -236,6 +240,7 @@ class OpenVLAForActionPrediction(ActingModel):
                 bool(use_cache) and not self.training,
                 output_hidden_states,
                 return_logits,
+                patch_features,
             )
         return output.to_tuple() if return_dict is False else output
 
@@ -249,13 +254,13 @@ class OpenVLAForActionPrediction(ActingModel):
         use_cache: bool,
         output_hidden_states: bool | None,
         return_logits: bool | None,
+        patch_features: Tensor | None = None,
     ) -> OpenVLAOutput:
         embeddings = self.get_input_embeddings()(input_ids)
         features = None
         patches = 0
         if pixel_values is not None:
-            check_batch(pixel_values, input_ids)
-            features = self.projector(self.vision_backbone(pixel_values))
+            features = self._visual_tokens(input_ids, pixel_values, patch_features)
             patches = features.shape[1]
             embeddings = insert_after_bos(embeddings, features)
         cache = new_cache(self.config) if use_cache and past_key_values is None else past_key_values
@@ -325,11 +330,11 @@ class OpenVLAForActionPrediction(ActingModel):
         actions: Tensor | None,
         output_hidden_states: bool | None,
         return_logits: bool | None,
+        patch_features: Tensor | None = None,
     ) -> OpenVLAOutput:
         config = self.config
         if pixel_values is None:
             raise ValueError("Parallel decoding needs `pixel_values`.")
-        check_batch(pixel_values, input_ids)
         slots = config.num_actions_chunk * config.action_dim
         if labels is not None:
             sequence = locate_slots(input_ids, attention_mask, labels, config)
@@ -344,7 +349,7 @@ class OpenVLAForActionPrediction(ActingModel):
         assert sequence.slots is not None
         text = self.get_input_embeddings()(sequence.input_ids)
         language = _mean_language(text, sequence, include_padding=labels is not None) if config.use_film else None
-        features = self.projector(self.vision_backbone(pixel_values, language))
+        features = self._visual_tokens(input_ids, pixel_values, patch_features, language)
         inserted = features
         if config.proprio_dim:
             inserted = torch.cat([features, self._proprio_token(proprio, features)], dim=1)
@@ -388,6 +393,25 @@ class OpenVLAForActionPrediction(ActingModel):
             projector_features=features,
             token_roles=roles,
         )
+
+    def _visual_tokens(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        patch_features: Tensor | None,
+        language: Tensor | None = None,
+    ) -> Tensor:
+        """(batch, images * patches, hidden), of images, and of `patch_features` after them."""
+        if patch_features is None:
+            check_batch(pixel_values, input_ids)
+            return self.projector(self.vision_backbone(pixel_values, language))  # type: ignore[no-any-return]
+        if language is not None:
+            raise ValueError("`patch_features` cannot be given with FiLM, which lets the instruction change them.")
+        patch_features = patch_features.to(self.vision_backbone.featurizer.pos_embed.dtype)
+        seen = [self.vision_backbone(pixel_values)] if len(pixel_values) else []
+        features = torch.cat([*seen, patch_features])
+        check_batch(features, input_ids)
+        return self.projector(features)  # type: ignore[no-any-return]
 
     @property
     def _stop_id(self) -> int:
