@@ -128,7 +128,6 @@ class ChunkDataset(torch.utils.data.Dataset[Samples]):
         columns = frames.select_columns(list(_COLUMNS)).with_format("arrow")[:]
         self.states = _vectors(columns["state"])  # (N, P)
         self.env_actions = _vectors(columns["action"])  # (N, A), LIBERO's
-        self._actions = to_model_action(self.env_actions)
         if not (np.isfinite(self.states).all() and np.isfinite(self.env_actions).all()):
             raise ValueError("the demonstrations hold NaN or infinite actions or states; record them again")
         self.tasks, self.task = _index(columns["task"])  # names, (N,)
@@ -136,6 +135,8 @@ class ChunkDataset(torch.utils.data.Dataset[Samples]):
         self.frame = columns["frame_index"].to_numpy().astype(np.int64)  # (N,)
         episode = columns["episode_index"].to_numpy().astype(np.int64)
         self.episode, self._last = _episodes(self.task, episode, self.frame)
+        del columns
+        pa.default_memory_pool().release_unused()
         cached = cache_images and len(self) * len(self.cameras) * 3 * pipeline.side**2 <= IMAGE_CACHE_LIMIT
         self._images = self._decode_all() if cached else None
 
@@ -165,7 +166,7 @@ class ChunkDataset(torch.utils.data.Dataset[Samples]):
         return Samples(
             images=self._images[index] if self._images is not None else self._decode(index),
             states=self.states[index],
-            actions=self._actions[following],
+            actions=to_model_action(self.env_actions[following]),
             instructions=[self.instructions[number] for number in self._instruction[index]],
         )
 

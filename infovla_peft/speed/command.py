@@ -14,6 +14,7 @@ BENCHMARKS: dict[str, str] = {
     "memory": "memory of a training step alone",
     "act": "latency of an action, batched and beside decoding as the original does it",
     "rollout": "environment steps per second, beside the physics alone and a plain loop",
+    "data": "samples per second beside a trainer's, seconds and memory to open demonstrations",
 }
 """Name → one line of help. `speed/<name>.py` offers `add_arguments(parser)` and `run(options) -> Report`."""
 
