@@ -144,8 +144,8 @@ class MediaTracker:
         self._module, self._start = module, start
 
     def log(self, record: StageRecord) -> None:
-        if getattr(self._module, "run", None) is not None:
-            self._module.finish()  # that of the stage's loss curves
+        if self._module.__name__ == "wandb" and self._module.run is not None:
+            self._module.finish()  # that of the stage's loss curves, which Trainer leaves open
         run = self._module.init(**self._start)
         try:
             content: dict[str, Any] = {"stage": record.stage, **record.scalars}

@@ -75,6 +75,7 @@ def test_media_go_to_wandb_and_trackio_as_their_own_types(run: Path) -> None:
     calls: list[Any] = []
     started = SimpleNamespace(finish=lambda: calls.append("run finished"))
     module = SimpleNamespace(
+        __name__="wandb",
         run="of the curves",
         finish=lambda: calls.append("curves finished"),
         init=lambda **options: calls.append(options) or started,
