@@ -34,7 +34,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "layers": 16, "heads": 16, "fused": True,
     },
 }  # fmt: skip
-"""tiny: `build_tiny_openvla` as it is, 1.9 M parameters. 1b: OpenVLA's 256 patches of a fused backbone, 1.5 G."""
+"""tiny: `build_tiny_openvla` as it is, 2.4 M parameters. 1b: OpenVLA's 256 patches of a fused backbone, 1.5 G."""
 
 _WORDS = (
     ("take", "push", "lift", "turn", "pull"),
