@@ -28,6 +28,8 @@ from infovla_peft import benchmark as module
 from infovla_peft.benchmark import Benchmark, Job, aggregate, learn_base, load_benchmark, progress, take_over_base
 from infovla_peft.comparison import read_comparison
 from infovla_peft.config import load_recipe
+from infovla_peft.evaluation import TaskResult
+from infovla_peft.measurement import read_cell
 from infovla_peft.results import Results, TaskEntry
 from infovla_peft.run_folder import RunFolder
 from infovla_peft.run_queue import RunQueue, claim, describe_status, log_tail
@@ -287,7 +289,7 @@ def test_the_base_column_is_taken_over(benchmark: Benchmark, tmp_path: Path) -> 
     (rollouts / "t.json").write_text(json.dumps(cell), encoding="utf-8")
     queue(benchmark, tmp_path).run()
     copied = benchmark.jobs[1].folder / "stages" / "stage_00" / "rollouts" / "t.json"
-    assert json.loads(copied.read_text(encoding="utf-8")) == {**cell, "videos": []}
+    assert read_cell(copied) == TaskResult.from_dict({**cell, "videos": []})
 
 
 @pytest.mark.libero
