@@ -16,7 +16,10 @@ _EXPORTS = {
     "OpenVLAForActionPrediction": "infovla_peft.models.openvla",
     "OpenVLAImageProcessor": "infovla_peft.models.openvla",
     "OpenVLAProcessor": "infovla_peft.models.openvla",
+    "create_collection": "infovla_peft.hub",
+    "list_adapters": "infovla_peft.hub",
     "load_policy": "infovla_peft.hub",
+    "push_to_hub": "infovla_peft.hub",
 }
 __all__ = [
     "InfoVLAConfig",
@@ -26,16 +29,19 @@ __all__ = [
     "OpenVLAImageProcessor",
     "OpenVLAProcessor",
     "__version__",
+    "create_collection",
     "export_lerobot",
+    "list_adapters",
     "load_demonstrations",
     "load_policy",
+    "push_to_hub",
 ]
 
 if TYPE_CHECKING:
     from .config import InfoVLAConfig
     from .data.demonstrations import load_demonstrations
     from .data.lerobot_export import export_lerobot
-    from .hub import load_policy
+    from .hub import create_collection, list_adapters, load_policy, push_to_hub
     from .models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAImageProcessor, OpenVLAProcessor
     from .trainer import InfoVLATrainer
 

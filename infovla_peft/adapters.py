@@ -17,13 +17,15 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -37,8 +39,13 @@ FORMAT_VERSION = 2  # 1 had no checksums
 WEIGHTS, PEFT_CONFIG, INFO, STATISTICS = (
     "adapter_model.safetensors", "adapter_config.json", "infovla.json", "dataset_statistics.json"
 )  # fmt: skip
+BASE = "__base__"
+"""In a list of adapters: the base alone (PEFT's own word)."""
 _SAMPLE = 64  # values per tensor that enter a fingerprint
-_VOLATILE = {"transformers_version", "dtype", "torch_dtype", "use_cache", "norm_stats", "architectures", "auto_map"}
+_VOLATILE = {
+    "transformers_version", "dtype", "torch_dtype", "use_cache", "norm_stats", "architectures", "auto_map",
+    "quantization_config",
+}  # fmt: skip
 
 
 class AdapterError(ValueError):
@@ -51,12 +58,21 @@ class AdapterInfo:
 
     Attributes:
         base_model: hub id, or folder relative to the adapter's.
+        base_revision: commit of the base on the Hub it was trained on; None for a folder.
         base_fingerprint: of the base it was trained on, see `fingerprint`.
         unnorm_key: key of its statistics.
         suite, task, instruction: what was learned.
         stage: 1, 2, ... in the stream.
         seen: names of all tasks learned up to and including this stage, in their order.
+        tasks: the same with instructions, [{"name", "instruction", "stage"}]; stage 0 is the base.
+        stream: notation of the stream, "B3-2N1".
         cameras: cameras the policy sees, in the model's order.
+        statistics: {"file", "key"}: the frozen normalisation, and which of its data sets is used.
+        prompt: what the model reads, with {instruction} in it; "" for the package's own.
+        image_pipeline: what happens to an image before the model sees it: {"rendered_size", "input_sizes" (pixels),
+            "resize", "center_crop"}.
+        taps: {"layer"}: whose hidden states the terms of the loss compared.
+        versions: of the libraries it was trained with.
         training: the resolved configuration.
         package_version: of infovla_peft.
         sha256: of the files beside it, by their names; written by `write_info`.
@@ -65,12 +81,20 @@ class AdapterInfo:
     base_model: str
     base_fingerprint: dict[str, str]
     unnorm_key: str
+    base_revision: str | None = None
     task: str = ""
     instruction: str = ""
     suite: str = ""
     stage: int = 0
     seen: list[str] = field(default_factory=list)
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+    stream: str = ""
     cameras: list[str] = field(default_factory=list)
+    statistics: dict[str, Any] = field(default_factory=dict)
+    prompt: str = ""
+    image_pipeline: dict[str, Any] = field(default_factory=dict)
+    taps: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     package_version: str = __version__
     sha256: dict[str, str] = field(default_factory=dict, compare=False)
@@ -169,7 +193,7 @@ def add_adapter(model: nn.Module, name: str, config: InfoVLAConfig, *, start_fro
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(f"{config.seed}/{name}".encode()))
-        peft_model = _attach(model, name, lora)
+        peft_model = attach(model, name, lora)
     if start_from is not None:
         try:
             weights = get_peft_model_state_dict(peft_model, adapter_name=start_from, save_embedding_layers=False)
@@ -202,10 +226,48 @@ def merge_adapters(model: PeftModel, names: Sequence[str], into: str, *, weight:
 
 def activate(model: PeftModel, name: str, *, trainable: bool = False) -> None:
     """Run with this adapter; it alone is trainable, or nothing is."""
+    tuner: Any = model.base_model
+    tuner.enable_adapter_layers()  # in case `deactivate` came before
     model.set_adapter(name, inference_mode=not trainable)
     mine = {id(parameter) for _, parameter in adapter_parameters(model, name)}
     for parameter in model.parameters():
         parameter.requires_grad_(trainable and id(parameter) in mine)
+
+
+def deactivate(model: nn.Module) -> None:
+    """Run as the base alone, with nothing trainable; `activate` takes it back."""
+    if isinstance(model, PeftModel):
+        tuner: Any = model.base_model
+        tuner.disable_adapter_layers()
+        model.requires_grad_(False)
+
+
+def active_adapter(model: nn.Module) -> str | None:
+    """Name of the adapter that the model runs with, None for the base alone."""
+    layer: Any = next((module for module in model.modules() if isinstance(module, LoraLayer)), None)
+    return None if layer is None or layer.disable_adapters else str(layer.active_adapters[0])
+
+
+@contextmanager
+def mixed_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Row i of every batch inside runs with the adapter `names[i]`, or with the base where it is `BASE`.
+
+    Every adapted layer must see the batch as its first dimension, as OpenVLA's do.
+    """
+    if not isinstance(model, PeftModel):  # every row is the base's
+        yield
+        return
+    tuner: Any = model.base_model
+    enabled = active_adapter(model)
+    if enabled is None:
+        tuner.enable_adapter_layers()
+    try:
+        # What PeftModel.forward(adapter_names=...) does; `predict_action` calls parts of the model by itself.
+        with tuner._enable_peft_forward_hooks(adapter_names=list(names)):
+            yield
+    finally:
+        if enabled is None:
+            deactivate(model)
 
 
 def adapter_parameters(model: PeftModel, name: str) -> Iterable[tuple[str, nn.Parameter]]:
@@ -213,7 +275,8 @@ def adapter_parameters(model: PeftModel, name: str) -> Iterable[tuple[str, nn.Pa
     return [(key, parameter) for key, parameter in model.named_parameters() if f".{name}." in key and ".lora_" in key]
 
 
-def _attach(model: nn.Module, name: str, lora: LoraConfig) -> PeftModel:
+def attach(model: nn.Module, name: str, lora: LoraConfig) -> PeftModel:
+    """`model` with a new, untrained adapter of this shape beside those that it has."""
     if isinstance(model, PeftModel):
         model.add_adapter(name, lora)
         return model
@@ -331,21 +394,45 @@ def read_info(folder: str | os.PathLike[str]) -> AdapterInfo:
         raise AdapterError(f"{file} is damaged ({error}); copy or train the adapter again") from error
 
 
+def read_statistics(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """`dataset_statistics.json` of an adapter.
+
+    Raises:
+        FileNotFoundError, AdapterError: there is none; it is damaged.
+    """
+    file = Path(folder) / STATISTICS
+    try:
+        statistics: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{file} is missing; copy the whole folder of the adapter") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AdapterError(f"{file} is damaged ({error}); copy or train the adapter again") from error
+    return statistics
+
+
 def load_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], name: str, *, trainable: bool = False
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str,
+    *,
+    trainable: bool = False,
+    base_fingerprint: Mapping[str, str] | None = None,
 ) -> tuple[PeftModel, AdapterInfo]:
     """Add an adapter from its folder to the model it was trained on, and activate it.
+
+    Args:
+        base_fingerprint: of the model's base, where it is known already.
 
     Raises:
         FileNotFoundError, AdapterError: see `read_info`, `read_adapter_weights`, `check_base`.
     """
     path = Path(folder)
     info = check_adapter(path)
-    check_base(model, info, path)
+    check_base(model, info, path, actual=base_fingerprint)
     if not (path / PEFT_CONFIG).is_file():
         raise FileNotFoundError(f"{path} holds no adapter: {PEFT_CONFIG} is missing")
     lora = LoraConfig.from_pretrained(str(path))
-    peft_model = _attach(model, name, lora)
+    peft_model = attach(model, name, lora)
     read_adapter_weights(peft_model, name, path)
     activate(peft_model, name, trainable=trainable)
     return peft_model, info
@@ -373,18 +460,22 @@ def fingerprint(model: nn.Module, adapter: str | None = None) -> dict[str, str]:
     else:
         assert isinstance(model, PeftModel)
         tensors = [(name, parameter) for name, parameter in adapter_parameters(model, adapter)]
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        flat = tensor.detach().flatten()
-        values = flat[:: max(1, -(-len(flat) // _SAMPLE))].to(torch.bfloat16).float().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode() + values.numpy().tobytes())
-    config = json.dumps(_stable(base.config.to_dict()), sort_keys=True, default=str)
-    return {"config": hashlib.sha256(config.encode()).hexdigest(), "weights": digest.hexdigest()}
+    return {"config": digest_config(base.config), "weights": digest_weights(tensors)}
 
 
-def check_base(model: nn.Module, info: AdapterInfo, where: str | os.PathLike[str] = "the adapter") -> None:
-    """Raise an AdapterError if the adapter was trained on another base than this model."""
-    actual = fingerprint(model)
+def check_base(
+    model: nn.Module,
+    info: AdapterInfo,
+    where: str | os.PathLike[str] = "the adapter",
+    *,
+    actual: Mapping[str, str] | None = None,
+) -> None:
+    """Raise an AdapterError if the adapter was trained on another base than this model.
+
+    Args:
+        actual: the model's fingerprint, where it is known already.
+    """
+    actual = actual or fingerprint(model)
     differing = [part for part in ("config", "weights") if actual[part] != info.base_fingerprint.get(part)]
     if differing:
         raise AdapterError(
@@ -392,6 +483,21 @@ def check_base(model: nn.Module, info: AdapterInfo, where: str | os.PathLike[str
             f"{base_model(model).config._name_or_path or 'this model'}: different {' and '.join(differing)}; "
             "load it with its own base"
         )
+
+
+def digest_weights(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The digest of named tensors that enters a fingerprint."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        flat = tensor.detach().flatten()
+        values = flat[:: max(1, -(-len(flat) // _SAMPLE))].to(torch.bfloat16).float().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode() + values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def digest_config(config: Any) -> str:
+    """The digest of a model's configuration that enters a fingerprint."""
+    return hashlib.sha256(json.dumps(_stable(config.to_dict()), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _stable(config: Mapping[str, Any]) -> dict[str, Any]:

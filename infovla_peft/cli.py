@@ -1,4 +1,4 @@
-"""`infovla <command>`: train, evaluate, analyse, demos, report, verify, act, cp, bench, doctor, setup-libero."""
+"""`infovla <command>`: train, evaluate, analyse, demos, report, verify, act, push, list, cp, bench, doctor, ..."""
 
 from __future__ import annotations
 
@@ -300,6 +300,50 @@ def _bench(argv: Sequence[str]) -> None:
     bench(argv)
 
 
+def _push(options: argparse.Namespace) -> None:
+    import tempfile
+
+    from .progress import quiet_libraries
+    from .publishing import prepare, push_to_hub
+
+    quiet_libraries(loading_bars=True)
+    message, base_repo = options.commit_message, options.base_repo
+    if options.dry_run:
+        with tempfile.TemporaryDirectory() as workspace:
+            base = (base_repo, "") if base_repo else None
+            print(prepare(options.run, options.repo, Path(workspace), base=base, message=message).describe())
+        return
+    done = push_to_hub(
+        options.run,
+        options.repo,
+        private=options.private,
+        revision=options.revision,
+        commit_message=message,
+        base_repo=base_repo,
+    )
+    print(f"{done.url}: {f'commit {done.commit}' if done.changed else 'everything was there already'}")
+
+
+def _list(options: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from .hub import list_adapters
+    from .progress import quiet_libraries
+
+    quiet_libraries(loading_bars=False)
+    found = list_adapters(options.repo, revision=options.revision)
+    if options.json:
+        print(json.dumps([asdict(adapter) for adapter in found], indent=2))
+        return
+    for adapter in found:
+        print(f"{adapter.folder}: stage {adapter.stage}, base {adapter.base_model}")
+        for task in adapter.tasks:
+            reached = adapter.success.get(task)
+            print(f"  {task}: {f'{reached[0]} of {reached[1]}' if reached else 'not measured'}")
+    if not found:
+        raise ValueError(f"{options.repo} holds no adapter")
+
+
 def _doctor(_options: argparse.Namespace) -> int:
     from .simulation.installation import doctor
 
@@ -390,6 +434,25 @@ def make_parser() -> argparse.ArgumentParser:
     act.add_argument("--images", nargs="+", required=True, help="one upright image per camera, in the policy's order")
     act.add_argument("--instruction", help="what to do; may be left out with --task")
     act.add_argument("--proprio", type=float, nargs="+", help="raw state: hand position, axis-angle, fingers")
+
+    push = command("push", "publish a run on the Hub: adapters, results, figures, videos, card; one commit", _push)
+    push.add_argument("run", help="folder of a run")
+    push.add_argument("--repo", required=True, help="user/name; made if it does not exist")
+    push.add_argument(
+        "--private",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="whether a new repository is; the account's default if not given",
+    )
+    push.add_argument("--revision", help="branch; made if it does not exist; the main one if not given")
+    push.add_argument("--commit_message", help="first line of the commit; names the stages if not given")
+    push.add_argument("--base_repo", help="publish a base that was trained here under this name of its own")
+    push.add_argument("--dry-run", "--dry_run", action="store_true", help="say what would be pushed, and push nothing")
+
+    listing = command("list", "say which adapters a repository or run holds, without downloading weights", _list)
+    listing.add_argument("repo", help="Hub id or folder")
+    listing.add_argument("--revision", help="branch, tag or commit; the main branch if not given")
+    listing.add_argument("--json", action="store_true", help="everything that is known, as JSON")
 
     command("doctor", "say what is wrong with this installation, and the cure", _doctor)
     command("setup-libero", "install the LIBERO simulation without its 80 training packages", _setup_libero)

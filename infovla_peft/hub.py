@@ -1,97 +1,198 @@
-"""Policies from where they lie: an adapter, a run, a base checkpoint; a local folder or a repository of the Hub."""
+"""Policies from where they lie: an adapter, a run, a base checkpoint; a local folder or a repository of the Hub.
+
+Of a repository, what it says of itself is read first; the weights of an adapter are downloaded when they are needed,
+and found in the cache afterwards, without a network too.
+"""
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .adapters import INFO, STATISTICS, AdapterError, AdapterInfo, base_model, load_adapter, read_info
+from .adapters import (
+    INFO,
+    PEFT_CONFIG,
+    STATISTICS,
+    WEIGHTS,
+    AdapterError,
+    AdapterInfo,
+    base_model,
+    fingerprint,
+    read_statistics,
+)
 from .data.normalisation import Normaliser
+from .foreign import fingerprint_of_files
 from .inference import Policy
+from .library import AdapterLibrary, StoredAdapter, choose, find_adapters
 from .models.openvla import load_openvla
+from .publishing import RESULTS, create_collection, push_to_hub
+from .remote import Snapshot, check_names, check_no_pickles, is_inside, open_snapshot
+from .results import Results
+
+__all__ = ["ListedAdapter", "create_collection", "list_adapters", "load_policy", "push_to_hub", "relative_base"]
 
 AGENT_VIEW, WRIST_VIEW = "agentview", "robot0_eye_in_hand"
+_DESCRIPTIONS = (INFO, f"*/{INFO}", PEFT_CONFIG, f"*/{PEFT_CONFIG}", "config.json", RESULTS)
+_CHECKPOINT = ("*.json", "*.safetensors", "*.model", "*.txt", "*--*checkpoint.pt")
+"""Of a checkpoint without adapter; the .pt files of OpenVLA-OFT are read with weights_only=True."""
 
 
 @dataclass(frozen=True)
-class StoredAdapter:
-    """An adapter's folder and what its infovla.json says."""
+class Place:
+    """What `load_policy` was given: a folder, or a repository as far as it is in the cache."""
 
     folder: Path
-    info: AdapterInfo
+    snapshot: Snapshot | None = None
 
-    @property
-    def learned(self) -> list[str]:
-        """Names of the tasks it was trained on."""
-        return self.info.task.split(", ")
+    def fetch(self, adapter: StoredAdapter) -> None:
+        """Have the files of an adapter on this machine."""
+        if self.snapshot is not None:
+            below = adapter.folder.relative_to(self.folder).as_posix()
+            names = (WEIGHTS, PEFT_CONFIG, INFO, STATISTICS)
+            self.snapshot.fetch(*(name if below == "." else f"{below}/{name}" for name in names))
 
 
 def load_policy(
-    path_or_repo: str | os.PathLike[str],
+    repo_or_path: str | os.PathLike[str],
     *,
-    task: str | None = None,
+    task: str | Sequence[str] | None = None,
     stage: int | None = None,
+    revision: str | None = None,
     base: str | os.PathLike[str] | None = None,
     unnorm_key: str | None = None,
     device: Any = None,
     dtype: Any = None,
+    quantization_config: Any = None,
+    token: str | bool | None = None,
 ) -> Policy:
     """A policy ready to act. Rank, statistics, cameras and prompt come with it and are never asked for.
 
     Args:
-        path_or_repo: folder or Hub id of one adapter, of a run (its latest adapter is taken, unless `task` or `stage`
+        repo_or_path: folder or Hub id of one adapter, of a run (its latest adapter is taken, unless `task` or `stage`
             choose another), or of a checkpoint without adapter.
         task: name or instruction of a task: the adapter that learned it, with its instruction as `act`'s default.
+            Several: the adapters of all of them are read, and the first one is in use; see `Policy.use`.
         stage: the policy after this stage; 0 is the base.
+        revision: branch, tag or commit of the repository; None for its main branch.
         base: where the base is, if not where the adapter says. It must be the very base the adapter was trained on.
         unnorm_key: data set whose statistics un-normalise, for a checkpoint without adapter that has several.
         device, dtype: of the model; None for the CPU and for the base's own.
+        quantization_config: load the base quantised, as in transformers' `from_pretrained`.
+        token: for a private repository; None is that of `hf auth login`.
 
     Raises:
-        FileNotFoundError: nothing loadable at `path_or_repo`, or the base is not where it should be.
-        ValueError: no such task or stage; damaged files; a base on which the adapter was not trained.
+        FileNotFoundError: nothing loadable at `repo_or_path`, or the base is not where it should be.
+        HubError: the Hub refuses, or cannot be reached.
+        ValueError: no such task or stage; damaged files; a base on which the adapter was not trained; a repository
+            that holds pickles or names files outside itself (AdapterError).
 
     Example:
         >>> policy = load_policy("runs/quickstart", task="turn on the stove")  # doctest: +SKIP
         >>> policy.act(image, proprio=state).shape  # doctest: +SKIP
         (8, 7)
     """
-    folder = _local_folder(path_or_repo)
-    adapters = find_adapters(folder)
-    if not adapters and (folder / "config.json").is_file():
+    place = _place(repo_or_path, revision, token)
+    adapters = find_adapters(place.folder)
+    options = {"device": device, "dtype": dtype, "token": token, "quantization_config": quantization_config}
+    options = {name: value for name, value in options.items() if value is not None}
+    if not adapters and (place.folder / "config.json").is_file():
         if task is not None or stage not in (None, 0) or base is not None:
-            raise ValueError(f"{folder} is a checkpoint without adapter; task, stage and base choose among adapters")
-        return _base_policy(folder, unnorm_key, device, dtype)
-    if not adapters and not (folder / "base").is_dir():
+            raise ValueError(
+                f"{repo_or_path} is a checkpoint without adapter; task, stage and base choose among adapters"
+            )
+        if place.snapshot is not None:
+            place.snapshot.fetch(*_CHECKPOINT)
+        return _base_policy(place.folder, unnorm_key, options)
+    if not adapters and not (place.folder / "base").is_dir():
         raise FileNotFoundError(
-            f"{folder} holds no adapter ({INFO}), no run (adapters/) and no checkpoint (config.json)"
+            f"{repo_or_path} holds no adapter ({INFO}), no run (adapters/) and no checkpoint (config.json)"
         )
-    chosen, instruction = _choose(adapters, folder, task, stage)
-    if chosen is None:
-        location = base or (_base_location(adapters[0]) if adapters else folder / "base")
-        key = unnorm_key or (adapters[0].info.unnorm_key if adapters else None)
-        recipe = adapters[0].info.training if adapters else {}
-        return _base_policy(location, key, device, dtype, instruction, recipe)
-    model, processor = load_openvla(base or _base_location(chosen), device=device, dtype=dtype)
-    model, info = load_adapter(model, chosen.folder, "default")
-    bounds = base_model(model).config.action_normalization
-    normaliser = Normaliser(_read_statistics(chosen.folder), info.unnorm_key, bounds=bounds)
-    if device is not None:
-        model = model.to(device)
-    return _policy(model, processor, normaliser, info.cameras, instruction, info.training)
+    tasks = [task] if task is None or isinstance(task, str) else list(task)
+    if not tasks:
+        raise ValueError("task names no task; leave it out, or name one of those that the adapters have learned")
+    chosen = [choose(adapters, place.folder, each, stage) for each in tasks]
+    if not adapters:
+        return _base_policy(base or place.folder / "base", unnorm_key, options)
+    reference = (chosen[0][0] or adapters[0]).info
+    location = base or _base_location(place, chosen[0][0] or adapters[0])
+    if base is None and reference.base_revision is not None:
+        options["revision"] = reference.base_revision
+    model, processor = load_openvla(location, **options)
+    found = fingerprint_of_files(location, model.config, options) if quantization_config else fingerprint(model)
+    library = AdapterLibrary(adapters, place.folder, place.fetch, found)
+    for adapter, _ in reversed(chosen):
+        model = library.switch(model, adapter)
+    key, config = unnorm_key or reference.unnorm_key or None, base_model(model).config
+    statistics = _statistics(place, chosen[0][0], adapters, base_model(model).norm_stats, key)
+    normaliser = Normaliser(statistics, key, bounds=config.action_normalization)
+    return _policy(
+        model if device is None else model.to(device), processor, normaliser, chosen[0][1], reference, library
+    )
 
 
-def find_adapters(folder: Path) -> list[StoredAdapter]:
-    """The adapters of a folder, by stage: the folder itself, or those below `adapters/`."""
-    if (folder / INFO).is_file():
-        return [StoredAdapter(folder, read_info(folder))]
-    found = [StoredAdapter(file.parent, read_info(file.parent)) for file in folder.glob(f"adapters/*/{INFO}")]
-    return sorted(found, key=lambda adapter: adapter.info.stage)
+@dataclass(frozen=True)
+class ListedAdapter:
+    """One adapter of a repository or folder, as far as it says itself.
+
+    Attributes:
+        folder: in the repository; "." is its root.
+        stage: 1, 2, … in the stream.
+        tasks: names of the tasks it was trained on.
+        seen: names of all tasks learned up to then.
+        base_model, base_revision: what it goes onto.
+        success: (successes, episodes) of the tasks it was trained on, right after its stage; those that were not
+            measured are left out.
+        info: everything else that `infovla.json` says.
+    """
+
+    folder: str
+    stage: int
+    tasks: list[str]
+    seen: list[str]
+    base_model: str
+    base_revision: str | None
+    success: dict[str, tuple[int, int]]
+    info: AdapterInfo
+
+
+def list_adapters(
+    repo_or_path: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
+) -> list[ListedAdapter]:
+    """What a repository, a run or an adapter's folder holds, by stage, without downloading weights.
+
+    Raises:
+        FileNotFoundError: no such repository or folder.
+        HubError, AdapterError: see `load_policy`.
+
+    Example:
+        >>> [adapter.tasks for adapter in list_adapters("user/infovla-libero-goal")]  # doctest: +SKIP
+        [['put_the_bowl_on_top_of_the_cabinet'], ['turn_on_the_stove']]
+    """
+    place = _place(repo_or_path, revision, token)
+    results = Results.load(place.folder / RESULTS) if (place.folder / RESULTS).is_file() else None
+    return [_listing(adapter, place.folder, results) for adapter in find_adapters(place.folder)]
+
+
+def _listing(adapter: StoredAdapter, folder: Path, results: Results | None) -> ListedAdapter:
+    info, success = adapter.info, {}
+    if results is not None and 0 < info.stage < results.stages:
+        for row, task in enumerate(results.tasks):
+            reached, tried = results.successes[row][info.stage], results.episodes[row][info.stage]
+            if task.name in adapter.learned and reached is not None and tried is not None:
+                success[task.name] = (reached, tried)
+    return ListedAdapter(
+        folder=adapter.folder.relative_to(folder).as_posix(),
+        stage=info.stage,
+        tasks=adapter.learned,
+        seen=list(info.seen),
+        base_model=info.base_model,
+        base_revision=info.base_revision,
+        success=success,
+        info=info,
+    )
 
 
 def relative_base(base: str | os.PathLike[str], adapter_folder: Path) -> str:
@@ -99,108 +200,91 @@ def relative_base(base: str | os.PathLike[str], adapter_folder: Path) -> str:
     return os.path.relpath(base, adapter_folder) if Path(base).is_dir() else str(base)
 
 
-def _local_folder(path_or_repo: str | os.PathLike[str]) -> Path:
-    if Path(path_or_repo).is_dir():
-        return Path(path_or_repo)
-    name = str(path_or_repo)
-    if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
+def _place(repo_or_path: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Place:
+    """The folder, or what a repository says of itself; refused if it holds what must not be in it."""
+    name = os.fspath(repo_or_path)
+    if Path(name).is_dir():
+        if revision is not None:
+            raise ValueError(f"{name} is a folder here, which has no revisions; leave `revision` out")
+        place = Place(Path(name))
+        files: Sequence[str] = [file.name for file in place.folder.iterdir() if file.is_file()]
+    elif Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise FileNotFoundError(
             f"there is no folder {name}; give an adapter's or a run's folder, or a Hub id user/name"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{name} is no folder here, and the Hub did not give it ({str(error).splitlines()[0]}); "
-            "check the name, the network, and `hf auth login` for a private repository"
-        ) from error
+    else:
+        snapshot = open_snapshot(name, _DESCRIPTIONS, revision=revision, token=token)
+        place = Place(snapshot.folder, snapshot)
+        files = snapshot.files or [file.relative_to(place.folder).as_posix() for file in place.folder.rglob("*")]
+    if any(Path(file).name in (INFO, PEFT_CONFIG) for file in files):  # a checkpoint of OpenVLA-OFT has .pt files
+        check_names(files, name)
+        check_no_pickles(files, name)
+    return place
 
 
-def _base_location(adapter: StoredAdapter) -> str | Path:
+def _base_location(place: Place, adapter: StoredAdapter) -> str | Path:
     name = adapter.info.base_model
     local = adapter.folder / name
-    if local.is_dir():
+    if place.snapshot is not None and name.startswith(".") and not adapter.reference:
+        inside = os.path.relpath(os.path.normpath(local), place.folder)
+        if not is_inside(inside):
+            raise AdapterError(
+                f"{place.snapshot.repo_id} says that its base lies outside itself, at {name!r}; it is not loaded. "
+                "Give the base as `base` if you know it"
+            )
+        place.snapshot.fetch(*(f"{inside}/{pattern}" for pattern in _CHECKPOINT))
+        return place.folder / inside
+    if place.snapshot is None and local.is_dir():
         return local.resolve()
-    if name.startswith(".") or Path(name).is_absolute():
+    if name.startswith(".") or Path(name).is_absolute() or name.count("/") > 1 or not name:
         raise FileNotFoundError(
             f"the base of {adapter.folder} is not at {local}; put it back, or give load_policy its place as `base`"
+        )
+    if adapter.reference and "/" not in name:
+        raise FileNotFoundError(
+            f"{adapter.folder} is a plain PEFT adapter and names its base {name!r}, which is nothing that can be "
+            "found; give load_policy the base as `base`"
         )
     return name
 
 
-def _choose(
-    adapters: list[StoredAdapter], folder: Path, task: str | None, stage: int | None
-) -> tuple[StoredAdapter | None, str | None]:
-    """The adapter to load, None for the base, and the instruction of `task`."""
-    candidates = [adapter for adapter in adapters if stage is None or adapter.info.stage == stage]
-    if stage != 0 and not candidates and (stage is not None or task is not None):
-        raise ValueError(f"{folder} has no adapter of stage {stage or 1}; it has: {_listed(adapters)}")
-    if task is None:
-        alone = len(adapters) == 1 and adapters[0].folder == folder
-        return (candidates[-1] if candidates else None), (adapters[0].info.instruction if alone else None)
-    for adapter in candidates:
-        for name in adapter.learned if stage is None else adapter.info.seen:
-            if _same_task(task, name):
-                return adapter, instruction_of(name)
-    for name in adapters[0].info.seen if stage in (None, 0) and adapters else []:
-        if _same_task(task, name):
-            return None, instruction_of(name)  # a task of the base
-    raise ValueError(f"{folder} has learned no task {task!r}; it has: {_listed(adapters)}")
+def _statistics(
+    place: Place, chosen: StoredAdapter | None, adapters: Sequence[StoredAdapter], base: Any, key: str | None
+) -> dict[str, Any]:
+    """Those of the adapter; of the base alone its own, or those that the run computed where it has none."""
+    if chosen is None and not {key, f"{key}_no_noops"} & set(base):
+        chosen = adapters[0]
+        place.fetch(chosen)
+    if chosen is None or (chosen.reference and not (chosen.folder / STATISTICS).is_file()):
+        return dict(base)
+    return read_statistics(chosen.folder)
 
 
-def instruction_of(task: str) -> str:
-    """The instruction of a task given by LIBERO's name of it.
-
-    >>> instruction_of("KITCHEN_SCENE3_turn_on_the_stove")
-    'turn on the stove'
-    """
-    return re.sub(r"^[A-Z_]+SCENE\d+_", "", task).replace("_", " ")
-
-
-def _same_task(given: str, name: str) -> bool:
-    return given == name or given.lower().replace("_", " ") == instruction_of(name).lower()
-
-
-def _listed(adapters: list[StoredAdapter]) -> str:
-    return "; ".join(f"stage {adapter.info.stage}, {adapter.info.task}" for adapter in adapters) or "none"
-
-
-def _base_policy(
-    location: str | os.PathLike[str],
-    unnorm_key: str | None,
-    device: Any,
-    dtype: Any,
-    instruction: str | None = None,
-    recipe: Mapping[str, Any] | None = None,
-) -> Policy:
-    model, processor = load_openvla(location, device=device, dtype=dtype)
+def _base_policy(location: str | os.PathLike[str], unnorm_key: str | None, options: Mapping[str, Any]) -> Policy:
+    model, processor = load_openvla(location, **options)
     normaliser = Normaliser(model.norm_stats, unnorm_key, bounds=model.config.action_normalization)
-    cameras = [AGENT_VIEW, WRIST_VIEW][: model.config.num_images_in_input]
-    return _policy(model, processor, normaliser, cameras, instruction, recipe)
+    return _policy(model, processor, normaliser, None, None, None)
 
 
 def _policy(
     model: Any,
     processor: Any,
     normaliser: Normaliser,
-    cameras: list[str],
     instruction: str | None,
-    recipe: Mapping[str, Any] | None,
+    info: AdapterInfo | None,
+    library: AdapterLibrary | None,
 ) -> Policy:
-    model.config.norm_stats = normaliser.as_statistics()  # what `predict_action` un-normalises with
-    cameras = cameras or [AGENT_VIEW]
-    return Policy(model, processor, normaliser, cameras=cameras, instruction=instruction, recipe=recipe)
-
-
-def _read_statistics(folder: Path) -> dict[str, Any]:
-    file = folder / STATISTICS
-    try:
-        statistics: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{file} is missing; copy the whole folder of the adapter") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{file} is damaged ({error}); copy or train the adapter again") from error
-    return statistics
+    config = base_model(model).config
+    config.norm_stats = normaliser.as_statistics()  # what `predict_action` un-normalises with
+    cameras = (info.cameras if info else []) or [AGENT_VIEW, WRIST_VIEW][: config.num_images_in_input]
+    return Policy(
+        model,
+        processor,
+        normaliser,
+        cameras=cameras,
+        instruction=instruction,
+        recipe=info.training if info else None,
+        crop=info.image_pipeline.get("center_crop") if info else None,
+        prompt=info.prompt if info else "",
+        library=library,
+    )

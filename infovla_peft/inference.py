@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from .adapters import mixed_adapters
 from .data.images import central_crop
 from .data.normalisation import Normaliser
 from .models.openvla import build_prompt
+
+if TYPE_CHECKING:
+    from .library import AdapterLibrary
 
 Images = NDArray[np.uint8] | Sequence[NDArray[np.uint8]] | Mapping[str, NDArray[np.uint8]]
 
@@ -27,6 +32,8 @@ class Policy:
         instruction: used where `act` is given none.
         recipe: how it was trained and evaluated (the resolved configuration); empty for a plain checkpoint.
         crop: show the model the central crop of each image, see `data.images.central_crop`; None = as the recipe says.
+        prompt: what the model reads, with {instruction} in it; "" for the package's own.
+        library: the adapters that `use` and `task=` choose from.
     """
 
     def __init__(
@@ -39,6 +46,8 @@ class Policy:
         instruction: str | None = None,
         recipe: Mapping[str, Any] | None = None,
         crop: bool | None = None,
+        prompt: str = "",
+        library: AdapterLibrary | None = None,
     ) -> None:
         self.model = model.eval()
         self.processor = processor
@@ -47,8 +56,46 @@ class Policy:
         self.instruction = instruction
         self.recipe = dict(recipe or {})
         self.crop = bool(self.recipe.get("center_crop")) if crop is None else crop
+        self.prompt = prompt
+        self._library = library
 
-    def act(self, images: Images, instruction: str | None = None, proprio: ArrayLike | None = None) -> NDArray[Any]:
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks that `use` and `act(..., task=...)` know, in the order in which they were learned."""
+        return list(self._library.tasks) if self._library else []
+
+    def use(self, task: str | None = None, *, stage: int | None = None) -> Policy:
+        """Act with another adapter from now on: the one that learned `task`, or the policy after `stage`.
+
+        An adapter that is not on the model yet is read first, as in `load_policy`; from then on, switching moves no
+        weights and takes milliseconds. `task` also becomes `act`'s instruction.
+
+        Args:
+            task: name or instruction of a task.
+            stage: 1, 2, …; 0 is the base alone.
+
+        Returns:
+            The policy itself.
+
+        Raises:
+            ValueError: no such task or stage, or the policy was loaded without adapters.
+        """
+        if task is None and stage is None:
+            raise ValueError("say which: use(task) or use(stage=...)")
+        library = self._need_library()
+        adapter, instruction = library.choose(task, stage)
+        self.model = library.switch(self.model, adapter).eval()
+        self.instruction = instruction if task is not None else None
+        return self
+
+    def act(
+        self,
+        images: Any,
+        instruction: str | None = None,
+        proprio: Any = None,
+        *,
+        task: str | Sequence[str] | None = None,
+    ) -> NDArray[Any]:
         """The next actions.
 
         Args:
@@ -56,36 +103,82 @@ class Policy:
             instruction: e.g. "turn on the stove"; may be left out if the policy was loaded for one task.
             proprio: raw state, (8,) in LIBERO: hand position (m), axis-angle (rad), finger positions (m). Needed
                 where the model has proprioception, not used elsewhere.
+            task: name or instruction of a task: act with the adapter that learned it, whatever is in use. A sequence:
+                `images` and `proprio` hold one entry per task, and one forward serves them all, each row with its own
+                adapter.
 
         Returns:
             (chunk, action_dim) un-normalised actions in the model's convention, as OpenVLA's `predict_action` gives
-            them: gripper 1 = open, 0 = close. `policy.normaliser.to_env_action` turns them into LIBERO's.
+            them: gripper 1 = open, 0 = close. `policy.normaliser.to_env_action` turns them into LIBERO's. Of a
+            sequence of tasks: (tasks, chunk, action_dim).
 
         Raises:
-            ValueError: an image, the instruction or the proprioception is missing or of another shape.
+            ValueError: an image, the instruction or the proprioception is missing or of another shape; an unknown
+                task.
+
+        Example:
+            >>> policy.act([image, image], proprio=[state, state],  # doctest: +SKIP
+            ...            task=["turn on the stove", "open the top drawer"]).shape
+            (2, 8, 7)
         """
+        if task is not None and not isinstance(task, str):
+            rows, states = list(images), None if proprio is None else list(proprio)
+            return self.act_batch(rows, [instruction] * len(task) if instruction else None, states, tasks=task)
+        if task is not None:
+            given = [instruction] if instruction else None
+            alone: NDArray[Any] = self.act_batch(
+                [images],
+                given,
+                None if proprio is None else [proprio],
+                tasks=[task],
+            )[0]
+            return alone
         instruction = self.instruction if instruction is None else instruction
         if instruction is None:
             raise ValueError("the policy was loaded for no single task: say which by act(images, instruction, ...)")
-        chunk: NDArray[Any] = self.act_batch([images], [instruction], None if proprio is None else [proprio])[0]
+        state = None if proprio is None else [proprio]
+        chunk: NDArray[Any] = self.act_batch([images], [instruction], state)[0]
         return chunk
 
     def act_batch(
-        self, images: Sequence[Images], instructions: Sequence[str], proprio: Sequence[ArrayLike] | None = None
+        self,
+        images: Sequence[Images],
+        instructions: Sequence[str] | None = None,
+        proprio: Sequence[ArrayLike] | None = None,
+        *,
+        tasks: Sequence[str] | None = None,
     ) -> NDArray[Any]:
-        """`act` for several observations in one forward; returns (batch, chunk, action_dim)."""
+        """`act` for several observations in one forward; returns (batch, chunk, action_dim).
+
+        Args:
+            instructions: one per observation; None for those of `tasks`.
+            tasks: one per observation: each is acted on by the adapter that learned its task.
+        """
+        adapters: Any = nullcontext()
+        if tasks is not None:
+            library = self._need_library()
+            self.model, names, known = library.mixed(self.model, tasks)
+            self.model.eval()
+            instructions = known if instructions is None else instructions
+            adapters = mixed_adapters(self.model, names)
+        if instructions is None or not len(images) == len(instructions) == len(tasks or images):
+            given = f"{len(images)} observations, {len(instructions or ())} instructions, {len(tasks or ())} tasks"
+            raise ValueError(f"a batch needs one instruction or one task per observation, got {given}")
         rows = [self._in_order(row) for row in images]
         if self.crop:
             side = self.processor.image_processor.input_sizes[0][-1]
             rows = [[central_crop(image, side) for image in row] for row in rows]
         inputs = self.processor(
-            [build_prompt(instruction) for instruction in instructions], rows, padding=True, return_tensors="pt"
+            [build_prompt(instruction, self.prompt) for instruction in instructions],
+            rows,
+            padding=True,
+            return_tensors="pt",
         )
         config, device, dtype = self._config, self.model.device, self.model.dtype
         state = None
         if config.proprio_dim:
             state = self._normalised_state(proprio, len(rows)).to(device, dtype)
-        with torch.inference_mode():
+        with torch.inference_mode(), adapters:
             actions = self._bare_model.predict_action(
                 inputs["input_ids"].to(device),
                 inputs["attention_mask"].to(device),
@@ -95,6 +188,11 @@ class Policy:
             )
         chunk = config.num_actions_chunk if config.decoding == "parallel" else 1
         return np.asarray(actions).reshape(len(rows), chunk, -1)
+
+    def _need_library(self) -> AdapterLibrary:
+        if self._library is None:
+            raise ValueError("the policy was loaded without adapters; load_policy(run or repository) knows its tasks")
+        return self._library
 
     @property
     def _bare_model(self) -> Any:

@@ -200,7 +200,7 @@ def render_page(
         averages=[_average_cell(rate) for rate in average_by_stage(results.success, results.learned_at)],
         metrics=[(text, _points(metrics[name])) for name, text in METRIC_TEXTS.items()],
         summary=_summary(results, metrics),
-        episodes=_span([count for row in results.episodes for count in row if count is not None]),
+        episodes=span([count for row in results.episodes for count in row if count is not None]),
         timings=_timings(results),
         video_groups=_video_groups(results, run),
         missing_videos=sum(not (run / video.path).is_file() for video in results.videos),
@@ -215,7 +215,8 @@ def _points(value: float) -> str:
     return "–" if math.isnan(value) else f"{100 * value:.1f}".replace("-", "−")
 
 
-def _span(counts: list[int]) -> str:
+def span(counts: Sequence[int]) -> str:
+    """`20`, or `10 to 20` where the counts differ."""
     return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
 
 

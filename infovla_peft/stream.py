@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 
-from .adapters import AdapterInfo, add_adapter, fingerprint, load_adapter, merge_adapters, save_adapter
+from .adapters import (
+    STATISTICS,
+    AdapterInfo,
+    add_adapter,
+    base_model,
+    fingerprint,
+    load_adapter,
+    merge_adapters,
+    save_adapter,
+)
 from .analysis import analyse_run
 from .analysis_results import FILE as ANALYSIS
 from .checkpoints import STAGING, checkpoints
@@ -35,10 +44,12 @@ from .integrity import read_sealed, write_sealed
 from .measurement import measure_stage
 from .memory import ReplayMemory
 from .methods import METHODS
-from .models.openvla import build_tiny_openvla, load_openvla
+from .models.openvla import PROMPT, build_tiny_openvla, load_openvla
 from .plan import Stage, describe_plan, describe_results, plan_stages, step_name, tiny_shape, workers
 from .progress import show_progress
-from .results import Results
+from .publishing import check_access, push_to_hub
+from .remote import HubError
+from .results import Results, collect_versions
 from .run_folder import RunError, RunFolder
 from .trackers import check_trackers, curves_folder, make_trackers, stage_record
 from .trainer import InfoVLATrainer, LossLog
@@ -70,6 +81,12 @@ HARMLESS = frozenset(
         "dataloader_num_workers",
         "dataloader_pin_memory",
         "dataloader_prefetch_factor",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private_repo",
+        "hub_revision",
+        "hub_strategy",
+        "hub_always_push",
         "hub_token",
         "grad_norm_limit",
     }
@@ -95,6 +112,7 @@ class Stream:
         self.config, self.training = config, training
         self.stages = plan_stages(config)
         self.run_folder = RunFolder(str(training.output_dir), main_process=training.process_index == 0)
+        self._repository = training.hub_model_id or ""  # `__enter__` finds the full name
 
     def __enter__(self) -> Stream:
         """Open the run's folder, and fail now for what would fail later.
@@ -103,6 +121,13 @@ class Stream:
             RunError: another configuration or process holds the folder; it cannot be written; something is missing.
         """
         self._check_requirements()
+        if self.training.push_to_hub and self.run_folder.main_process:
+            self._repository = check_access(
+                self.training.hub_model_id,
+                self.run_folder.path,
+                private=self.training.hub_private_repo,
+                token=self.training.hub_token,
+            )
         if self.run_folder.main_process:
             self.run_folder.open(self.resolved_config(), harmless=HARMLESS)
         return self
@@ -211,6 +236,8 @@ class Stream:
         """The trainer's configuration of one stage: its folder and its steps."""
         training = copy.deepcopy(self.training)
         training.output_dir = str(self.run_folder.stage(stage.index))
+        # `publish` pushes whole stages; the Trainer would push checkpoints, and pickle the token beside them.
+        training.push_to_hub, training.hub_token = False, None
         training.max_steps = self.config.stage_steps
         training.save_total_limit = training.save_total_limit or 1
         if stage.index == 0:
@@ -362,8 +389,10 @@ class Stream:
         """Write the folder of a stage's adapter."""
         if self.run_folder.main_process:
             folder = self.run_folder.adapter(stage.name)
+            base = base_model(model).config
             info = AdapterInfo(
                 base_model=relative_base(self.base, folder),
+                base_revision=None if self.is_tiny else getattr(base, "_commit_hash", None),
                 base_fingerprint=fingerprint(model),
                 unnorm_key=normaliser.key,
                 task=", ".join(task.name for task in stage.tasks),
@@ -371,7 +400,23 @@ class Stream:
                 suite=self.config.suite,
                 stage=stage.index,
                 seen=[task.name for task in self.seen(stage)],
+                tasks=[
+                    {"name": task.name, "instruction": task.instruction, "stage": each.index}
+                    for each in self.stages[: stage.index + 1]
+                    for task in each.tasks
+                ],
+                stream=self.config.stream,
                 cameras=list(self.config.cameras),
+                statistics={"file": STATISTICS, "key": normaliser.key},
+                prompt=PROMPT,
+                image_pipeline={
+                    "rendered_size": self.config.image_size,
+                    "input_sizes": list(base.image_sizes),
+                    "resize": base.image_resize_strategy,
+                    "center_crop": self.config.center_crop,
+                },
+                taps={"layer": self.training.tap_layer},
+                versions=collect_versions(),
                 training=self.resolved_config(),
             )
             save_adapter(model, stage.name, folder, info, normaliser.as_statistics())
@@ -418,6 +463,37 @@ class Stream:
             results = Results.load(self.run_folder.results)
             tracker.log(stage_record(results, stage.index, self.run_folder.path))
 
+    def publish(self, stage: Stage) -> None:
+        """Push what is finished to the Hub as one commit, if the recipe says `push_to_hub`.
+
+        A push that fails stops no training: the next stage's push carries everything, and so does the same command
+        later. After the last stage it is an error.
+
+        Raises:
+            HubError: the last push failed.
+        """
+        if not self.training.push_to_hub or stage.index == 0:
+            return
+
+        def push() -> dict[str, str]:
+            try:
+                done = push_to_hub(
+                    self.run_folder.path,
+                    self._repository,
+                    private=self.training.hub_private_repo,
+                    revision=self.training.hub_revision,
+                    token=self.training.hub_token,
+                )
+            except (HubError, FileNotFoundError) as error:
+                if stage is self.stages[-1]:
+                    raise
+                print(f"stage {stage.index} is not pushed yet ({error}); the next stage's push carries it", flush=True)
+                return {"failed": str(error)}
+            print(f"pushed: {done.url}", flush=True)
+            return {"commit": done.commit}
+
+        self.run_folder.once(step_name("push", stage), push)
+
     def analyse(self) -> None:
         """Look at what every stage has kept of every task (`analysis.analyse_run`), if the recipe asks for it."""
         if self.config.analyse:
@@ -455,6 +531,7 @@ class Stream:
                 self.learn(stage)
             self.remember(stage)
             self.measure(stage)
+            self.publish(stage)
         self.analyse()
 
     def summary(self) -> str:

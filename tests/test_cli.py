@@ -12,7 +12,7 @@ import pytest
 from infovla_peft import __version__
 from infovla_peft.cli import explain, main, run_command
 
-COMMANDS = ["evaluate", "analyse", "demos", "report", "act", "bench", "doctor", "setup-libero"]
+COMMANDS = ["evaluate", "analyse", "demos", "report", "act", "push", "list", "bench", "doctor", "setup-libero"]
 
 
 def one_error(capsys: pytest.CaptureFixture[str]) -> str:

@@ -13,11 +13,12 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 from .action_tokenizer import ActionTokenizer
 from .configuration_openvla import OpenVLAConfig
 from .modeling_openvla import OpenVLAForActionPrediction, OpenVLAOutput
-from .processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor, build_prompt
+from .processing_openvla import PROMPT, OpenVLAImageProcessor, OpenVLAProcessor, build_prompt
 from .sanity import assert_policy_sees_image
 from .tiny import build_tiny_openvla
 
 __all__ = [
+    "PROMPT",
     "ActionTokenizer",
     "OpenVLAConfig",
     "OpenVLAForActionPrediction",

@@ -20,13 +20,16 @@ RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
 _PIL_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 
-def build_prompt(instruction: str) -> str:
+def build_prompt(instruction: str, template: str = "") -> str:
     """The prompt of an instruction.
+
+    Args:
+        template: text with {instruction} in it; "" for OpenVLA's own.
 
     >>> build_prompt("Open the drawer")
     'In: What action should the robot take to open the drawer?\\nOut:'
     """
-    return PROMPT.format(instruction=instruction.lower())
+    return (template or PROMPT).replace("{instruction}", instruction.lower())
 
 
 class PrismaticImageProcessor(BaseImageProcessor):

@@ -1,0 +1,257 @@
+"""The model card of a published run, and the entries by which the Hub's leaderboards read its numbers.
+
+The text is hub_cards/adapters.md, filled by huggingface_hub's own card classes. Every number is one of results.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+
+from .adapters import AdapterInfo
+from .figures import stage_name
+from .library import instruction_of
+from .methods import METHODS
+from .metrics import wilson_interval
+from .report import METRIC_TEXTS, span
+from .results import Results
+
+NOT_MEASURED = "not measured"
+LIBERO = "HuggingFaceVLA/libero"
+"""The benchmark as a data set of the Hub."""
+SUITES = {
+    "libero_spatial": "LIBERO-Spatial",
+    "libero_object": "LIBERO-Object",
+    "libero_goal": "LIBERO-Goal",
+    "libero_10": "LIBERO-Long",
+    "libero_90": "LIBERO-90",
+}
+_LICENCE = "apache-2.0"
+
+
+def template_path(name: str) -> Path:
+    """A template of hub_cards/, which lies inside an installed package and beside the package in a checkout.
+
+    Raises:
+        FileNotFoundError: the installation is incomplete.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "hub_cards", package.parent / "hub_cards"):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"hub_cards/{name} is missing; install infovla-peft again")
+
+
+def card(
+    results: Results, info: AdapterInfo, repo_id: str, *, files: Sequence[str], stages: Sequence[AdapterInfo]
+) -> str:
+    """The whole README.md of a repository, metadata included.
+
+    Args:
+        info: of the adapter at the root.
+        files: what the repository holds, so that nothing else is shown.
+        stages: descriptions of all adapters.
+    """
+    suite, last = SUITES.get(results.suite, results.suite), results.stages - 1
+    name = repo_id.rsplit("/", maxsplit=1)[-1]
+    figure = "figures/success_matrix.png"
+    videos = [f"videos/{task.name}.mp4" for task in results.tasks]
+    text = str(
+        ModelCard.from_template(
+            card_data(results, info, repo_id),
+            template_path=str(template_path("adapters.md")),
+            title=_plain(name),
+            repo_id=repo_id,
+            tasks=results.tasks,
+            suite_name=suite,
+            stream=results.stream,
+            method=results.method,
+            teacher=results.teacher,
+            figure=figure if figure in files else None,
+            snippet=usage_snippet(info, repo_id),
+            example_task=_plain(instruction_of(stages[0].task.split(", ")[0])),
+            base_sentence=_base_sentence(info),
+            success_table=success_table(results),
+            metrics_table=metrics_table(results),
+            measured=_measured(results, last),
+            videos=_video_list([video for video in videos if video in files]),
+            episodes=span([count for row in results.episodes for count in row if count is not None]),
+            seed=results.seed,
+            policy_limit=_POLICY_LIMITS[METHODS[results.method].policy] if results.method in METHODS else "",
+            configuration=json.dumps(results.config, indent=1, ensure_ascii=False).replace("```", "` ` `"),
+            versions=", ".join(f"{package} {version}" for package, version in results.versions.items())
+            or NOT_MEASURED,
+            commit=f"commit {results.commit}" if results.commit else "an installed package",
+        )
+    )
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+_POLICY_LIMITS = {
+    "latest": "Every number is of the latest adapter of its stage on all tasks learned so far.",
+    "own": "Every task was rolled out with the adapter that learned it: nothing could be forgotten. Load by `task`.",
+    "merged": "",
+}
+
+
+def card_data(results: Results, info: AdapterInfo, repo_id: str) -> ModelCardData:
+    """The metadata at the head of the card, with the success rates after the last stage as `model-index`."""
+    data = ModelCardData(
+        license=_LICENCE,
+        library_name="peft",
+        pipeline_tag="robotics",
+        base_model=repo_id if info.base_model.startswith(".") else info.base_model,
+        base_model_relation="adapter",
+        datasets=[LIBERO],
+        metrics=["success_rate"],
+        tags=["infovla", "lora", "vision-language-action", "continual-learning", "robotics", "libero", results.suite,
+              results.method],
+        model_name=repo_id.rsplit("/", maxsplit=1)[-1],
+        eval_results=_evaluations(results) or None,
+    )  # fmt: skip
+    if data.eval_results is None:
+        del data.model_name
+    return data
+
+
+def _evaluations(results: Results) -> list[EvalResult]:
+    """Mean and rate of every task after the last stage, in per cent; what was not measured is left out."""
+    last, name, final = results.stages - 1, SUITES.get(results.suite, results.suite), final_mean(results)
+    rates = [(task.instruction, results.success[row, last]) for row, task in enumerate(results.tasks)]
+    known = [(label, float(rate)) for label, rate in rates if not math.isnan(rate)]
+    entries = [("mean success rate of all tasks", final)] if final is not None else []
+    return [
+        EvalResult(
+            task_type="robotics",
+            task_name="robot manipulation",
+            dataset_type=LIBERO,
+            dataset_name=name,
+            dataset_config=results.suite,
+            dataset_split="test",
+            metric_type="success_rate",
+            metric_name=label,
+            metric_value=round(100 * rate, 2),
+            metric_args={"assets": results.assets, "stream": results.stream, "stage": last, "seed": results.seed},
+        )
+        for label, rate in [*entries, *known]
+    ]
+
+
+def final_mean(results: Results) -> float | None:
+    """Mean success rate in [0, 1] of all tasks learned so far, after the last stage; None if one was not measured."""
+    last = results.stages - 1
+    rates = [float(results.success[row, last]) for row, task in enumerate(results.tasks) if task.learned_at <= last]
+    return None if any(math.isnan(rate) for rate in rates) else sum(rates) / len(rates)
+
+
+def eval_results(results: Results, repo_id: str) -> str:
+    """`.eval_results/libero.yaml`: the mean success rate after the last stage; "" if it was not measured."""
+    final = final_mean(results)
+    if final is None:
+        return ""
+    tasks = sum(task.learned_at < results.stages for task in results.tasks)
+    entry = EvalResultEntry(
+        dataset_id=LIBERO,
+        task_id=results.suite,
+        value=round(100 * final, 2),
+        source_url=f"https://huggingface.co/{repo_id}",
+        source_name="results.json",
+        notes=f"{tasks} tasks of the suite, {results.stream}, {results.assets} assets; mean success rate in per cent",
+    )
+    return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+
+
+def usage_snippet(info: AdapterInfo, repo_id: str) -> str:
+    """Python that loads the policy and asks it for actions; runs as it is."""
+    views = "image" if len(info.cameras) < 2 else f"[image] * {len(info.cameras)}"
+    task = instruction_of(info.task.split(", ")[0])
+    return (
+        "import numpy as np\n"
+        "from infovla_peft import load_policy\n\n"
+        f'policy = load_policy("{repo_id}", task={json.dumps(task)})\n'
+        "image = np.zeros((224, 224, 3), np.uint8)  # what the camera sees, upright RGB"
+        + (f"; one for each of {', '.join(info.cameras)}" if len(info.cameras) > 1 else "")
+        + "\n"
+        "state = np.zeros(8)  # hand position (m), axis-angle (rad), finger positions (m)\n"
+        f"actions = policy.act({views}, proprio=state)  # (chunk, 7), un-normalised"
+    )
+
+
+def success_table(results: Results) -> str:
+    """The success matrix in Markdown."""
+    head = ["task", *(stage_name(stage) for stage in range(results.stages))]
+    rows = []
+    for row, task in enumerate(results.tasks):
+        cells = []
+        for stage in range(results.stages):
+            reached, tried = results.successes[row][stage], results.episodes[row][stage]
+            if stage < task.learned_at:
+                cells.append("")
+            elif reached is None or tried is None:
+                cells.append(NOT_MEASURED)
+            else:
+                low, high = wilson_interval(reached, tried)
+                text = f"{reached}/{tried} ({reached / tried:.0%}, {low:.0%} to {high:.0%})"
+                cells.append(f"**{text}**" if stage == task.learned_at else text)
+        rows.append([_plain(task.instruction), *cells])
+    return _table(head, rows)
+
+
+def metrics_table(results: Results) -> str:
+    """The seven metrics in Markdown."""
+    values = {**results.metrics(), **({"final_average": math.nan} if final_mean(results) is None else {})}
+    rows = []
+    for name, text in METRIC_TEXTS.items():
+        value = values[name]
+        shown = NOT_MEASURED if math.isnan(value) else f"{100 * value:.1f} {text.unit}"
+        rows.append([text.label, shown, f"{text.meaning} ({text.better} is better)", f"`{text.formula}`"])
+    return _table(["metric", "value", "meaning", "formula"], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Text that is no Markdown, no HTML and no template."""
+    return re.sub(r"([\\`*_\[\]<>|{}#!])", r"\\\1", " ".join(text.split()))
+
+
+def _base_sentence(info: AdapterInfo) -> str:
+    if info.base_model.startswith("."):
+        return "The base model was trained with the run and lies in `base/`."
+    revision = f" at revision `{info.base_revision}`" if info.base_revision else ""
+    return f"The base model is [{info.base_model}](https://huggingface.co/{info.base_model}){revision}."
+
+
+def _measured(results: Results, last: int) -> str:
+    low, high = results.intervals()
+    reached = [f"{_plain(task.instruction)} {100 * low[row, last]:.0f} to {100 * high[row, last]:.0f} %"
+               for row, task in enumerate(results.tasks) if not math.isnan(low[row, last])]  # fmt: skip
+    stand_in = " (stand-ins built from primitives, not LIBERO's own: not comparable with published numbers)"
+    episodes = span([count for row in results.episodes for count in row if count is not None])
+    return "\n".join(
+        [
+            f"- Suite `{results.suite}` of LIBERO in MuJoCo; asset set `{results.assets}`"
+            f"{stand_in * (results.assets == 'primitive')}, renderer `{results.renderer}`.",
+            f"- {episodes} rollouts per task and stage, from the benchmark's fixed initial states, from which no "
+            "demonstration was recorded.",
+            f"- At most {results.step_cap} actions per rollout; of each chunk {results.open_loop_steps} were "
+            "executed.",
+            f"- Training seed {results.seed}; the simulation's seeds are the same for every stage.",
+            f"- 95 % Wilson intervals after the last stage: {'; '.join(reached) or NOT_MEASURED}.",
+            "- Trained on demonstrations in the scenes of this suite; `datasets` above names the benchmark.",
+            "- All counts: `results.json`.",
+        ]
+    )
+
+
+def _video_list(paths: Sequence[str]) -> str:
+    return "\n".join(f"- [{_plain(instruction_of(Path(path).stem))}]({path})" for path in paths)

@@ -1,0 +1,81 @@
+"""Adapters and bases of other origin: plain PEFT files of OpenVLA's own recipe, and what is known of them.
+
+Such an adapter is `adapter_config.json` and `adapter_model.safetensors`. Nothing in it says on which weights it was
+trained, so whoever loads it answers for the base. Its file also carries the base's whole `lm_head` (keys with
+`.base_layer.`), which is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftModel
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from .adapters import (
+    PEFT_CONFIG,
+    AdapterError,
+    AdapterInfo,
+    activate,
+    attach,
+    digest_config,
+    digest_weights,
+    read_adapter_weights,
+)
+
+_SUPPORTED = {"peft_type": "LORA", "megatron_config": None, "modules_to_save": None, "bias": "none"}
+
+
+def read_reference_info(folder: str | os.PathLike[str]) -> AdapterInfo:
+    """What a plain PEFT adapter says of itself: the name of its base.
+
+    Raises:
+        AdapterError: `adapter_config.json` is damaged, or no LoRA as OpenVLA's recipe makes it.
+    """
+    file = Path(folder) / PEFT_CONFIG
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        base = content.get("base_model_name_or_path") or ""
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise AdapterError(f"{file} is damaged ({error}); copy the adapter again") from error
+    for name, expected in _SUPPORTED.items():
+        if content.get(name, expected) != expected:
+            raise AdapterError(f"{file}: {name} is {content[name]!r}; adapters of OpenVLA's recipe have {expected!r}")
+    return AdapterInfo(base_model=str(base), base_fingerprint={}, unnorm_key="", base_revision=content.get("revision"))
+
+
+def load_reference_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str) -> PeftModel:
+    """Add a plain PEFT adapter to a base, and activate it. Which base it needs is not checked: the file does not say.
+
+    Raises:
+        FileNotFoundError, AdapterError: see `read_adapter_weights`, `read_reference_info`.
+    """
+    read_reference_info(folder)
+    peft_model = attach(model, name, LoraConfig.from_pretrained(os.fspath(folder)))
+    read_adapter_weights(peft_model, name, Path(folder))
+    activate(peft_model, name)
+    return peft_model
+
+
+def fingerprint_of_files(location: str | os.PathLike[str], config: Any, options: Mapping[str, Any]) -> dict[str, str]:
+    """`adapters.fingerprint` of a checkpoint as it lies on disk: what a quantised model no longer shows.
+
+    Args:
+        location: folder, or Hub id of a checkpoint that was just loaded.
+        config: of the loaded model.
+        options: `revision` and `token` of the Hub.
+    """
+    hub = {name: options[name] for name in ("revision", "token") if name in options}
+    folder = Path(location) if Path(location).is_dir() else None
+    folder = folder or Path(snapshot_download(os.fspath(location), allow_patterns=["*.safetensors"], **hub))
+    tensors: list[tuple[str, Tensor]] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            tensors += [(name, stored.get_tensor(name)) for name in stored.keys()]  # noqa: SIM118
+    return {"config": digest_config(config), "weights": digest_weights(tensors)}

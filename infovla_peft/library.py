@@ -1,0 +1,193 @@
+"""The adapters that lie in one place: which there are, which one has learned a task, and all of them on one base."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .adapters import (
+    BASE,
+    INFO,
+    PEFT_CONFIG,
+    AdapterError,
+    AdapterInfo,
+    activate,
+    active_adapter,
+    deactivate,
+    load_adapter,
+    read_info,
+)
+from .foreign import load_reference_adapter, read_reference_info
+
+FOLDERS = ("adapters/*", "stage_*")
+"""Where the adapters of a run, and of a published one, lie."""
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter's folder and what is said of it there.
+
+    Attributes:
+        folder: holds `infovla.json`, or, of a plain PEFT adapter, `adapter_config.json` alone.
+        info: what it says.
+        reference: a plain PEFT adapter, for example of OpenVLA's own recipe: nothing says which base it needs.
+    """
+
+    folder: Path
+    info: AdapterInfo
+    reference: bool = False
+
+    @property
+    def learned(self) -> list[str]:
+        """Names of the tasks it was trained on."""
+        return self.info.task.split(", ") if self.info.task else []
+
+    @property
+    def name(self) -> str:
+        """Under which it is on the model."""
+        return f"stage_{self.info.stage:02d}"
+
+
+def find_adapters(folder: Path) -> list[StoredAdapter]:
+    """The adapters of a folder, by stage: those below it, or the folder itself."""
+    if (folder / PEFT_CONFIG).is_file() and not (folder / INFO).is_file():
+        return [StoredAdapter(folder, read_reference_info(folder), reference=True)]
+    below = [file.parent for pattern in FOLDERS for file in folder.glob(f"{pattern}/{INFO}")]
+    found = [StoredAdapter(place, read_info(place)) for place in below]
+    if (folder / INFO).is_file():
+        root = StoredAdapter(folder, read_info(folder))  # of a published run: its last stage once more
+        found += [root] if root.info.stage not in [adapter.info.stage for adapter in found] else []
+    return sorted(found, key=lambda adapter: adapter.info.stage)
+
+
+def choose(
+    adapters: Sequence[StoredAdapter], where: Path | str, task: str | None, stage: int | None
+) -> tuple[StoredAdapter | None, str | None]:
+    """The adapter that learned `task` (of `stage`, if given; the latest without both) and the task's instruction.
+
+    Returns:
+        None for the base: of stage 0, or where a task was learned by the base.
+
+    Raises:
+        ValueError: no such task or stage; the message lists what there is.
+    """
+    candidates = [adapter for adapter in adapters if stage is None or adapter.info.stage == stage]
+    if stage != 0 and not candidates and (stage is not None or task is not None):
+        raise ValueError(f"{where} has no adapter of stage {stage or 1}; it has: {listed(adapters)}")
+    if task is None:
+        alone = len(adapters) == 1 and adapters[0].folder == where
+        return (candidates[-1] if candidates else None), (adapters[0].info.instruction or None if alone else None)
+    if len(adapters) == 1 and adapters[0].reference:  # it does not say what it has learned
+        return adapters[0], instruction_of(task)
+    for adapter in candidates:
+        for name in adapter.learned if stage is None else adapter.info.seen:
+            if same_task(task, name):
+                return adapter, instruction_of(name)
+    for name in adapters[0].info.seen if stage in (None, 0) and adapters else []:
+        if same_task(task, name):
+            return None, instruction_of(name)  # a task of the base
+    raise ValueError(f"{where} has learned no task {task!r}; it has: {listed(adapters)}")
+
+
+def instruction_of(task: str) -> str:
+    """The instruction of a task given by LIBERO's name of it.
+
+    >>> instruction_of("KITCHEN_SCENE3_turn_on_the_stove")
+    'turn on the stove'
+    """
+    return re.sub(r"^[A-Z_]+SCENE\d+_", "", task).replace("_", " ")
+
+
+def same_task(given: str, name: str) -> bool:
+    """Whether `given` is the name or the instruction of the task called `name`."""
+    return given == name or given.lower().replace("_", " ") == instruction_of(name).lower()
+
+
+def listed(adapters: Sequence[StoredAdapter]) -> str:
+    """Stages and tasks, for messages."""
+    return (
+        "; ".join(f"stage {adapter.info.stage}, {adapter.info.task or 'a plain PEFT adapter'}" for adapter in adapters)
+        or "none"
+    )
+
+
+class AdapterLibrary:
+    """Adapters that share one base, each read when it is first needed.
+
+    Args:
+        adapters: those of one place.
+        where: its name, for messages.
+        fetch: makes sure that the files of one are on this machine.
+        base_fingerprint: of the base that they go onto, see `adapters.fingerprint`.
+    """
+
+    def __init__(
+        self,
+        adapters: Sequence[StoredAdapter],
+        where: Path | str,
+        fetch: Callable[[StoredAdapter], Any],
+        base_fingerprint: dict[str, str],
+    ) -> None:
+        self.adapters, self.where = list(adapters), where
+        self._fetch, self._fingerprint = fetch, base_fingerprint
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of all tasks that are known here, in the order in which they were learned."""
+        return self.adapters[-1].info.seen if self.adapters else []
+
+    def choose(self, task: str | None = None, stage: int | None = None) -> tuple[StoredAdapter | None, str | None]:
+        """See `choose`."""
+        return choose(self.adapters, self.where, task, stage)
+
+    def load(self, model: Any, adapter: StoredAdapter) -> Any:
+        """`model` with this adapter among its own, which keep their state.
+
+        Raises:
+            AdapterError: it does not fit the base, was damaged, or was trained with other statistics, cameras or
+                prompt than the first one.
+        """
+        if adapter.name in getattr(model, "peft_config", {}):
+            return model
+        first = next((each.info for each in self.adapters if each.name in getattr(model, "peft_config", {})), None)
+        if first is not None:
+            differing = [
+                name
+                for name in ("unnorm_key", "cameras", "prompt")
+                if getattr(first, name) != getattr(adapter.info, name)
+            ]
+            if differing:
+                raise AdapterError(
+                    f"{adapter.folder} has another {' and '.join(differing)} than the adapters in use; load it by a "
+                    "load_policy of its own"
+                )
+        self._fetch(adapter)
+        if adapter.reference:
+            return load_reference_adapter(model, adapter.folder, adapter.name)
+        return load_adapter(model, adapter.folder, adapter.name, base_fingerprint=self._fingerprint)[0]
+
+    def switch(self, model: Any, adapter: StoredAdapter | None) -> Any:
+        """`model`, running with this adapter, or as the base alone."""
+        if adapter is None:
+            deactivate(model)
+            return model
+        model = self.load(model, adapter)
+        activate(model, adapter.name)
+        return model
+
+    def mixed(self, model: Any, tasks: Sequence[str]) -> tuple[Any, list[str], list[str]]:
+        """`model` with the adapters of all these tasks, and for each task its adapter's name and its instruction."""
+        before = active_adapter(model)
+        names, instructions = [], []
+        for task in tasks:
+            adapter, instruction = self.choose(task)
+            if adapter is not None:
+                model = self.load(model, adapter)
+            names.append(BASE if adapter is None else adapter.name)
+            instructions.append(instruction or task)
+        if active_adapter(model) != before:  # reading an adapter has activated it
+            activate(model, before) if before else deactivate(model)
+        return model, names, instructions

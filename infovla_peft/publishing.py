@@ -1,0 +1,376 @@
+"""Publishing a run: its adapters, results, figures and videos as one commit of a repository on the Hub.
+
+    README.md                       the card, see cards.py
+    adapter_model.safetensors …     the last stage's adapter, so that PEFT alone reads the repository
+    stage_01/ …                     the adapter of every stage
+    base/                           the base, if it was trained here and is published nowhere else
+    results.json, figures/, videos/ what was measured, the report's figures, one rollout per task
+    .eval_results/                  the numbers as the Hub's leaderboards read them
+
+Large files are uploaded first, and one commit then names them all: a push that was interrupted has changed nothing,
+and the next one finds what is uploaded already. What an earlier push left there and the run no longer has goes away.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .adapters import INFO, PEFT_CONFIG, STATISTICS, WEIGHTS, AdapterInfo, check_adapter, write_info
+from .cards import card, eval_results
+from .files import write_json
+from .library import StoredAdapter, find_adapters
+from .methods import METHODS
+from .remote import HubError, api, explained, retried
+from .results import Results, Video
+
+RESULTS, CARD, BASE_FOLDER = "results.json", "README.md", "base"
+EVAL_RESULTS = ".eval_results/libero.yaml"
+_OURS = ("stage_", f"{BASE_FOLDER}/", "figures/", "videos/", ".eval_results/libero")
+"""Beginnings of what a push may take away again; other files of the repository stay."""
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What a push puts into a repository.
+
+    Attributes:
+        files: path in the repository → file here.
+        stages: numbers of the stages whose adapters are among them.
+        message: of the commit.
+    """
+
+    files: dict[str, Path]
+    stages: list[int]
+    message: str
+
+    @property
+    def size(self) -> int:
+        """Bytes; a file that is there twice is stored once."""
+        return sum({path.resolve(): path.stat().st_size for path in self.files.values()}.values())
+
+    def describe(self) -> str:
+        """One line per file, with its size, and their sum."""
+        lines = [f"{path.stat().st_size:>13,}  {name}" for name, path in self.files.items()]
+        return "\n".join([*lines, f"{self.size:>13,}  bytes in {len(lines)} files, one commit: {self.message}"])
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push has done.
+
+    Attributes:
+        repo_id, revision: where.
+        commit: the repository's commit now.
+        url: of the repository.
+        changed: False if everything was there already, so that no commit was made.
+    """
+
+    repo_id: str
+    revision: str
+    commit: str
+    url: str
+    changed: bool
+
+
+def push_to_hub(
+    run_folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+    base_repo: str | None = None,
+) -> Pushed:
+    """Publish what a run has finished so far, as one commit.
+
+    Args:
+        run_folder: of a run with at least one finished and measured stage.
+        repo_id: user/name; made if it does not exist. Without user: the token's.
+        private: make a new repository private; None for the account's default. An existing one stays as it is.
+        revision: branch to commit to; made from the main branch if it does not exist.
+        commit_message: first line of the commit; None says which stages.
+        token: with write access; None is that of `hf auth login`.
+        base_repo: user/name under which a base that was trained here is published for itself. None: it goes into
+            the same repository, as base/.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing to publish, or it is damaged; nothing is sent then.
+        HubError: the Hub refuses, or the connection broke. The repository is as it was before; the same call
+            continues.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    hub, branch = api(token), revision or "main"
+    check_run(run_folder)
+    with explained(repo_id), tempfile.TemporaryDirectory(prefix="infovla-push-") as temporary:
+        url = retried(lambda: hub.create_repo(repo_id, private=private, exist_ok=True))
+        repo_id = url.repo_id
+        if revision is not None:
+            retried(lambda: hub.create_branch(repo_id, branch=branch, exist_ok=True))
+        base: tuple[str, str] | None = None
+        if base_repo is not None:
+            base = _push_base(hub, Path(run_folder), base_repo, private)
+        publication = prepare(run_folder, repo_id, Path(temporary), base=base, message=commit_message)
+
+        def commit() -> Pushed:
+            before = hub.model_info(repo_id, revision=branch)
+            there = {sibling.rfilename for sibling in before.siblings or ()}
+            gone = [name for name in sorted(there - set(publication.files)) if name.startswith(_OURS)]
+            done = hub.create_commit(
+                repo_id,
+                [
+                    *(CommitOperationAdd(name, str(path)) for name, path in publication.files.items()),
+                    *(CommitOperationDelete(name, is_folder=False) for name in gone),
+                ],
+                commit_message=publication.message,
+                revision=branch,
+            )
+            return Pushed(repo_id, branch, done.oid, str(url), changed=done.oid != before.sha)
+
+        return retried(commit)
+
+
+def check_run(run_folder: str | Path) -> list[StoredAdapter]:
+    """The adapters of a run that can be published, each checked against its checksums.
+
+    Raises:
+        FileNotFoundError: no run, no finished adapter, or nothing measured yet.
+        ValueError: an adapter is damaged, or the run's policy is no adapter of its own.
+    """
+    run = Path(run_folder)
+    if not run.is_dir():
+        raise FileNotFoundError(f"there is no run at {run}; give the folder of one (its --output_dir)")
+    results = Results.load(run / RESULTS)
+    adapters = [each for each in find_adapters(run) if 0 < each.info.stage < results.stages]
+    if not adapters:
+        raise FileNotFoundError(f"{run} has no adapter that was measured yet; finish its first stage, then push")
+    if results.method in METHODS and METHODS[results.method].policy == "merged":
+        raise ValueError(
+            f"{run} was measured with all its adapters merged into one, which it does not keep; push a run of another "
+            "method, or the single adapters with huggingface_hub"
+        )
+    for adapter in adapters:
+        check_adapter(adapter.folder)
+    return adapters
+
+
+def prepare(
+    run_folder: str | Path,
+    repo_id: str,
+    workspace: Path,
+    *,
+    base: tuple[str, str] | None = None,
+    message: str | None = None,
+) -> Publication:
+    """What a push of a run would put into a repository; nothing is sent.
+
+    Args:
+        workspace: empty folder for what has to be written anew: cards, results, descriptions.
+        base: repository and commit of the base, if it is published for itself.
+
+    Raises:
+        FileNotFoundError, ValueError: see `check_run`.
+    """
+    run, adapters = Path(run_folder), check_run(run_folder)
+    results = Results.load(run / RESULTS)
+    files: dict[str, Path] = {}
+    included = base is None and _local_base(adapters[-1]) is not None
+    for adapter in adapters:
+        files |= _adapter_files(adapter, f"stage_{adapter.info.stage:02d}/", workspace, base, included)
+    files |= _adapter_files(adapters[-1], "", workspace, base, included)
+    if included:
+        folder = _local_base(adapters[-1])
+        assert folder is not None
+        files |= {f"{BASE_FOLDER}/{file.relative_to(folder).as_posix()}": file for file in _checkpoint_files(folder)}
+    figures = sorted((run / "report").glob("*.png"))
+    files |= {f"figures/{file.name}": file for file in figures}
+    shown = _videos(results, run)
+    files |= {video.path: source for video, source in shown}
+    results.videos = [video for video, _ in shown]
+    results.config = public_config(results.config)
+    results.base_model = str(public_config({"base_model": results.base_model})["base_model"])
+    results.save(workspace / RESULTS)
+    files[RESULTS] = workspace / RESULTS
+    info = _published_info(adapters[-1], "", base, included)
+    entries = eval_results(results, repo_id)
+    if entries:
+        (workspace / "eval_results.yaml").write_text(entries, encoding="utf-8")
+        files[EVAL_RESULTS] = workspace / "eval_results.yaml"
+    text = card(results, info, repo_id, files=sorted(files), stages=[adapter.info for adapter in adapters])
+    (workspace / CARD).write_text(text, encoding="utf-8")
+    files[CARD] = workspace / CARD
+    stages = [adapter.info.stage for adapter in adapters]
+    what = f"stage {stages[0]}" if len(stages) == 1 else f"stages {stages[0]} to {stages[-1]}"
+    default = f"{results.method} on {results.suite}, {results.stream}: {what} of {results.planned_stages - 1}"
+    return Publication(files, stages, message or default)
+
+
+def create_collection(
+    title: str,
+    repo_ids: Sequence[str] | Mapping[str, str],
+    *,
+    description: str | None = None,
+    namespace: str | None = None,
+    private: bool = False,
+    token: str | bool | None = None,
+) -> str:
+    """Gather repositories in one collection of the Hub, such as the runs of a benchmark.
+
+    Done again, it adds what is new.
+
+    Args:
+        title: of the collection.
+        repo_ids: models in their order; as a mapping, each with a note.
+        description: at most 150 characters.
+        namespace: user or organisation; None for the token's.
+
+    Returns:
+        The collection's address.
+
+    Raises:
+        ValueError: no models, or a description that is too long.
+        HubError, FileNotFoundError: the Hub refuses; a model does not exist.
+    """
+    notes = dict(repo_ids) if isinstance(repo_ids, Mapping) else dict.fromkeys(repo_ids, "")
+    if not notes:
+        raise ValueError("a collection needs at least one repository")
+    if description is not None and len(description) > 150:
+        raise ValueError(f"the Hub takes descriptions of at most 150 characters, this one has {len(description)}")
+    hub = api(token)
+    with explained(f"the collection {title!r}"):
+        made = retried(
+            lambda: hub.create_collection(
+                title, namespace=namespace, description=description, private=private, exists_ok=True
+            )
+        )
+    for name, note in notes.items():
+        with explained(name):
+            retried(
+                lambda name=name, note=note: hub.add_collection_item(  # type: ignore[misc]
+                    made.slug, item_id=name, item_type="model", note=note or None, exists_ok=True
+                )
+            )
+    return made.url
+
+
+def _local_base(adapter: StoredAdapter) -> Path | None:
+    folder = adapter.folder / adapter.info.base_model
+    return folder.resolve() if folder.is_dir() else None
+
+
+def _checkpoint_files(folder: Path) -> list[Path]:
+    """What is published of a base: no optimiser states, no pickles."""
+    suffixes = (".safetensors", ".json", ".txt", ".model")
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix in suffixes)
+
+
+def _published_info(adapter: StoredAdapter, below: str, base: tuple[str, str] | None, included: bool) -> AdapterInfo:
+    """What infovla.json says once it is published: a base that others find, no paths of this machine."""
+    info = adapter.info
+    if base is not None:
+        info = replace(info, base_model=base[0], base_revision=base[1])
+    elif included:
+        info = replace(info, base_model=f"../{BASE_FOLDER}" if below else f"./{BASE_FOLDER}", base_revision=None)
+    return replace(info, training=public_config(info.training))
+
+
+def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved configuration without what is nobody's business: folders of this machine, secrets.
+
+    >>> public_config({"seed": 0, "output_dir": "/home/me/runs/a", "hub_token": "hf_x", "assets_folder": None})
+    {'seed': 0, 'output_dir': 'a', 'assets_folder': None}
+    """
+    kept = {name: value for name, value in config.items() if "token" not in name or not isinstance(value, str)}
+    paths = (
+        "output_dir",
+        "logging_dir",
+        "assets_folder",
+        "demonstrations_folder",
+        "resume_from_checkpoint",
+        "base_model",
+    )
+    for name in paths:
+        value = kept.get(name)
+        if isinstance(value, str) and (value.startswith(("/", ".", "~")) or value.count("/") > 1):
+            kept[name] = Path(value).name
+    return kept
+
+
+def _adapter_files(
+    adapter: StoredAdapter, below: str, workspace: Path, base: tuple[str, str] | None, included: bool
+) -> dict[str, Path]:
+    """The four files of an adapter; those that name the base are written anew."""
+    info = _published_info(adapter, below, base, included)
+    folder = workspace / (below or "root")
+    folder.mkdir(parents=True)
+    for name in (WEIGHTS, STATISTICS):
+        _link(adapter.folder / name, folder / name)
+    config = json.loads((adapter.folder / PEFT_CONFIG).read_text(encoding="utf-8"))
+    write_json(
+        folder / PEFT_CONFIG, {**config, "base_model_name_or_path": info.base_model, "revision": info.base_revision}
+    )
+    write_info(folder, info)
+    return {f"{below}{name}": folder / name for name in (WEIGHTS, PEFT_CONFIG, INFO, STATISTICS)}
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.symlink_to(source.resolve())
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+
+
+def _videos(results: Results, run: Path) -> list[tuple[Video, Path]]:
+    """One rollout per task: of the newest stage that recorded it, a success if there is one."""
+    best: dict[str, Video] = {}
+    for video in results.videos:
+        known = best.get(video.task)
+        better = known is None or (video.stage, video.success) > (known.stage, known.success)
+        if better and (run / video.path).is_file():
+            best[video.task] = video
+    return [(replace(video, path=f"videos/{task}.mp4"), run / video.path) for task, video in best.items()]
+
+
+def _push_base(hub: Any, run: Path, base_repo: str, private: bool | None) -> tuple[str, str]:
+    adapter = check_run(run)[-1]
+    folder = _local_base(adapter)
+    if folder is None:
+        raise ValueError(
+            f"the base of {run} is {adapter.info.base_model}, which is published already; leave out base_repo"
+        )
+    from huggingface_hub import CommitOperationAdd
+
+    url = retried(lambda: hub.create_repo(base_repo, private=private, exist_ok=True))
+    files = {file.relative_to(folder).as_posix(): file for file in _checkpoint_files(folder)}
+
+    def commit() -> str:
+        additions = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+        return str(hub.create_commit(url.repo_id, additions, commit_message="The base of infovla adapters").oid)
+
+    return url.repo_id, retried(commit)
+
+
+def check_access(repo_id: str | None, folder: str | Path, *, private: bool | None, token: str | bool | None) -> str:
+    """Make the repository of a run, or see that it is there, before anything is trained; returns its full id.
+
+    Args:
+        repo_id: None for the name of the run's folder, below the token's user.
+
+    Raises:
+        HubError, FileNotFoundError: nothing could be pushed with this token.
+    """
+    name = repo_id or Path(folder).resolve().name
+    hub = api(token)
+    with explained(name):
+        who = retried(lambda: hub.whoami(cache=True))
+        made = retried(lambda: hub.create_repo(name, private=private, exist_ok=True))
+    if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise HubError(f"{name}: the token may only read; use one with write access")
+    return str(made.repo_id)

@@ -1,0 +1,268 @@
+"""Talking to the Hub: what a repository holds, what of it is needed here, and errors that say what to do.
+
+Files come into huggingface_hub's own cache and are found there again without a network. A repository is looked at
+before anything of it is read: one that holds a pickle, or a path that leads out of its folder, is refused as a whole.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, TypeVar
+
+from .adapters import AdapterError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+Value = TypeVar("Value")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill", ".npy", ".npz")
+"""Endings of files that run code when they are read, or that may."""
+RETRIES = 5
+_WAIT = 1.0  # seconds before the first retry; doubled each time
+_LONGEST_WAIT = 60.0
+
+
+class HubError(RuntimeError):
+    """The Hub did not do what was asked; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A repository at one commit, as far as it is in the cache.
+
+    Attributes:
+        repo_id, commit: what it is.
+        folder: where its files lie.
+        files: names of all its files, None where the Hub could not be asked (offline).
+        token: for further downloads; never shown.
+    """
+
+    repo_id: str
+    commit: str
+    folder: Path
+    files: tuple[str, ...] | None
+    token: str | bool | None = None
+
+    def fetch(self, *patterns: str) -> Path:
+        """Download the files that match, unless they are there; returns `folder`."""
+        from huggingface_hub import snapshot_download
+
+        with explained(self.repo_id):
+            snapshot_download(
+                self.repo_id,
+                revision=self.commit,
+                allow_patterns=list(patterns),
+                token=self.token,
+                local_files_only=self.files is None,
+            )
+        return self.folder
+
+    def __repr__(self) -> str:
+        return f"Snapshot({self.repo_id!r}, {self.commit!r})"
+
+
+def open_snapshot(
+    repo_id: str, patterns: Sequence[str], *, revision: str | None = None, token: str | bool | None = None
+) -> Snapshot:
+    """Look at a repository and download the files that match; out of the cache where the Hub cannot be reached.
+
+    Raises:
+        FileNotFoundError: no such repository or revision, or nothing of it in the cache.
+        HubError: the Hub refuses, or fails again and again.
+        AdapterError: a file name leads out of the repository.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    files: tuple[str, ...] | None = None
+    with explained(repo_id):
+        try:
+            info = retried(lambda: HfApi(token=token).model_info(repo_id, revision=revision))
+        except Exception as error:
+            if not _unreachable(error):
+                raise
+        else:
+            files = tuple(sibling.rfilename for sibling in info.siblings or ())
+            check_names(files, repo_id)
+        folder = Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                allow_patterns=list(patterns),
+                token=token,
+                local_files_only=files is None,
+            )
+        )
+    return Snapshot(repo_id, folder.name, folder, files, token)
+
+
+def check_names(files: Sequence[str], where: str | os.PathLike[str]) -> None:
+    """Refuse file names that lead out of their folder.
+
+    >>> check_names(["stage_01/infovla.json"], "user/name")
+    >>> check_names(["../infovla.json"], "user/name")
+    Traceback (most recent call last):
+    ...
+    infovla_peft.adapters.AdapterError: user/name names a file outside itself, '../infovla.json'; it is not loaded
+    """
+    for name in files:
+        if not is_inside(name):
+            raise AdapterError(f"{where} names a file outside itself, {name!r}; it is not loaded")
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative path stays in its folder."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not (
+        name.startswith("/") or ".." in parts or "\\" in name or "\0" in name or ":" in parts[0]
+    )
+
+
+def check_no_pickles(files: Sequence[str], where: str | os.PathLike[str]) -> None:
+    """Refuse an adapter repository that holds files which run code when they are read.
+
+    >>> check_no_pickles(["adapter_model.safetensors", "stage_01/adapter_model.bin"], "user/name")
+    Traceback (most recent call last):
+    ...
+    infovla_peft.adapters.AdapterError: user/name holds stage_01/adapter_model.bin, which can run code when it is \
+read; adapters are safetensors and JSON. It is not loaded: ask its owner to remove the file
+    """
+    for name in files:
+        if name.lower().endswith(PICKLES):
+            raise AdapterError(
+                f"{where} holds {name}, which can run code when it is read; adapters are safetensors and JSON. It is "
+                "not loaded: ask its owner to remove the file"
+            )
+
+
+def api(token: str | bool | None) -> HfApi:
+    """The Hub's client; `token` None is the one of `hf auth login`."""
+    from huggingface_hub import HfApi
+
+    from . import __version__
+
+    return HfApi(token=token, library_name="infovla-peft", library_version=__version__)
+
+
+def retried(ask: Callable[[], Value]) -> Value:
+    """`ask()`, again after a pause while the Hub is overloaded (429, 5xx) or the connection breaks.
+
+    huggingface_hub does so for files, not for creating and committing.
+    """
+    for attempt in range(RETRIES + 1):
+        try:
+            return ask()
+        except Exception as error:
+            if attempt == RETRIES or not _passing(error):
+                raise
+            time.sleep(_pause(error, attempt))
+    raise AssertionError("unreachable")
+
+
+def _status(error: BaseException) -> int | None:
+    response = getattr(error, "response", None)
+    return int(response.status_code) if response is not None else None
+
+
+def _broken_connection(error: BaseException) -> bool:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    # The client's own HTTP library is an implementation detail of huggingface_hub (requests, then httpx).
+    transport = type(error).__module__.split(".")[0] in ("httpx", "httpcore", "httpx2", "httpcore2", "requests")
+    return not isinstance(error, OfflineModeIsEnabled) and (transport or isinstance(error, ConnectionError))
+
+
+def _passing(error: BaseException) -> bool:
+    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error  # of an upload
+    return _status(cause) in (408, 429, 500, 502, 503, 504) or (_status(cause) is None and _broken_connection(cause))
+
+
+def _unreachable(error: BaseException) -> bool:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    return isinstance(error, OfflineModeIsEnabled) or _passing(error)
+
+
+def _pause(error: BaseException, attempt: int) -> float:
+    response = getattr(error, "response", None)
+    wanted = response.headers.get("Retry-After", "") if response is not None else ""
+    return min(float(wanted) if wanted.isdigit() else _WAIT * 2**attempt, _LONGEST_WAIT)
+
+
+@contextmanager
+def explained(repo_id: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises into one message with a cure.
+
+    Raises:
+        FileNotFoundError: no such repository, revision or file; nothing in the cache.
+        HubError: everything else.
+    """
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise HubError(f"{repo_id}: not signed in to the Hub; `hf auth login`, or pass a `token`") from error
+    except GatedRepoError as error:
+        raise HubError(f"{repo_id} is gated: ask for access on its page, then `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"the Hub knows no repository {repo_id}, or not for you; check the name, and `hf auth login` (or `token`) "
+            "for a private one"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{repo_id} has no such revision; leave `revision` out for its main branch") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise FileNotFoundError(
+            f"{repo_id} is no folder here, is not in the cache, and the Hub cannot be reached; check the name, the "
+            "network, and that HF_HUB_OFFLINE is not set"
+        ) from error
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(f"{repo_id} lacks a file: {_first_line(error)}") from error
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{repo_id!r} is no folder here and no Hub id user/name ({error})") from error
+    except (HfHubHTTPError, RuntimeError, OSError) as error:
+        if isinstance(error, (HubError, FileNotFoundError)):
+            raise
+        raise HubError(f"{repo_id}: {_reason(error)}") from error
+    except Exception as error:
+        if not _broken_connection(error):
+            raise
+        raise HubError(f"{repo_id}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+    status = _status(cause)
+    known = {
+        401: "the Hub does not accept the token; `hf auth login` again, or pass another `token`",
+        403: "the token may not do this; use one with write access to this repository, or another name",
+        409: "the Hub reports a conflict; somebody changes the repository at the same time, give the command again",
+        412: "the repository was changed at the same time; give the command again",
+        429: "the Hub allows no more requests for now; give the command again later, it continues",
+    }
+    if status in known:
+        return known[status]
+    if status is not None and status >= 500:
+        return f"the Hub fails ({status}); give the command again later, it continues"
+    if status is None and _broken_connection(cause):
+        return "the connection to the Hub broke; give the command again, it continues"
+    return _first_line(cause)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

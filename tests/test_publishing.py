@@ -1,0 +1,450 @@
+"""Pushing a run, listing and loading it again: against a Hub on this machine, through the unmodified client."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
+from local_hub import LocalHub
+from tiny_run import TASKS, act, add_results, build_run
+
+from infovla_peft import create_collection, list_adapters, load_policy, push_to_hub
+from infovla_peft.adapters import AdapterError, read_info, write_info
+from infovla_peft.cards import template_path
+from infovla_peft.cli import main
+from infovla_peft.publishing import check_access, check_run
+from infovla_peft.remote import HubError
+
+# huggingface_hub's own, where it uploads by LFS.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
+REPO = "me/infovla-test"
+SECRET = "hf_thisisasecretthatmustnotshow"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = build_run(tmp_path_factory.mktemp("publishing") / "run")
+    add_results(run, secret=SECRET)
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses between attempts are not waited for."""
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+
+
+def push(hub: LocalHub, run: Path, **options: Any) -> Any:
+    return push_to_hub(run, REPO, **{"token": hub.token("me"), **options})
+
+
+# --- push ---
+
+
+def test_a_push_is_one_commit_with_everything(hub: LocalHub, finished: Path) -> None:
+    done = push(hub, finished)
+    assert done.changed
+    assert [commit.sha for commit in hub.repositories[REPO].log()][:-1] == [done.commit]
+    files = hub.files(REPO)
+    adapter = ["adapter_config.json", "adapter_model.safetensors", "dataset_statistics.json", "infovla.json"]
+    for folder in ("", "stage_01/", "stage_02/"):
+        assert {f"{folder}{name}" for name in adapter} <= set(files)
+    assert hub.file(REPO, "adapter_model.safetensors") == hub.file(REPO, "stage_02/adapter_model.safetensors")
+    assert hub.file(REPO, "stage_01/adapter_model.safetensors") != hub.file(REPO, "adapter_model.safetensors")
+    assert {"README.md", "results.json", "figures/success_matrix.png"} <= set(files)
+    assert ".eval_results/libero.yaml" not in files  # one task was not measured, so there is no mean
+    assert [name for name in files if name.endswith(".mp4")] == ["videos/open_the_drawer.mp4"]
+    assert hub.file(REPO, "videos/open_the_drawer.mp4") == b"a rollout of stage 2"
+    assert "base/model.safetensors" in files
+    assert not push(hub, finished).changed  # the same again is no commit
+    assert len(hub.repositories[REPO].log()) == 2
+
+
+def test_what_is_published_names_no_secret_and_no_folder_of_this_machine(hub: LocalHub, finished: Path) -> None:
+    token = hub.token("me")
+    push(hub, finished)
+    for path in hub.files(REPO):
+        content = hub.file(REPO, path)
+        for private in (token, SECRET, str(finished)):
+            assert private.encode() not in content, path
+    assert "SECRET" not in json.dumps(json.loads(hub.file(REPO, "results.json"))["config"])
+
+
+def test_a_later_push_adds_stages_and_takes_away_what_is_gone(hub: LocalHub, run: Path) -> None:
+    add_results(run, stages=2)
+    push(hub, run)
+    assert not [name for name in hub.files(REPO) if name.startswith("stage_02")]
+    first = hub.repositories[REPO].branches["main"]
+    hub.put(REPO, {"notes.txt": b"mine", "figures/old.png": b"an old figure"})
+    add_results(run)
+    push(hub, run, commit_message="both stages")
+    files = hub.files(REPO)
+    assert "stage_02/infovla.json" in files
+    assert "notes.txt" in files
+    assert "figures/old.png" not in files
+    assert hub.repositories[REPO].log()[0].title == "both stages"
+    assert "stage_02/infovla.json" not in hub.files(REPO, first)  # the old revision is what it was
+
+
+def test_private_branch_and_base_of_its_own(hub: LocalHub, finished: Path) -> None:
+    push(hub, finished, private=True, revision="draft", base_repo="me/base")
+    repository = hub.repositories[REPO]
+    assert repository.private
+    assert len(repository.log("main")) == 1
+    assert len(repository.log("draft")) == 2
+    info = json.loads(hub.file(REPO, "infovla.json", "draft"))
+    assert info["base_model"] == "me/base"
+    assert info["base_revision"] == hub.repositories["me/base"].branches["main"]
+    assert not [name for name in hub.files(REPO, "draft") if name.startswith("base/")]
+    config = json.loads(hub.file(REPO, "adapter_config.json", "draft"))
+    assert (config["base_model_name_or_path"], config["revision"]) == ("me/base", info["base_revision"])
+    policy = load_policy(REPO, revision="draft", token=hub.token("me"))
+    assert act(policy) == act(load_policy(finished))
+    with pytest.raises(FileNotFoundError, match="or not for you"):
+        load_policy(REPO, revision="draft")
+
+
+# --- what goes wrong ---
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern", "status"),
+    [
+        ("POST", "/api/repos/create", 503),
+        ("POST", "/preupload/", 429),
+        ("PUT", "/lfs/", 503),
+        ("POST", "/commit/", 503),
+        ("POST", "/commit/", 429),
+    ],
+)
+def test_an_overloaded_hub_is_asked_again(
+    hub: LocalHub, finished: Path, method: str, pattern: str, status: int
+) -> None:
+    hub.fail(method, pattern, status, times=2, headers={"Retry-After": "0"})
+    assert push(hub, finished).changed
+    assert len(hub.repositories[REPO].log()) == 2
+
+
+def test_a_connection_cut_in_an_upload_is_taken_up_again(hub: LocalHub, finished: Path) -> None:
+    hub.cut("PUT", "/lfs/", times=2)
+    assert push(hub, finished).changed
+    assert len(hub.repositories[REPO].log()) == 2
+
+
+def test_an_interrupted_push_leaves_the_old_revision_and_resumes(hub: LocalHub, run: Path) -> None:
+    add_results(run, stages=2)
+    before = push(hub, run).commit
+    add_results(run)
+    hub.fail("POST", "/commit/", 503, times=99)
+    with pytest.raises(HubError, match=r"the Hub fails \(503\); give the command again later, it continues"):
+        push(hub, run)
+    assert hub.repositories[REPO].branches["main"] == before
+    assert [adapter.stage for adapter in list_adapters(REPO)] == [1]
+    hub.heal()
+    uploads = hub.asked("PUT", "/lfs/")
+    assert push(hub, run).changed
+    assert hub.asked("PUT", "/lfs/") == uploads  # everything had been uploaded by the push that failed
+    assert [adapter.stage for adapter in list_adapters(REPO)] == [1, 2]
+
+
+def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub: LocalHub, finished: Path) -> None:
+    hub.lose("POST", "/commit/")
+    push(hub, finished)
+    assert len(hub.repositories[REPO].log()) == 2
+
+
+@pytest.mark.parametrize(
+    ("who", "message"),
+    [
+        ("nobody", "the Hub does not accept the token"),
+        ("reader", "the token may not do this"),
+        ("stranger", "the token may not do this"),
+    ],
+)
+def test_who_may_not_push_is_told_so_without_the_token(
+    hub: LocalHub, finished: Path, who: str, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.token("me")
+    tokens = {"nobody": "hf_unknown", "reader": hub.token("me", "read"), "stranger": hub.token("other")}
+    caplog.set_level("DEBUG")
+    with pytest.raises(HubError, match=message) as raised:
+        push(hub, finished, token=tokens[who])
+    said = "".join(str(error) for error in (raised.value, raised.value.__cause__, raised.value.__context__))
+    assert tokens[who] not in said + caplog.text
+    with pytest.raises(HubError):
+        check_access(REPO, finished, private=None, token=tokens[who])
+
+
+def test_nothing_to_publish(tmp_path: Path, run: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no run at"):
+        check_run(tmp_path / "absent")
+    add_results(run, stages=1, report=False)
+    with pytest.raises(FileNotFoundError, match="no adapter that was measured yet"):
+        check_run(run)
+    add_results(run, report=False)
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps({**results, "method": "merge"}))
+    with pytest.raises(ValueError, match="merged into one"):
+        check_run(run)
+    (run / "results.json").write_text(json.dumps(results))
+    weights = next(run.glob("adapters/stage_01*/adapter_model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0\0")
+    with pytest.raises(AdapterError, match="damaged"):
+        check_run(run)
+
+
+# --- load ---
+
+
+def test_list_says_what_is_inside_without_weights(hub: LocalHub, finished: Path) -> None:
+    push(hub, finished)
+    first, second = list_adapters(REPO)
+    assert (first.folder, first.stage, first.tasks, first.seen) == ("stage_01", 1, [TASKS[1]], TASKS[:2])
+    assert (first.success, second.success) == ({TASKS[1]: (6, 10)}, {TASKS[2]: (3, 10)})
+    assert not hub.asked("GET", r"/cdn/|safetensors")
+    assert [one.info.base_fingerprint for one in list_adapters(finished)] == [first.info.base_fingerprint] * 2
+
+
+def test_one_adapter_is_downloaded_and_found_again_offline(
+    hub: LocalHub, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(hub, finished)
+    policy = load_policy(REPO, task="turn on the stove")
+    assert act(policy, None) == act(load_policy(finished, stage=1), "turn on the stove")
+    assert hub.asked("GET", r"/cdn/") == 2  # the base and one adapter; no figure, no video, no other stage
+    assert not any(token for _, path, token in hub.requests if path.startswith("/cdn/"))
+    asked = len(hub.requests)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert act(load_policy(REPO, stage=1)) == act(policy)
+    assert [adapter.stage for adapter in list_adapters(REPO)] == [1, 2]
+    with pytest.raises(FileNotFoundError, match="is not in the cache"):
+        load_policy(REPO, stage=2)
+    with pytest.raises(FileNotFoundError, match="is not in the cache"):
+        load_policy("me/never-seen")
+    assert len(hub.requests) == asked
+
+
+def test_a_download_that_breaks_is_taken_up_again(hub: LocalHub, finished: Path) -> None:
+    push(hub, finished)
+    hub.cut("GET", "/cdn/", times=1)
+    hub.fail("GET", "/cdn/", 429, times=1, headers={"Retry-After": "0"})
+    hub.fail("GET", "/api/models/", 503, times=2)
+    assert act(load_policy(REPO)) == act(load_policy(finished))
+
+
+def test_a_revision_is_what_it_was(hub: LocalHub, run: Path) -> None:
+    add_results(run, stages=2)
+    old = push(hub, run).commit
+    add_results(run)
+    push(hub, run)
+    assert [adapter.stage for adapter in list_adapters(REPO, revision=old)] == [1]
+    assert act(load_policy(REPO, revision=old)) == act(load_policy(run, stage=1))
+    with pytest.raises(FileNotFoundError, match="no such revision"):
+        load_policy(REPO, revision="absent")
+    with pytest.raises(ValueError, match="which has no revisions"):
+        load_policy(run, revision="main")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"adapter_model.safetensors": b"\0" * 900}, r"adapter_model\.safetensors is damaged"),
+        ({"stage_01/adapter_model.bin": b"\x80\x04."}, "can run code when it is read"),
+        ({"../infovla.json": b"{}"}, "names a file outside itself"),
+        ({"infovla.json": {"format_version": 99}}, "update the package"),
+        ({"infovla.json": {"base_model": "../../../../secrets"}}, "base lies outside itself"),
+        ({"infovla.json": {"base_fingerprint": {"config": "0", "weights": "0"}}}, "another base than"),
+        ({"infovla.json": {"task": "changed"}, "seal": False}, "does not match its checksum"),
+    ],
+)
+def test_what_must_not_be_loaded_is_refused(
+    hub: LocalHub, finished: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    push(hub, finished)
+    if isinstance(wanted := change.get("infovla.json"), dict):
+        content = {**json.loads(hub.file(REPO, "infovla.json")), **wanted}
+        if "format_version" not in wanted and change.pop("seal", True):
+            for name in ("adapter_model.safetensors", "adapter_config.json", "dataset_statistics.json"):
+                (tmp_path / name).write_bytes(hub.file(REPO, name))
+            (tmp_path / "infovla.json").write_bytes(hub.file(REPO, "infovla.json"))
+            info = read_info(tmp_path)
+            write_info(tmp_path, type(info)(**{**vars(info), **wanted}))
+            content = json.loads((tmp_path / "infovla.json").read_text())
+        change = {"infovla.json": json.dumps(content).encode()}
+    hub.put(REPO, change, remove=[path for path in hub.files(REPO) if path.startswith("stage_02/")])
+    with pytest.raises(AdapterError, match=message):
+        load_policy(REPO)
+
+
+def test_a_pickle_in_a_local_adapter_is_refused(run: Path) -> None:
+    adapter = next(run.glob("adapters/stage_01*"))
+    (adapter / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(AdapterError, match="can run code when it is read"):
+        load_policy(adapter)
+
+
+# --- the card ---
+
+
+def test_the_card_says_what_was_measured_and_what_was_not(hub: LocalHub, finished: Path) -> None:
+    push(hub, finished)
+    text = hub.file(REPO, "README.md").decode()
+    card = ModelCard(text)
+    data = card.data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("peft", "robotics", "apache-2.0")
+    assert (data.base_model, data.base_model_relation, data.datasets) == (REPO, "adapter", ["HuggingFaceVLA/libero"])
+    assert {"infovla", "lora", "libero_10", "continual-learning"} <= set(data.tags)
+    listed = {entry.metric_name: entry.metric_value for entry in data.eval_results}
+    assert listed == {"turn on the stove": 60.0, "close the door": 30.0}  # the mean needs all three
+    row = next(line for line in text.splitlines() if line.startswith("| open the drawer |"))
+    assert row.split(" | ")[1].startswith("**9/10 (90%, 60% to 98%)**")
+    assert "not measured" in row
+    assert "| final average | not measured |" in text
+    assert "asset set `primitive`" in text
+    assert "10 rollouts per task and stage" in text
+    assert "{{" not in text
+    assert "{%" not in text
+    assert "undefined" not in text
+    assert "(figures/success_matrix.png)" in text
+    shown = {link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")}
+    assert shown <= set(hub.files(REPO))
+
+
+def test_eval_results_are_in_the_hubs_format(hub: LocalHub, run: Path) -> None:
+    results = add_results(run, stages=2)
+    push(hub, run)
+    (entry,) = parse_eval_result_entries(yaml.safe_load(hub.file(REPO, ".eval_results/libero.yaml")))
+    assert (entry.dataset_id, entry.task_id) == ("HuggingFaceVLA/libero", "libero_10")
+    assert entry.value == round(100 * results.metrics()["final_average"], 2)
+    data = ModelCard(hub.file(REPO, "README.md").decode()).data
+    assert entry.value == data.eval_results[0].metric_value
+    assert "primitive" in entry.notes
+
+
+def test_the_card_template_is_found_and_goes_into_the_wheel() -> None:
+    assert template_path("adapters.md").is_file()
+    with pytest.raises(FileNotFoundError, match="install infovla-peft again"):
+        template_path("absent.md")
+    project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    assert '"hub_cards" = "infovla_peft/hub_cards"' in project
+
+
+ELSEWHERE = """
+import json, sys, warnings
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+sys.path.insert(0, {tests!r})
+import torch
+from tiny_run import act
+from infovla_peft import load_policy
+from infovla_peft.models.openvla import load_openvla
+from peft import PeftModel
+from huggingface_hub import snapshot_download
+
+found = {{"all": act(load_policy({repo!r})), "task": act(load_policy({repo!r}, task="turn on the stove"), None)}}
+namespace = {{}}
+exec({snippet!r}, namespace)
+found["snippet"] = list(namespace["actions"].shape)
+base, _ = load_openvla(snapshot_download({repo!r}, allow_patterns="base/*") + "/base")
+alone = PeftModel.from_pretrained(base, {repo!r}).eval()
+with torch.no_grad():
+    inputs = torch.load({inputs!r}, weights_only=True)
+    found["peft"] = torch.equal(alone(**inputs).predicted_actions, torch.load({expected!r}, weights_only=True))
+print(json.dumps(found))
+"""
+
+
+def test_another_process_with_an_empty_cache_acts_bit_for_bit_the_same(
+    hub: LocalHub, finished: Path, tmp_path: Path
+) -> None:
+    push(hub, finished)
+    policy = load_policy(finished)
+    inputs = {
+        "input_ids": torch.tensor([[1, 4, 5, 6]]),
+        "attention_mask": torch.ones(1, 4, dtype=torch.long),
+        "pixel_values": torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0)),
+        "proprio": torch.linspace(-1, 1, 8)[None],
+    }
+    with torch.no_grad():
+        torch.save(policy.model(**inputs).predicted_actions, tmp_path / "expected.pt")
+    torch.save(inputs, tmp_path / "inputs.pt")
+    card = hub.file(REPO, "README.md").decode()
+    snippet = card.split("```python\n")[1].split("\n```")[0]
+    assert "load_policy" in snippet
+    code = ELSEWHERE.format(
+        tests=str(Path(__file__).parent),
+        repo=REPO,
+        snippet=snippet,
+        inputs=str(tmp_path / "inputs.pt"),
+        expected=str(tmp_path / "expected.pt"),
+    )
+    environment = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "PATH": "/usr/bin:/bin",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["all"] == act(policy)
+    assert found["task"] == act(load_policy(finished, task="turn on the stove"), None)
+    assert found["snippet"] == [2, 7]
+    assert found["peft"] is True
+
+
+# --- collections and the command line ---
+
+
+def test_a_collection_gathers_a_benchmark(hub: LocalHub, finished: Path) -> None:
+    token = hub.token("me")
+    push(hub, finished)
+    address = create_collection("LIBERO", {REPO: "infovla, seed 0"}, description="one run", token=token)
+    (slug,) = hub.collections
+    assert address == f"{hub.url}/collections/{slug}"
+    assert create_collection("LIBERO", [REPO], token=token) == address  # again: nothing twice
+    (item,) = hub.collections[slug]["items"]
+    assert (item["id"], item["note"]["text"]) == (REPO, "infovla, seed 0")
+    with pytest.raises(FileNotFoundError, match="me/absent"):
+        create_collection("LIBERO", ["me/absent"], token=token)
+    with pytest.raises(ValueError, match="150 characters"):
+        create_collection("LIBERO", [REPO], description="x" * 151, token=token)
+    with pytest.raises(ValueError, match="at least one"):
+        create_collection("LIBERO", [], token=token)
+
+
+def test_push_and_list_on_the_command_line(
+    hub: LocalHub, finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", hub.token("me"))
+    assert main(["push", str(finished), "--repo", REPO, "--dry-run"]) == 0
+    planned = capsys.readouterr().out
+    assert "stage_02/adapter_model.safetensors" in planned
+    assert "one commit: infovla on libero_10, B1-2N1: stages 1 to 2 of 2" in planned
+    assert not hub.requests
+    assert main(["push", str(finished), "--repo", REPO, "--private", "--commit_message", "first"]) == 0
+    assert "commit" in capsys.readouterr().out
+    assert hub.repositories[REPO].private
+    assert main(["list", REPO]) == 0
+    assert f"{TASKS[1]}: 6 of 10" in capsys.readouterr().out
+    assert main(["list", REPO, "--json"]) == 0
+    assert [one["stage"] for one in json.loads(capsys.readouterr().out)] == [1, 2]
+    assert main(["list", "me/absent"]) == 1
+    assert "the Hub knows no repository me/absent" in capsys.readouterr().err
+    assert main(["push", str(finished / "base"), "--repo", REPO]) == 1
+    assert "give the folder of a run" in capsys.readouterr().err

@@ -1,0 +1,196 @@
+"""Several adapters on one base: switching, mixed batches; adapters of other origin; merging."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_run import TASKS, act, build_run
+
+from infovla_peft import load_policy
+from infovla_peft.adapters import AdapterError, active_adapter, adapter_parameters, base_model, fingerprint
+from infovla_peft.foreign import fingerprint_of_files
+from infovla_peft.library import find_adapters
+from infovla_peft.merging import merge, save_merged, unmerge
+from infovla_peft.models.openvla import load_openvla
+
+KNOWN = ["open the drawer", "turn on the stove", "close the door"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_run(tmp_path_factory.mktemp("sharing") / "run")
+
+
+def observations(count: int) -> tuple[list[Any], list[Any]]:
+    random = np.random.default_rng(1)
+    images = [random.integers(0, 256, (24, 24, 3), dtype=np.uint8) for _ in range(count)]
+    return images, [random.uniform(-1, 1, 8) for _ in range(count)]
+
+
+# --- several adapters on one base ---
+
+
+def test_use_switches_between_adapters_that_stay_as_they_are(run: Path) -> None:
+    expected = {task: act(load_policy(run, task=task), None) for task in KNOWN}
+    policy = load_policy(run)
+    assert policy.tasks == TASKS
+    before = fingerprint(policy.model)
+    for task in [*KNOWN, *reversed(KNOWN), TASKS[1]]:
+        assert policy.use(task) is policy
+        name = KNOWN[TASKS.index(task)] if task in TASKS else task
+        assert policy.instruction == name
+        assert act(policy, None) == expected[name]
+        assert not any(parameter.requires_grad for parameter in policy.model.parameters())
+    assert sorted(policy.model.peft_config) == ["stage_01", "stage_02"]  # each was read once
+    assert fingerprint(policy.model) == before
+    assert act(policy.use(stage=0)) == expected["open the drawer"]
+    assert act(policy.use(stage=2)) == act(load_policy(run, stage=2))
+    with pytest.raises(ValueError, match="has learned no task 'juggle'"):
+        policy.use("juggle")
+    with pytest.raises(ValueError, match="say which"):
+        policy.use()
+    with pytest.raises(ValueError, match="loaded without adapters"):
+        load_policy(run / "base").use("turn on the stove")
+
+
+def test_several_tasks_are_read_at_once(run: Path) -> None:
+    policy = load_policy(run, task=["turn on the stove", "close the door"])
+    assert sorted(policy.model.peft_config) == ["stage_01", "stage_02"]
+    assert active_adapter(policy.model) == "stage_01"
+    assert policy.instruction == "turn on the stove"
+    with pytest.raises(ValueError, match="names no task"):
+        load_policy(run, task=[])
+
+
+def test_one_forward_serves_a_batch_of_several_tasks(run: Path) -> None:
+    images, states = observations(5)
+    tasks = [KNOWN[1], KNOWN[0], KNOWN[2], KNOWN[1], KNOWN[0]]
+    policy = load_policy(run, task=KNOWN[2])
+    calls: list[int] = []
+    base_model(policy.model).language_model.register_forward_hook(lambda *_: calls.append(1))
+    base_model(policy.model).language_model.model.register_forward_hook(lambda *_: calls.append(1))
+    mixed = policy.act(images, proprio=states, task=tasks)
+    assert mixed.shape == (5, 2, 7)
+    assert len(calls) == 1
+    assert active_adapter(policy.model) == "stage_02"  # what was in use is in use again
+    for row, task in enumerate(tasks):
+        alone = policy.act(images[row], proprio=states[row], task=task)
+        np.testing.assert_allclose(mixed[row], alone, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            mixed[row], policy.use(task).act(images[row], proprio=states[row]), rtol=1e-5, atol=1e-5
+        )
+    assert np.abs(mixed[0] - policy.use(KNOWN[2]).act(images[0], KNOWN[1], states[0])).max() > 1e-3
+    policy.use(stage=0)  # adapters off: they serve a mixed batch all the same, and are off again afterwards
+    assert np.array_equal(policy.act(images, proprio=states, task=tasks), mixed)
+    assert active_adapter(policy.model) is None
+    with pytest.raises(ValueError, match="one task per observation, got 5 observations"):
+        policy.act(images, proprio=states, task=tasks[:3])
+
+
+def test_adapters_with_other_statistics_do_not_share_a_policy(run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from infovla_peft.adapters import read_info, write_info
+
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    folder = find_adapters(copy)[0].folder
+    info = read_info(folder)
+    write_info(folder, type(info)(**{**vars(info), "prompt": "Q: {instruction}\nA:"}))
+    policy = load_policy(copy)
+    with pytest.raises(AdapterError, match="another prompt than the adapters in use"):
+        policy.use(TASKS[1])
+    other = load_policy(copy, stage=1)
+    assert other.prompt == "Q: {instruction}\nA:"
+    assert act(other) != act(load_policy(run, stage=1))  # it reads the adapter's own prompt
+
+
+# --- of other origin ---
+
+
+def test_the_fingerprint_of_the_files_is_that_of_the_model(run: Path) -> None:
+    model, _ = load_openvla(run / "base")
+    assert fingerprint_of_files(run / "base", model.config, {}) == fingerprint(model)
+
+
+@pytest.mark.shared
+def test_an_adapter_of_the_original_recipe_acts_as_recorded(shared: Path) -> None:
+    golden = shared / "golden"
+    folder = golden / "tiny-openvla-fused" / "lora_adapter"
+    policy = load_policy(folder, base=golden / "tiny-openvla-fused", unnorm_key="toy_libero")
+    reference, recorded = load_file(golden / "golden_fused.safetensors"), load_file(golden / "golden_lora.safetensors")
+    names = ("input_ids", "attention_mask", "pixel_values", "labels")
+    mask = reference["train/multimodal_attention_mask"].bool()
+    with torch.no_grad():
+        output = policy.model(**{name: reference[f"train/{name}"] for name in names})
+    expected = recorded["lora/logits_action_ids"][mask]
+    difference = (output.logits[..., 31744:32000][mask] - expected).abs().max() / expected.abs().max()
+    assert difference < 1e-5
+    head = base_model(policy.model).language_model.lm_head.base_layer.weight
+    stored = load_openvla(golden / "tiny-openvla-fused")[0].language_model.lm_head.weight
+    assert torch.equal(head, stored)  # its file's copy of lm_head was left out
+    image = np.asarray(Image.open(golden / "image0.png").convert("RGB"))
+    assert policy.act(image, "open the drawer").shape == (1, 7)
+    with pytest.raises(FileNotFoundError, match="give load_policy the base as `base`"):
+        load_policy(folder)
+
+
+def test_a_plain_adapter_that_is_no_lora_of_the_recipe_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "adapter_config.json"
+    for content, message in [
+        ('{"peft_type": "IA3"}', "peft_type is 'IA3'"),
+        ('{"peft_type": "LORA", "megatron_config": {}}', "megatron_config"),
+        ("{", "is damaged"),
+    ]:
+        config.write_text(content)
+        with pytest.raises(AdapterError, match=message):
+            load_policy(tmp_path)
+
+
+# --- merging ---
+
+
+def test_merging_changes_nothing_and_can_be_taken_back(run: Path) -> None:
+    policy = load_policy(run, stage=1)
+    before = np.array(act(policy))
+    weights = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    assert 0 < merge(policy.model) < 1e-5
+    np.testing.assert_allclose(act(policy), before, atol=1e-4)
+    assert any(not torch.equal(value, weights[name]) for name, value in policy.model.state_dict().items())
+    with pytest.raises(AdapterError, match="merged already"):
+        merge(policy.model)
+    assert unmerge(policy.model) < 1e-5
+    np.testing.assert_allclose(act(policy), before, atol=1e-4)
+    with pytest.raises(AdapterError, match="no adapter is merged"):
+        unmerge(policy.model)
+    with pytest.raises(AdapterError, match="nothing to merge"):
+        merge(policy.use(stage=0).model)
+
+
+def test_a_merge_that_goes_wrong_is_named_and_undone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = load_policy(run, stage=1)
+    before = np.array(act(policy))
+    layer = next(module for module in policy.model.modules() if hasattr(module, "get_delta_weight"))
+    right = type(layer).get_delta_weight
+    monkeypatch.setattr(type(layer), "get_delta_weight", lambda self, adapter: 2 * right(self, adapter))
+    with pytest.raises(AdapterError, match=r"merging changes the output of .*, allowed 1e-04"):
+        merge(policy.model)
+    np.testing.assert_allclose(act(policy), before, atol=1e-4)
+
+
+def test_a_merged_checkpoint_needs_no_adapter(run: Path, tmp_path: Path) -> None:
+    policy = load_policy(run, stage=1)
+    expected = np.array(act(policy))
+    assert len(list(adapter_parameters(policy.model, "stage_01"))) > 0
+    folder = save_merged(policy.model, policy.processor, tmp_path / "merged")
+    assert not list(folder.glob("adapter*"))
+    merged = load_policy(folder)
+    np.testing.assert_allclose(act(merged), expected, atol=1e-4)
+    assert "lora" not in json.dumps(list(merged.model.state_dict()))
+    assert np.abs(np.array(act(load_policy(run, stage=0))) - expected).max() > 1e-2
