@@ -242,6 +242,14 @@ def deactivate(model: nn.Module) -> None:
         model.requires_grad_(False)
 
 
+def switch(model: PeftModel, name: str) -> None:
+    """Run with another frozen adapter: what `activate` does, in one pass over the adapted layers."""
+    if active_adapter(model) is None:
+        tuner: Any = model.base_model
+        tuner.enable_adapter_layers()
+    model.set_adapter(name, inference_mode=True)
+
+
 def active_adapter(model: nn.Module) -> str | None:
     """Name of the adapter that the model runs with, None for the base alone."""
     layer: Any = next((module for module in model.modules() if isinstance(module, LoraLayer)), None)
@@ -275,14 +283,18 @@ def adapter_parameters(model: PeftModel, name: str) -> Iterable[tuple[str, nn.Pa
     return [(key, parameter) for key, parameter in model.named_parameters() if f".{name}." in key and ".lora_" in key]
 
 
-def attach(model: nn.Module, name: str, lora: LoraConfig) -> PeftModel:
-    """`model` with a new, untrained adapter of this shape beside those that it has."""
+def attach(model: nn.Module, name: str, lora: LoraConfig, *, empty: bool = False) -> PeftModel:
+    """`model` with a new, untrained adapter of this shape beside those that it has.
+
+    Args:
+        empty: give it no values (the meta device): they are about to be read, and drawing them takes longer than that.
+    """
     if isinstance(model, PeftModel):
-        model.add_adapter(name, lora)
+        model.add_adapter(name, lora, low_cpu_mem_usage=empty)
         return model
     with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5.23 by a deprecated name
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        return PeftModel(model, lora, adapter_name=name)
+        return PeftModel(model, lora, adapter_name=name, low_cpu_mem_usage=empty)
 
 
 def _load_weights(model: PeftModel, name: str, weights: Mapping[str, Tensor]) -> None:
@@ -298,7 +310,8 @@ def _load_weights(model: PeftModel, name: str, weights: Mapping[str, Tensor]) ->
             f"the adapter's weights do not fit the model: {len(missing)} missing {missing[:3]}, "
             f"{len(unknown)} unknown {unknown[:3]}"
         )
-    set_peft_model_state_dict(model, lora, adapter_name=name)
+    empty = any(parameter.is_meta for _, parameter in adapter_parameters(model, name))
+    set_peft_model_state_dict(model, lora, adapter_name=name, low_cpu_mem_usage=empty)
 
 
 # --- on disk ---------------------------------------------------------------------------------------------------------
@@ -432,7 +445,7 @@ def load_adapter(
     if not (path / PEFT_CONFIG).is_file():
         raise FileNotFoundError(f"{path} holds no adapter: {PEFT_CONFIG} is missing")
     lora = LoraConfig.from_pretrained(str(path))
-    peft_model = attach(model, name, lora)
+    peft_model = attach(model, name, lora, empty=True)
     read_adapter_weights(peft_model, name, path)
     activate(peft_model, name, trainable=trainable)
     return peft_model, info

@@ -57,7 +57,7 @@ def load_reference_adapter(model: nn.Module, folder: str | os.PathLike[str], nam
         FileNotFoundError, AdapterError: see `read_adapter_weights`, `read_reference_info`.
     """
     read_reference_info(folder)
-    peft_model = attach(model, name, LoraConfig.from_pretrained(os.fspath(folder)))
+    peft_model = attach(model, name, LoraConfig.from_pretrained(os.fspath(folder)), empty=True)
     read_adapter_weights(peft_model, name, Path(folder))
     activate(peft_model, name)
     return peft_model

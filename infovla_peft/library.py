@@ -14,11 +14,11 @@ from .adapters import (
     PEFT_CONFIG,
     AdapterError,
     AdapterInfo,
-    activate,
     active_adapter,
     deactivate,
     load_adapter,
     read_info,
+    switch,
 )
 from .foreign import load_reference_adapter, read_reference_info
 
@@ -175,7 +175,7 @@ class AdapterLibrary:
             deactivate(model)
             return model
         model = self.load(model, adapter)
-        activate(model, adapter.name)
+        switch(model, adapter.name)
         return model
 
     def mixed(self, model: Any, tasks: Sequence[str]) -> tuple[Any, list[str], list[str]]:
@@ -189,5 +189,5 @@ class AdapterLibrary:
             names.append(BASE if adapter is None else adapter.name)
             instructions.append(instruction or task)
         if active_adapter(model) != before:  # reading an adapter has activated it
-            activate(model, before) if before else deactivate(model)
+            switch(model, before) if before else deactivate(model)
         return model, names, instructions
