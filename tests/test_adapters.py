@@ -27,8 +27,10 @@ from infovla_peft.adapters import (
     read_info,
     save_adapter,
     target_modules,
+    write_info,
 )
 from infovla_peft.config import InfoVLAConfig
+from infovla_peft.integrity import write_sealed
 from infovla_peft.models.openvla import OpenVLAForActionPrediction
 
 
@@ -163,7 +165,7 @@ def test_an_adapter_reads_back_bit_for_bit(tmp_path: Path) -> None:
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "../base"
     fresh = tiny_policy()
     loaded, read = load_adapter(fresh.model, folder, "any_name")
-    assert read == stored
+    assert replace(read, sha256={}) == stored
     assert torch.equal(predictions(fresh, loaded), expected)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     again = fingerprint(model, "one")
@@ -192,6 +194,7 @@ def test_weights_of_a_base_in_an_adapter_file_are_not_read(tmp_path: Path) -> No
     head = base_model(model).language_model.lm_head.weight
     weights["base_model.model.language_model.lm_head.base_layer.weight"] = torch.zeros_like(head)
     save_file(weights, folder / "adapter_model.safetensors")
+    write_info(folder, read_info(folder))
     loaded, _ = load_adapter(tiny_policy().model, folder, "one")
     assert torch.equal(base_model(loaded).language_model.lm_head.weight, head)
 
@@ -210,13 +213,14 @@ def test_damaged_and_foreign_folders(tmp_path: Path) -> None:
     lora = load_file(save_adapter(model, "one", tmp_path / "b", info(policy), {}) / "adapter_model.safetensors")
     lora.pop(next(iter(lora)))
     save_file(lora, weights)
+    write_info(folder, read_info(folder))
     with pytest.raises(AdapterError, match="1 missing"):
         load_adapter(tiny_policy().model, folder, "one")
     weights.unlink()
-    with pytest.raises(FileNotFoundError, match="no adapter weights"):
+    with pytest.raises(FileNotFoundError, match=r"adapter_model.safetensors is missing"):
         load_adapter(tiny_policy().model, folder, "one")
     (folder / "infovla.json").write_text('{"format_version": 99}')
-    with pytest.raises(AdapterError, match="later version"):
+    with pytest.raises(AdapterError, match="update the package"):
         read_info(folder)
     (folder / "infovla.json").write_text("{")
     with pytest.raises(AdapterError, match="is damaged"):
@@ -229,8 +233,10 @@ def test_fields_of_later_versions_are_ignored(tmp_path: Path) -> None:
         add_adapter(policy.model, "one", config(tmp_path)), "one", tmp_path / "adapter", info(policy), {}
     )
     content = json.loads((folder / "infovla.json").read_text())
-    (folder / "infovla.json").write_text(json.dumps({**content, "invented_later": 1}))
-    assert read_info(folder) == info(policy)
+    sums = content.pop("sha256")
+    sums.pop("infovla.json")
+    write_sealed(folder / "infovla.json", {**content, "invented_later": 1}, sums)
+    assert read_info(folder) == replace(info(policy), sha256=sums)
 
 
 # --- which base ---
