@@ -307,8 +307,8 @@ def _load_weights(model: PeftModel, name: str, weights: Mapping[str, Tensor]) ->
     if expected != set(lora):
         missing, unknown = sorted(expected - set(lora)), sorted(set(lora) - expected)
         raise AdapterError(
-            f"the adapter's weights do not fit the model: {len(missing)} missing {missing[:3]}, "
-            f"{len(unknown)} unknown {unknown[:3]}"
+            f"the adapter's weights do not fit the model: {len(missing)} missing {missing[:3]!s:.300}, "
+            f"{len(unknown)} unknown {unknown[:3]!s:.300}"
         )
     empty = any(parameter.is_meta for _, parameter in adapter_parameters(model, name))
     set_peft_model_state_dict(model, lora, adapter_name=name, low_cpu_mem_usage=empty)
@@ -383,7 +383,7 @@ def read_adapter_weights(model: PeftModel, name: str, folder: Path) -> None:
     try:
         weights = load_file(file)
     except SafetensorError as error:
-        raise AdapterError(f"{file} is damaged ({error}); copy or train the adapter again") from error
+        raise AdapterError(f"{file} is damaged ({error!s:.500}); copy or train the adapter again") from error
     _load_weights(model, name, weights)
 
 
@@ -404,7 +404,7 @@ def read_info(folder: str | os.PathLike[str]) -> AdapterInfo:
     except DamagedFileError as error:
         raise AdapterError(f"{error}; copy or train the adapter again") from error
     except TypeError as error:
-        raise AdapterError(f"{file} is damaged ({error}); copy or train the adapter again") from error
+        raise AdapterError(f"{file} is damaged ({error!s:.500}); copy or train the adapter again") from error
 
 
 def read_statistics(folder: str | os.PathLike[str]) -> dict[str, Any]:

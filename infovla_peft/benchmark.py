@@ -280,7 +280,10 @@ def _keys(entry: Mapping[str, Any], where: str, orders: Mapping[str, Mapping[str
     memory = [_count(size, f"{where}.memory", 0) for size in _list(entry.get("memory", [1]), f"{where}.memory")]
     unknown = set(chosen) - set(orders[suite])
     if unknown:
-        raise ValueError(f"{where}.orders: {suite} has no order {', '.join(sorted(unknown))}")
+        raise ValueError(
+            f"{where}.orders: {suite} has no order {', '.join(sorted(unknown)):.200}; choose among "
+            f"{', '.join(orders[suite])}"
+        )
     return [
         RunKey(suite, method, seed, order, size)
         for seed in seeds

@@ -440,10 +440,10 @@ def load_recipe(
         )
     # TrainingArguments looks into files, packages and devices that its options name, and raises what they raise.
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, OSError, ImportError) as error:
-        raise RecipeError(f"{source}: {error}; --help says what each option takes" if flags else str(error)) from error
+        raise RecipeError(f"{source}: {error!s:.500}; --help says what each option takes") from error
     if unknown:
         option = unknown[0].split("=")[0]
-        raise RecipeError(f"unknown option {option:.80}{_near(option.lstrip('-').replace('-', '_'))}")
+        raise RecipeError(f"{source}: unknown option {option:.80}{_near(option.lstrip('-').replace('-', '_'))}")
     return stream, training
 
 

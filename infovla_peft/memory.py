@@ -240,6 +240,8 @@ def _read_manifest(file: Path) -> dict[str, Any]:
             raise DamagedFileError(f"{file} has format {content['format_version']}, which is read no more")
         if not isinstance(content["sha256"], dict) or not isinstance(content["frames"], int):
             raise DamagedFileError(f"{file} is damaged")
-    except (DamagedFileError, KeyError) as error:
+    except KeyError as error:
+        raise DamagedFileError(f"{file} lacks {error}; repeat the stage that wrote it") from error
+    except DamagedFileError as error:
         raise DamagedFileError(f"{error}; repeat the stage that wrote it") from error
     return content

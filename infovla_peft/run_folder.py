@@ -142,7 +142,7 @@ class RunFolder:
         if file.exists():
             changed = changed_keys(_read_config(file), config, ignore=harmless)
             if changed:
-                listed = "".join(f"\n  {key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
+                listed = "".join(f"\n  {key}: {old!r:.200} -> {new!r:.200}" for key, (old, new) in changed.items())
                 raise RunError(
                     f"{self.path} holds a run with another configuration; changed:{listed}\n"
                     "Use its configuration to continue it, or another --output_dir to start anew."
