@@ -155,6 +155,7 @@ class RunFolder:
         if self._lock is not None:
             with suppress(OSError):
                 self._lock.truncate(0)
+                fcntl.flock(self._lock, fcntl.LOCK_UN)  # a child that was just forked may still have it open
             self._lock.close()
             self._lock = None
 
@@ -210,7 +211,12 @@ class RunFolder:
         return sums
 
     def check(self, product: Path) -> None:
-        """Raise a RunError that names a file of a sealed product which is not what was written."""
+        """Raise a RunError that names a file of a sealed product which is not what was written.
+
+        What lies outside of the folder, such as demonstrations that runs share, is not sealed with it.
+        """
+        if not product.is_relative_to(self.path):
+            return
         name = product.relative_to(self.path).as_posix()
         mine = {key: value for key, value in self.checksums().items() if key == name or key.startswith(f"{name}/")}
         try:

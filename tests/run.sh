@@ -7,4 +7,6 @@ bash recipes/setup.sh libero video dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-exec .venv/bin/python -m pytest "$@"
+# One process per core with one thread each: the tests are too small to gain from a second thread.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec .venv/bin/python -m pytest -n "$(nproc)" --dist worksteal "$@"

@@ -16,9 +16,11 @@ import pytest
 from conftest import REPOSITORY
 from data_files import TASKS, write_lerobot, write_libero_hdf5
 from stream_fakes import STREAM, TRAINING, FakePool, install_fakes
+from tiny_run import build_run
 
 from infovla_peft.cli import make_parser
 from infovla_peft.config import InfoVLAConfig, StreamConfig, load_recipe
+from infovla_peft.hub import load_policy
 
 PAGES = {name: (REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "recipes/README.md")}
 
@@ -51,7 +53,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_snippet_is_known() -> None:
     """A new one needs a test here."""
     tested = {
-        "README.md": ["LiberoEnvironment", "export_lerobot", "InfoVLAConfig, InfoVLATrainer"],
+        "README.md": ["LiberoEnvironment", "export_lerobot", "InfoVLAConfig, InfoVLATrainer", "policy.use"],
         "recipes/README.md": ["my_robot", "AnotherVLA", "METHODS", "class Nearness"],
     }
     for page, words in tested.items():
@@ -117,6 +119,22 @@ def test_readme_data(data: Path) -> None:
 
 def test_readme_library() -> None:
     assert issubclass(run(snippet("README.md", "InfoVLAConfig, InfoVLATrainer"))["InfoVLATrainer"], object)
+
+
+def test_readme_published_adapters(tmp_path: Path) -> None:
+    """The published repository is a run here, and has other tasks."""
+    folder = build_run(tmp_path / "run")
+    learned = "close the door"
+    text = snippet("README.md", "policy.use").replace("put the bowl on top of the cabinet", learned)
+    names = {
+        "load_policy": lambda _repository, **options: load_policy(folder, **options),
+        "images": [np.full((24, 24, 3), shade, dtype=np.uint8) for shade in (0, 200)],
+        "states": [np.zeros(8), np.full(8, 0.1)],
+    }
+    space = run(text, **names)
+    policy = load_policy(folder, task=learned)
+    alone = policy.act(names["images"][1], proprio=names["states"][1])
+    np.testing.assert_allclose(space["actions"][1], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_own_data(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

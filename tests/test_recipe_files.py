@@ -38,7 +38,7 @@ def test_a_copy_replaces_nothing_by_accident(tmp_path: Path, capsys: pytest.Capt
     assert main(["cp", "continual", str(target), "--force"]) == 0
     assert target.read_text() != "mine"
     assert main(["cp", "continaul"]) == 1
-    assert "there is no recipe 'continaul'; there are benchmark, continual" in capsys.readouterr().err
+    assert "there is no recipe 'continaul'; there are another_vla, benchmark, continual" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -183,14 +183,8 @@ def test_asset_sets_and_process_counts_are_not_mixed(
 def test_broken_demonstrations_are_named_and_left_alone(
     make: Callable[..., Stream], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    from infovla_peft.data.demonstrations import (
-        DemonstrationError,
-        DemonstrationManifest,
-        EpisodeRecord,
-        RecordingSettings,
-        TaskRecord,
-        load_demonstrations,
-    )
+    from infovla_peft.data.demonstrations import DemonstrationError, load_demonstrations
+    from infovla_peft.data.recorded import DemonstrationManifest, EpisodeRecord, RecordingSettings, TaskRecord
 
     monkeypatch.setattr("infovla_peft.stream.load_demonstrations", load_demonstrations)
     with make({"stream": "B1-1N1", "demonstrations": 1}) as stream:
