@@ -32,8 +32,10 @@ from torch import Tensor, nn
 
 from . import __version__
 from .config import InfoVLAConfig
+from .distributed import whole
 from .files import atomic_folder, write_json
 from .integrity import DamagedFileError, check_files, checksums, read_sealed, write_sealed
+from .models.openvla.quantization import Quantization, logical_shape, quantization_of
 
 FORMAT_VERSION = 2  # 1 had no checksums
 WEIGHTS, PEFT_CONFIG, INFO, STATISTICS = (
@@ -74,6 +76,7 @@ class AdapterInfo:
         taps: {"layer"}: whose hidden states the terms of the loss compared.
         versions: of the libraries it was trained with.
         training: the resolved configuration.
+        quantization: how the base was held, and with it the teacher; `nf4` = in 4 bits (QLoRA).
         package_version: of infovla_peft.
         sha256: of the files beside it, by their names; written by `write_info`.
     """
@@ -96,6 +99,7 @@ class AdapterInfo:
     taps: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    quantization: Quantization = "none"
     package_version: str = __version__
     sha256: dict[str, str] = field(default_factory=dict, compare=False)
     format_version: int = FORMAT_VERSION
@@ -318,16 +322,26 @@ def _load_weights(model: PeftModel, name: str, weights: Mapping[str, Tensor]) ->
 
 
 def save_adapter(
-    model: PeftModel, name: str, folder: str | os.PathLike[str], info: AdapterInfo, statistics: Mapping[str, Any]
+    model: PeftModel,
+    name: str,
+    folder: str | os.PathLike[str],
+    info: AdapterInfo,
+    statistics: Mapping[str, Any],
+    *,
+    write: bool = True,
 ) -> Path:
     """Write one adapter's folder, at once.
 
     Args:
         statistics: {key: statistics}, see `Normaliser.as_statistics`.
+        write: False in all processes but one. All must call: a sharded model's weights are gathered from them.
     """
     path = Path(folder)
+    weights = adapter_weights(model, name)
+    if not write:
+        return path
     with atomic_folder(path) as temporary:
-        write_adapter_weights(model, name, temporary)
+        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
         lora = model.peft_config[name]
         lora.base_model_name_or_path, lora.inference_mode = info.base_model, True
         lora.save_pretrained(str(temporary))
@@ -364,11 +378,18 @@ def check_adapter(folder: str | os.PathLike[str]) -> AdapterInfo:
     return info
 
 
-def write_adapter_weights(model: PeftModel, name: str, folder: Path) -> None:
-    """Only `adapter_model.safetensors`."""
-    weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    weights = {key: tensor.contiguous() for key, tensor in weights.items() if ".base_layer." not in key}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+def adapter_weights(model: PeftModel, name: str) -> dict[str, Tensor]:
+    """What `adapter_model.safetensors` holds. All processes must call: a sharded model's are gathered from them."""
+    parameters = {key: whole(parameter).detach() for key, parameter in adapter_parameters(model, name)}
+    weights = get_peft_model_state_dict(model, parameters, adapter_name=name, save_embedding_layers=False)
+    return {key: tensor.contiguous() for key, tensor in weights.items()}
+
+
+def write_adapter_weights(model: PeftModel, name: str, folder: Path, *, write: bool = True) -> None:
+    """Only `adapter_model.safetensors`; see `save_adapter`."""
+    weights = adapter_weights(model, name)
+    if write:
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def read_adapter_weights(model: PeftModel, name: str, folder: Path) -> None:
@@ -458,7 +479,8 @@ def fingerprint(model: nn.Module, adapter: str | None = None) -> dict[str, str]:
     """What tells this base from another: a digest of its configuration, and one of its weights.
 
     Of each tensor the name, the shape and up to 64 values enter, rounded to bfloat16, so that a base gives the same
-    fingerprint in float32 and in bfloat16; on 7 billion parameters this takes well under a second.
+    fingerprint in float32 and in bfloat16; on 7 billion parameters this takes well under a second. Of what is held in
+    4 bits only name and shape enter, because packed values differ between devices.
 
     Args:
         adapter: digest this adapter's weights instead of the base's.
@@ -486,8 +508,15 @@ def check_base(
     """Raise an AdapterError if the adapter was trained on another base than this model.
 
     Args:
-        actual: the model's fingerprint, where it is known already.
+        actual: the fingerprint of the model's base, where it is known already. That of its files lets an adapter that
+            was trained on the base in full go onto the same base in 4 bits.
     """
+    held = quantization_of(base_model(model))
+    if held != info.quantization and (actual is None or info.quantization != "none"):
+        raise AdapterError(
+            f"{where} was trained on a base with quantization={info.quantization!r:.40}, this one has {held!r}; "
+            f"load it with load_openvla(..., quantization={info.quantization!r:.40}), or the policy with load_policy"
+        )
     actual = actual or fingerprint(model)
     differing = [part for part in ("config", "weights") if actual[part] != info.base_fingerprint.get(part)]
     if differing:
@@ -502,9 +531,13 @@ def digest_weights(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """The digest of named tensors that enters a fingerprint."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        flat = tensor.detach().flatten()
+        if (packed := logical_shape(tensor)) is not None:
+            digest.update(f"{name} {packed}\n".encode())
+            continue
+        gathered = whole(tensor).detach()
+        flat = gathered.flatten()
         values = flat[:: max(1, -(-len(flat) // _SAMPLE))].to(torch.bfloat16).float().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode() + values.numpy().tobytes())
+        digest.update(f"{name} {tuple(gathered.shape)}\n".encode() + values.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -64,6 +64,20 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def check_continuable(checkpoint: str | os.PathLike[str], *, sharded: bool) -> None:
+    """Raise a ValueError if no training can go on from there.
+
+    Args:
+        sharded: FSDP trains now. A checkpoint saved under FSDP is known by its optimiser's file.
+    """
+    folder = Path(checkpoint)
+    if sharded or (not (folder / "optimizer.pt").exists() and any(folder.glob("optimizer*"))):
+        raise ValueError(
+            f"{folder}: a stage under FSDP2 cannot be continued from a checkpoint; delete {folder.parent}/checkpoint-*"
+            " to repeat the stage, and use DDP (recipes/accelerate/ddp.yaml) where stages must be continuable"
+        )
+
+
 def keep_newest(folder: Path, limit: int | None) -> None:
     """Remove all but the `limit` checkpoints of the highest steps; None or 0 keeps all. No clock decides."""
     for path in checkpoints(folder)[: -limit or None] if limit else []:

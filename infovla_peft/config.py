@@ -278,6 +278,9 @@ class StreamConfig:
     base_model: str = _option(
         "tiny", "Hub id or folder of an OpenVLA checkpoint, or tiny: build a small one and train it on the base tasks."
     )
+    quantization: Literal["none", "nf4"] = _option(
+        "none", "How the frozen base is held: none, or nf4 = in 4 bits by bitsandbytes (QLoRA), the teacher with it."
+    )
     unnorm_key: str | None = _option(None, "Key of the base's statistics to normalise with; default: the suite's.")
 
     assets: Literal["auto", "official", "primitive"] = _option(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .distributed import deal, gather_pieces, is_main
 from .inference import Policy
 from .video import write_video
 
@@ -101,6 +102,9 @@ def evaluate(
     demonstration is ever recorded. All environments of the pool are served by one batched forward; a chunk of
     actions is executed open loop, and a frame is rendered only when the policy looks.
 
+    Several processes share the episodes of each task, each with a pool and a policy of its own; all must call, all get
+    the whole result, and the first one writes the videos.
+
     Args:
         episodes: rollouts per task, 1 to 50.
         first_state: the initial state of the first one; those that follow take the next ones.
@@ -126,7 +130,9 @@ def evaluate(
             Episode(task, state, episode_seed(seed, task.index, state), record_video=videos > 0)
             for state in range(first_state, first_state + episodes)
         ]
-        results = pool.run(planned, act, open_loop_steps=open_loop_steps, max_steps=max_steps, progress=progress)
+        mine = deal(planned)
+        options: dict[str, Any] = {"open_loop_steps": open_loop_steps, "max_steps": max_steps, "progress": progress}
+        results = gather_pieces(_worth_sending(pool.run(mine, act, **options), videos) if mine else [], len(planned))
         seconds = time.monotonic() - start
         yield TaskResult(
             suite=task.suite,
@@ -134,13 +140,24 @@ def evaluate(
             successes=[result.success for result in results],
             steps=[result.steps for result in results],
             seconds=round(seconds, 2),
-            videos=_write_videos(results, videos, video_folder, open_loop_steps) if video_folder else [],
+            videos=_write_videos(results, videos, video_folder, open_loop_steps) if video_folder and is_main() else [],
         )
+
+
+def _worth_sending(results: Sequence[EpisodeResult], videos: int) -> list[EpisodeResult]:
+    """Pictures only of the episodes that may be among the first `videos` of all processes."""
+    shown = _failures_first(results)[:videos]
+    kept = {id(result) for result in shown}
+    return [result if id(result) in kept else replace(result, frames=None) for result in results]
+
+
+def _failures_first(results: Sequence[EpisodeResult]) -> list[EpisodeResult]:
+    return sorted(results, key=lambda result: result.success)
 
 
 def _write_videos(results: Sequence[EpisodeResult], count: int, folder: Path, open_loop_steps: int) -> list[str]:
     names = []
-    for result in sorted(results, key=lambda result: result.success)[:count]:  # failures first
+    for result in _failures_first(results)[:count]:
         outcome = "success" if result.success else "failure"
         name = f"{result.episode.task.name}_{result.episode.initial_state_index:02d}_{outcome}.mp4"
         write_video(folder / name, result.frames or [], frames_per_second=CONTROL_FREQUENCY / open_loop_steps)

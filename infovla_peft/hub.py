@@ -80,7 +80,8 @@ def load_policy(
         base: where the base is, if not where the adapter says. It must be the very base the adapter was trained on.
         unnorm_key: data set whose statistics un-normalise, for a checkpoint without adapter that has several.
         device, dtype: of the model; None for the CPU and for the base's own.
-        quantization_config: load the base quantised, as in transformers' `from_pretrained`.
+        quantization_config: load the base quantised, as in transformers' `from_pretrained`; None = as it was held when
+            the adapter was trained (`AdapterInfo.quantization`).
         token: for a private repository; None is that of `hf auth login`.
 
     Raises:
@@ -120,8 +121,11 @@ def load_policy(
     location = base or _base_location(place, chosen[0][0] or adapters[0])
     if base is None and reference.base_revision is not None:
         options["revision"] = reference.base_revision
+    if quantization_config is None:
+        options["quantization"] = reference.quantization
     model, processor = load_openvla(location, **options)
-    found = fingerprint_of_files(location, model.config, options) if quantization_config else fingerprint(model)
+    only_now = quantization_config is not None and reference.quantization == "none"  # not when it was trained
+    found = fingerprint_of_files(location, model.config, options) if only_now else fingerprint(model)
     library = AdapterLibrary(adapters, place.folder, place.fetch, found)
     for adapter, _ in reversed(chosen):
         model = library.switch(model, adapter)

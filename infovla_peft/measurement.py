@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .distributed import exchange
 from .evaluation import TaskResult, evaluate
 from .inference import Policy
 from .integrity import SUMS, checksums, read_sealed, write_sealed
@@ -48,17 +49,20 @@ def write_cell(file: Path, result: TaskResult, videos: Path) -> None:
 
 
 def measure_stage(stream: Stream, stage: Stage) -> None:
-    """Roll out every task seen so far, whose cell is not there yet; then results.json and the report."""
+    """Roll out every task seen so far, whose cell is not there yet; then results.json and the report.
+
+    All processes of a launch share each task's episodes; the main one gathers their results and writes.
+    """
     from .simulation.workers import EnvironmentPool
 
-    config, folder = stream.config, stream.run_folder
-    missing = [task for task in stream.seen(stage) if not folder.cell(stage.index, task.name).exists()]
-    if METHODS[stream.training.method].policy == "own":
-        missing = [task for task in missing if not _measured_before(stream, stage, task)]
+    config, folder, main = stream.config, stream.run_folder, stream.run_folder.main_process
+    names = exchange(_unmeasured(stream, stage) if main else [])[0]
+    missing = [task for task in stream.seen(stage) if task.name in names]
     if missing:
-        print(f"{f'stage {stage.index}' if stage.index else 'base'}: rollouts of {len(missing)} tasks", flush=True)
+        if main:
+            print(f"{f'stage {stage.index}' if stage.index else 'base'}: rollouts of {len(missing)} tasks", flush=True)
         with EnvironmentPool(
-            workers(config.eval_workers),
+            workers(config.eval_workers, shared=True),
             assets=stream.assets,
             image_size=config.image_size,
             cameras=config.cameras,
@@ -75,12 +79,22 @@ def measure_stage(stream: Stream, stage: Stage) -> None:
                     max_steps=config.rollout_max_steps,
                     videos=config.videos_per_task,
                     video_folder=folder.videos(stage.index),
+                    progress=main,
                 ):
-                    write_cell(folder.cell(stage.index, result.task), result, folder.videos(stage.index))
-                    print(f"  {result.task}: {sum(result.successes)} of {result.episodes}", flush=True)
-    gather_results(stream, stage).save(folder.results)
-    if stream.seen(stage):
-        write_report(folder.path)
+                    if main:
+                        write_cell(folder.cell(stage.index, result.task), result, folder.videos(stage.index))
+                        print(f"  {result.task}: {sum(result.successes)} of {result.episodes}", flush=True)
+    if main:
+        gather_results(stream, stage).save(folder.results)
+        if stream.seen(stage):
+            write_report(folder.path)
+
+
+def _unmeasured(stream: Stream, stage: Stage) -> list[str]:
+    missing = [task for task in stream.seen(stage) if not stream.run_folder.cell(stage.index, task.name).exists()]
+    if METHODS[stream.training.method].policy == "own":
+        missing = [task for task in missing if not _measured_before(stream, stage, task)]
+    return [task.name for task in missing]
 
 
 def _policies(stream: Stream, stage: Stage, tasks: Sequence[Task]) -> Iterator[tuple[Policy, list[Task]]]:

@@ -15,8 +15,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from .adapters import AdapterError, active_adapter
+from .adapters import AdapterError, active_adapter, base_model
 from .files import atomic_folder
+from .models.openvla.quantization import quantization_of
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Largest difference of a layer's output relative to its largest value, by the type of the base's weights. Rounding
@@ -34,11 +35,14 @@ def merge(model: PeftModel, *, tolerance: float | None = None) -> float:
         The largest relative difference of a layer's output.
 
     Raises:
-        AdapterError: nothing to merge, or a layer's output has changed; the adapter is then taken out again.
+        AdapterError: nothing to merge, a base in 4 bits, or a layer's output has changed; the adapter is then taken
+            out again.
     """
     name = active_adapter(model)
     if name is None:
         raise AdapterError("no adapter is active, so there is nothing to merge; activate one first")
+    if (held := quantization_of(base_model(model))) != "none":
+        raise AdapterError(f"a base held in 4 bits ({held}) is too coarse to merge into; keep the adapter unmerged")
     layers = _layers(model, name)
     if any(layer.merged for layer in layers.values()):
         raise AdapterError("an adapter is merged already; unmerge it first")

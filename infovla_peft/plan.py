@@ -74,9 +74,14 @@ def step_name(what: str, stage: Stage) -> str:
     return f"{what}_{stage.index:02d}"
 
 
-def workers(wanted: int) -> int:
-    """Processes to use: `wanted`, or one per core that this process may use."""
-    return wanted or len(os.sched_getaffinity(0))
+def workers(wanted: int, *, shared: bool = False) -> int:
+    """Worker processes to use: `wanted`, or one per core that this process may use.
+
+    Args:
+        shared: all processes of a launch on this machine do so at once, and these are divided among them.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if shared else 1
+    return max(1, (wanted or len(os.sched_getaffinity(0))) // processes)
 
 
 def describe_plan(

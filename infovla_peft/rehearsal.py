@@ -135,7 +135,7 @@ class Rehearsal:
         """Ask the teachers: answers for the counterfactual frames, anchors for all; None where no term needs any.
 
         A memory task's anchors are those stored with it if they still fit, else they are computed (and stored) now.
-        Every process computes them, the main one stores them.
+        The processes share the work, all get the whole, and the main one stores it.
 
         Args:
             batch_size: of the teachers' forward passes.

@@ -37,6 +37,7 @@ from .data.collator import VLACollator
 from .data.demonstrations import CAMERA_COLUMNS, load_demonstrations, recipe_demonstrations
 from .data.normalisation import Normaliser
 from .data.statistics import statistics_of
+from .distributed import whole_state
 from .files import atomic_folder
 from .hub import load_policy, relative_base
 from .inference import Policy
@@ -45,6 +46,7 @@ from .measurement import measure_stage
 from .memory import ReplayMemory
 from .methods import METHODS
 from .models.openvla import PROMPT, build_tiny_openvla, load_openvla
+from .models.openvla.quantization import quantization_config
 from .plan import Stage, describe_plan, describe_results, plan_stages, step_name, tiny_shape, workers
 from .progress import show_progress
 from .publishing import check_access, push_to_hub
@@ -97,8 +99,8 @@ HARMLESS = frozenset(
 class Stream:
     """One run of a stream. Its methods are the steps; calling a finished one again does nothing.
 
-    Under `accelerate launch --num_processes N` every process calls every method: all train, the main process alone
-    records, saves and evaluates, and the others wait for it.
+    Under `accelerate launch --num_processes N` every process calls every method: all train, and share the teachers'
+    frames and the rollouts; the main process alone records and writes, and the others wait for it.
 
     Args:
         config, training: the recipe; `training.output_dir` is the run's folder.
@@ -143,6 +145,7 @@ class Stream:
         choose_gl()
         if self.config.videos_per_task and not video_available():
             raise RunError(f"videos of rollouts need PyAV: {CURE}")
+        quantization_config(self.config.quantization)
         if not self.is_tiny:
             read_config(self.config.base_model, {})
         check_trackers(self.training.report_to)
@@ -210,7 +213,7 @@ class Stream:
         """
         if self.is_tiny:
             self._need("base", self.run_folder.base)
-        model, processor = load_openvla(self.base)
+        model, processor = load_openvla(self.base, quantization=self.config.quantization)
         if model.config.num_images_in_input != len(self.config.cameras):
             raise RunError(
                 f"{self.base} sees {model.config.num_images_in_input} image(s), but `cameras` is {self.config.cameras}"
@@ -311,9 +314,10 @@ class Stream:
             )
             show_progress(trainer, "base")
             trainer.train(resume_from_checkpoint=True)
+        weights = whole_state(model)
         if self.run_folder.main_process:
             with atomic_folder(self.run_folder.base) as folder:
-                model.save_pretrained(folder)
+                model.save_pretrained(folder, state_dict=weights)
                 processor.save_pretrained(folder)
 
     def learn(self, stage: Stage, train: Callable[[Stream, Stage], None] | None = None) -> None:
@@ -386,40 +390,40 @@ class Stream:
         return found
 
     def save_adapter(self, model: Any, stage: Stage, normaliser: Normaliser) -> None:
-        """Write the folder of a stage's adapter."""
-        if self.run_folder.main_process:
-            folder = self.run_folder.adapter(stage.name)
-            base = base_model(model).config
-            info = AdapterInfo(
-                base_model=relative_base(self.base, folder),
-                base_revision=None if self.is_tiny else getattr(base, "_commit_hash", None),
-                base_fingerprint=fingerprint(model),
-                unnorm_key=normaliser.key,
-                task=", ".join(task.name for task in stage.tasks),
-                instruction=", ".join(task.instruction for task in stage.tasks),
-                suite=self.config.suite,
-                stage=stage.index,
-                seen=[task.name for task in self.seen(stage)],
-                tasks=[
-                    {"name": task.name, "instruction": task.instruction, "stage": each.index}
-                    for each in self.stages[: stage.index + 1]
-                    for task in each.tasks
-                ],
-                stream=self.config.stream,
-                cameras=list(self.config.cameras),
-                statistics={"file": STATISTICS, "key": normaliser.key},
-                prompt=PROMPT,
-                image_pipeline={
-                    "rendered_size": self.config.image_size,
-                    "input_sizes": list(base.image_sizes),
-                    "resize": base.image_resize_strategy,
-                    "center_crop": self.config.center_crop,
-                },
-                taps={"layer": self.training.tap_layer},
-                versions=collect_versions(),
-                training=self.resolved_config(),
-            )
-            save_adapter(model, stage.name, folder, info, normaliser.as_statistics())
+        """Write the folder of a stage's adapter. All processes call it."""
+        folder = self.run_folder.adapter(stage.name)
+        base = base_model(model).config
+        info = AdapterInfo(
+            base_model=relative_base(self.base, folder),
+            base_revision=None if self.is_tiny else getattr(base, "_commit_hash", None),
+            base_fingerprint=fingerprint(model),
+            unnorm_key=normaliser.key,
+            task=", ".join(task.name for task in stage.tasks),
+            instruction=", ".join(task.instruction for task in stage.tasks),
+            suite=self.config.suite,
+            stage=stage.index,
+            seen=[task.name for task in self.seen(stage)],
+            tasks=[
+                {"name": task.name, "instruction": task.instruction, "stage": each.index}
+                for each in self.stages[: stage.index + 1]
+                for task in each.tasks
+            ],
+            stream=self.config.stream,
+            cameras=list(self.config.cameras),
+            statistics={"file": STATISTICS, "key": normaliser.key},
+            prompt=PROMPT,
+            image_pipeline={
+                "rendered_size": self.config.image_size,
+                "input_sizes": list(base.image_sizes),
+                "resize": base.image_resize_strategy,
+                "center_crop": self.config.center_crop,
+            },
+            taps={"layer": self.training.tap_layer},
+            versions=collect_versions(),
+            training=self.resolved_config(),
+            quantization=self.config.quantization,
+        )
+        save_adapter(model, stage.name, folder, info, normaliser.as_statistics(), write=self.run_folder.main_process)
 
     def memory(self) -> ReplayMemory:
         """What is kept of the tasks so far."""
@@ -455,10 +459,13 @@ class Stream:
             lambda: self._measure(stage),
             products=[results],
             sealed=[results, results.with_name("success.csv")],
+            everyone=True,
         )
 
     def _measure(self, stage: Stage) -> None:
         measure_stage(self, stage)
+        if not self.run_folder.main_process:
+            return
         for tracker in make_trackers(self.training, self.run_folder.path):
             results = Results.load(self.run_folder.results)
             tracker.log(stage_record(results, stage.index, self.run_folder.path))

@@ -21,6 +21,7 @@ from .bars import progress_bar
 from .data.chunks import FrameTable
 from .data.collator import VLACollator
 from .data.sampling import Augmentation, Views
+from .distributed import gather_pieces, is_main, my_share, reshard
 from .features import FeatureTap, extract_features, policy_output
 from .losses import summarize_cross_modal
 from .memory import Anchors
@@ -59,6 +60,7 @@ def teacher_mode(model: nn.Module, adapter: str | None = None) -> Iterator[None]
             parameter.requires_grad_(flag)
         for module, flag in training:
             module.training = flag
+        reshard(model)  # what is gathered still has the flags of the teacher
 
 
 def _without_adapters(model: nn.Module) -> AbstractContextManager[None]:
@@ -116,6 +118,8 @@ def compute_anchors(
 ) -> Anchors:
     """The teacher's features and output of some frames, in all views. Runs the model views · rows / batch_size times.
 
+    Several processes share the batches and exchange what they find: all get the anchors of one process, bit for bit.
+
     Args:
         model: not wrapped by DistributedDataParallel; on any device, where the batches are moved to.
         data: the frames.
@@ -136,11 +140,14 @@ def compute_anchors(
     )
     inner = base_model(model)
     device = next(inner.parameters()).device
-    batches: list[tuple[Tensor, ...]] = []
     order = np.stack(np.meshgrid(np.arange(views.count), np.arange(len(rows)), indexing="ij"), -1).reshape(-1, 2)
-    with teacher_mode(model, adapter), progress_bar(total=len(order), desc="anchors", unit="frame", delay=2) as bar:
-        for start in range(0, len(order), batch_size):
-            view, row = order[start : start + batch_size].T
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    found: list[tuple[Tensor, ...]] = []
+    with teacher_mode(model, adapter):
+        for number in progress_bar(
+            my_share(len(batches)), desc="anchors", unit="batch", delay=2, disable=None if is_main() else True
+        ):
+            view, row = batches[number].T
             samples = replace(
                 data.__getitems__(rows[row]),
                 shifts=views.shifts[view, row],
@@ -153,13 +160,12 @@ def compute_anchors(
             summary = summarize_cross_modal(
                 features.vision, features.language, None, features.language_mask, temperature=temperature
             )
-            found = (
-                features.action, summary.affinity, summary.fused, policy_output(output), features.language_mask.sum(1)
-            )  # fmt: skip
-            batches.append(tuple(tensor.float().cpu() for tensor in found))
-            bar.update(len(row))
-    longest = max(affinity.shape[2] for _, affinity, _, _, _ in batches)
-    padded = [(a, F.pad(affinity, (0, longest - affinity.shape[2])), f, o, w) for a, affinity, f, o, w in batches]
+            words = features.language_mask.sum(1)
+            tensors = (features.action, summary.affinity, summary.fused, policy_output(output), words)
+            found.append(tuple(tensor.float().cpu() for tensor in tensors))
+    found = gather_pieces(found, len(batches))
+    longest = max(affinity.shape[2] for _, affinity, _, _, _ in found)
+    padded = [(a, F.pad(affinity, (0, longest - affinity.shape[2])), f, o, w) for a, affinity, f, o, w in found]
     whole = [torch.cat(parts) for parts in zip(*padded, strict=True)]
     action, affinity, fused, answer, words = (
         tensor.view(views.count, len(rows), *tensor.shape[1:]) for tensor in whole
@@ -185,22 +191,22 @@ def teacher_answers(
     Returns:
         (rows, T, A), the model's convention, not normalised.
     """
-    inner, answers = base_model(model), []
+    inner: Any = base_model(model)
+    acting: Any = model  # not `inner`: FSDP2 gathers the parameters when the outermost module is called
     device, normaliser = next(inner.parameters()).device, collator.normaliser
-    with (
-        _statistics(inner, normaliser.as_statistics()),
-        teacher_mode(model, adapter),
-        progress_bar(total=len(rows), desc="answers", unit="frame", delay=2) as bar,
-    ):
-        for start in range(0, len(rows), batch_size):
-            part = slice(start, start + batch_size)
+    batches = [slice(start, start + batch_size) for start in range(0, len(rows), batch_size)]
+    answers: list[NDArray[np.float32]] = []
+    with _statistics(inner, normaliser.as_statistics()), teacher_mode(model, adapter):
+        for number in progress_bar(
+            my_share(len(batches)), desc="answers", unit="batch", delay=2, disable=None if is_main() else True
+        ):
+            part = batches[number]
             samples = replace(
                 data.__getitems__(rows[part]),
                 shifts=views.shifts[0, part],
                 proprio_noise=views.proprio_noise[0, part],
             )
             batch = {name: tensor.to(device) for name, tensor in collator.observations(samples).items()}
-            actions = np.asarray(inner.predict_action(**batch, unnorm_key=normaliser.key), dtype=np.float32)
+            actions = np.asarray(acting.predict_action(**batch, unnorm_key=normaliser.key), dtype=np.float32)
             answers.append(actions.reshape(len(rows[part]), -1, actions.shape[-1]))
-            bar.update(len(answers[-1]))
-    return np.concatenate(answers)
+    return np.concatenate(gather_pieces(answers, len(batches)))

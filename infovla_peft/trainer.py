@@ -16,17 +16,19 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from .adapters import base_model, freeze_unused, read_adapter_weights, write_adapter_weights
-from .checkpoints import STAGING, keep_newest, last_checkpoint, publish_checkpoint
+from .checkpoints import STAGING, check_continuable, keep_newest, last_checkpoint, publish_checkpoint
 from .config import NOT_COMPILED, InfoVLAConfig
 from .consolidation import Consolidation
 from .data.chunks import ChunkDataset, ReplayRows
 from .data.collator import VLACollator
 from .data.sampling import StratifiedBatchSampler
+from .distributed import whole, whole_state
 from .divergence import DivergenceError, describe_batch, has_diverged
 from .features import FeatureTap, extract_features, policy_output
 from .files import atomic_file, fsync
@@ -129,6 +131,13 @@ class InfoVLATrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         if self.accelerator.state.dynamo_plugin.backend.value != "NO":
             raise ValueError(NOT_COMPILED.format("accelerate's dynamo_backend"))
+        self.add_callback(_AskTeachers(self))
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded and (METHODS[args.method].retrieves or METHODS[args.method].consolidates):
+            raise ValueError(
+                f"method={args.method!r} looks at single parameters, so each process must hold all of them; "
+                "launch with recipes/accelerate/ddp.yaml instead of FSDP or DeepSpeed"
+            )
         self.loss_is_scaled_for_ga = False  # `compute_loss` gives the mean of its batch
         self._stop = _StopOnSignal(self)
         self.add_callback(self._stop)
@@ -190,12 +199,14 @@ class InfoVLATrainer(Trainer):
             resume_from_checkpoint: a checkpoint's folder; True = the last whole one in `output_dir`, if any.
 
         Raises:
+            ValueError: under FSDP2, or where it was saved under FSDP2, a checkpoint cannot be continued.
             DivergenceError: loss or gradient ran away. The weights are those before that step, the checkpoints stay.
             Stopped: a signal ended it (see `interruption`); a checkpoint is saved.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
-        self.prepare_anchors()
+        if resume_from_checkpoint:
+            check_continuable(resume_from_checkpoint, sharded=self.is_fsdp_enabled)
         if self.args.cache_vision_features and self.rehearsal:
             self._vision = VisionCache(
                 cast(nn.Module, self.model), self.rehearsal.tables, self._collator, self.rehearsal.views,
@@ -358,16 +369,22 @@ class InfoVLATrainer(Trainer):
             keep_newest(folder, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # Only the adapter in training: PEFT would write all of them, and on resume read the frozen ones back.
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model, or of a `PeftModel` the adapter in training. All processes call this together."""
+        # Only that adapter: PEFT would write all of them, and on resume read the frozen ones back.
         if not isinstance(self.model, PeftModel):
-            super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            folder = Path(output_dir or str(self.args.output_dir))
-            folder.mkdir(parents=True, exist_ok=True)
-            write_adapter_weights(self.model, self.model.active_adapter, folder)
-            if networks := self._networks():
-                save_file(networks, folder / _TERM_WEIGHTS)
+            weights = whole_state(cast(nn.Module, self.model))
+            if weights is None:
+                super().save_model(output_dir, _internal_call)
+            elif self.args.should_save:
+                self._save(output_dir, dict(weights))
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_adapter_weights(self.model, self.model.active_adapter, folder, write=self.args.should_save)
+        networks = {name: whole(tensor).contiguous() for name, tensor in self._networks().items()}
+        if networks and self.args.should_save:
+            save_file(networks, folder / _TERM_WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.model if model is None else model
@@ -417,6 +434,19 @@ class _StopOnSignal(TrainerCallback):
         if stop:
             self.number = requested_stop() or signal.SIGTERM  # which only another process has seen
             control.should_save = control.should_training_stop = True
+
+
+class _AskTeachers(TrainerCallback):
+    """Asks the teachers when the model lies where it is trained: on its devices, and sharded if it is to be."""
+
+    def __init__(self, trainer: InfoVLATrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        register_fsdp_forward_method(cast(nn.Module, self._trainer.model), "predict_action")
+        self._trainer.prepare_anchors()
 
 
 class LossLog(TrainerCallback):

@@ -66,6 +66,7 @@ class FakePool:
     """No simulator: an episode succeeds if the hash of its seed says so; the policy is asked once."""
 
     calls: list[str] = []  # noqa: RUF012
+    episodes = 0
     fail_at: str | None = None
 
     def __init__(self, _workers: int, **_options: Any) -> None: ...
@@ -80,6 +81,7 @@ class FakePool:
         if name == self.fail_at:
             raise KeyboardInterrupt
         self.calls.append(name)
+        FakePool.episodes += len(episodes)
         image = np.zeros((24, 24, 3), dtype=np.uint8)
         seen = Observation({"agentview": image}, np.zeros(8, dtype=np.float32))
         chunks = act([seen] * len(episodes), [episode.task for episode in episodes])

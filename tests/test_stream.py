@@ -350,11 +350,12 @@ def _on_two_processes(folder: str) -> None:
     training = InfoVLAConfig(
         **{**TRAINING, **WELL_CONDITIONED, "output_dir": f"{folder}/run", "per_device_train_batch_size": 2}
     )
-    config = StreamConfig(**{**STREAM, "stream": "B1-1N1", "base_batch_size": 2})
+    config = StreamConfig(**{**STREAM, "stream": "B1-1N1", "eval_episodes": 3, "base_batch_size": 2})
     with Stream(config, training) as stream:
         stream.run()
         assert stream.training.world_size == 2
-        assert (stream.run_folder.main_process and len(FakePool.calls) == 3) or not FakePool.calls
+        assert FakePool.calls == [stream.tasks[k].name for k in (0, 0, 1)]
+        assert FakePool.episodes == (6 if stream.run_folder.main_process else 3)  # of 3 x 3, dealt out task by task
     patch.undo()
 
 
@@ -368,13 +369,14 @@ def test_the_last_column_may_have_more_rollouts(make: Callable[..., Stream], tmp
     assert results.episodes == [[1, 1, 3], [None, 1, 3], [None, None, 3]]
 
 
-def test_two_processes_train_together_and_one_writes(make: Callable[..., Stream], tmp_path: Path) -> None:
-    with make({"stream": "B1-1N1"}, **WELL_CONDITIONED) as stream:
+def test_two_processes_train_and_roll_out_together_and_one_writes(make: Callable[..., Stream], tmp_path: Path) -> None:
+    with make({"stream": "B1-1N1", "eval_episodes": 3}, **WELL_CONDITIONED) as stream:
         stream.run()
     shutil.move(tmp_path / "run", tmp_path / "alone")
     launch_two(Path(__file__), tmp_path)
     alone, together = (Results.load(tmp_path / name / "results.json") for name in ("alone", "run"))
-    assert together.episodes == alone.episodes
+    assert together.episodes == alone.episodes == [[3, 3], [None, 3]]
+    assert together.successes == alone.successes
     assert together.config["processes"] == 2
     (adapter,) = (tmp_path / "run/adapters").iterdir()
     theirs = load_file(tmp_path / "alone/adapters" / adapter.name / "adapter_model.safetensors")

@@ -9,11 +9,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from launcher import launch_two
-from safetensors.torch import load_file
 from tiny_policy import TinyPolicy, tiny_policy
 from torch import Tensor, nn
-from two_processes import CASES, one_step
 
 from infovla_peft.adapters import activate, adapter_parameters, add_adapter, base_model
 from infovla_peft.config import InfoVLAConfig
@@ -326,19 +323,6 @@ def test_the_terms_fall_when_they_are_trained(tmp_path: Path) -> None:
     for name in ("rac", "cmi"):
         curve = losses(trainer, name)
         assert sum(curve[-5:]) < 0.8 * sum(curve[:5]), name
-
-
-def test_two_processes_give_loss_and_gradient_of_one_with_twice_the_batch(tmp_path: Path) -> None:
-    """Through `accelerate launch`, with an odd batch per process and unequal numbers of replay samples."""
-    launch_two(Path(__file__).with_name("two_processes.py"), tmp_path / "two")
-    for case in CASES:
-        one_step(case, tmp_path / "one")
-        one, two = (json.loads((tmp_path / number / f"{case}.json").read_text()) for number in ("one", "two"))
-        assert one == pytest.approx(two, rel=2e-5, abs=1e-6), case
-        one, two = (load_file(tmp_path / number / f"{case}.safetensors") for number in ("one", "two"))
-        assert one.keys() == two.keys()
-        assert any(tensor.any() for tensor in one.values())
-        close(one, two, atol=2e-5, rtol=1e-3)
 
 
 def gradient(folder: Path, **options: Any) -> dict[str, Tensor]:

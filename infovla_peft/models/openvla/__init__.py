@@ -14,6 +14,7 @@ from .action_tokenizer import ActionTokenizer
 from .configuration_openvla import OpenVLAConfig
 from .modeling_openvla import OpenVLAForActionPrediction, OpenVLAOutput
 from .processing_openvla import PROMPT, OpenVLAImageProcessor, OpenVLAProcessor, build_prompt
+from .quantization import Quantization, quantization_config
 from .sanity import assert_policy_sees_image
 from .tiny import build_tiny_openvla
 
@@ -38,19 +39,28 @@ AutoProcessor.register(OpenVLAConfig, OpenVLAProcessor, exist_ok=True)  # type: 
 
 
 def load_openvla(
-    path_or_id: str | os.PathLike[str], *, dtype: Any = None, device: Any = None, **kwargs: Any
+    path_or_id: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    device: Any = None,
+    quantization: Quantization = "none",
+    **kwargs: Any,
 ) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
     """Load a checkpoint and its processor, ready to act (evaluation mode).
 
     Args:
         path_or_id: folder or hub id of OpenVLA, OpenVLA-OFT or a base that this package has trained.
         dtype: of the weights, None for the checkpoint's own.
-        device: where the model goes, None for the CPU.
+        device: where the model goes, None for the CPU (quantised, for the GPU if there is one).
+        quantization: nf4 = hold the weights in 4 bits (see `quantization_config`), for QLoRA.
         kwargs: fields of the configuration to change, and `revision`, `cache_dir`, `token` … of the hub.
 
     Raises:
         ValueError, FileNotFoundError: see `OpenVLAForActionPrediction.from_pretrained`.
+        ImportError: bitsandbytes is needed and not installed.
     """
+    if (held := quantization_config(quantization)) is not None:
+        kwargs["quantization_config"] = held
     model = OpenVLAForActionPrediction.from_pretrained(path_or_id, **{"dtype": dtype} if dtype else {}, **kwargs)
     hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in kwargs}
     try:
