@@ -5,15 +5,19 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..reading import is_inside
 from .rows import DemonstrationError, Episode
 
 Columns = Mapping[str, str | Sequence[str] | None]
 """Our column -> the name it has there, several to be joined, or None to leave it out."""
+
+SCENE = r"^[A-Z_]+SCENE\d+_"
+"""The start of LIBERO's name of a task that is one of several scenes."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,21 @@ class Location:
 
     Attributes:
         folder: None for a repository.
-        repo_id, revision, token, cache_dir: as in `huggingface_hub.hf_hub_download`.
+        repo_id, revision, token, cache_dir: as in `huggingface_hub.hf_hub_download`. The token is neither shown nor
+            pickled, which keeps it out of caches too: a process that is spawned has that of `hf auth login`.
     """
 
     folder: Path | None
     repo_id: str = ""
     revision: str | None = None
-    token: str | bool | None = None
+    token: str | bool | None = field(default=None, repr=False, compare=False)
     cache_dir: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "token": None}
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Location:
+        return self  # not by way of the pickled state, which has no token
 
     @classmethod
     def find(cls, source: str | Path, **hub: Any) -> Location:
@@ -104,7 +115,9 @@ class Location:
 
         Raises:
             FileNotFoundError: there is none, or the Hub did not give it.
+            DemonstrationError: the name leads out of the location.
         """
+        self._check_name(name)
         if self.folder is not None:
             path = self.folder if self.folder.is_file() else self.folder / name
             if not path.is_file():
@@ -129,6 +142,13 @@ class Location:
                 f"{self.repo_id} is no folder here, and the Hub did not give {name} "
                 f"({str(error).splitlines()[0]}); check the name, the network, and `hf auth login`"
             ) from error
+
+    def _check_name(self, name: str) -> None:
+        if not (self.folder is not None and self.folder.is_file()) and not is_inside(name):
+            raise DemonstrationError(
+                f"{self} names a file outside itself, {name!r:.200}; it is not read: correct the name in the set's "
+                "manifest.json or meta/info.json, or get the set again from a source that you trust"
+            )
 
     def has(self, name: str) -> bool:
         """Whether there is such a file; of a repository: whether the Hub gives it."""
@@ -166,7 +186,12 @@ class Location:
             ) from error
 
     def stamp(self, name: str) -> str:
-        """Changes when the file does; of a repository, nothing is fetched for it and its revision stands for all."""
+        """Changes when the file does; of a repository, nothing is fetched for it and its revision stands for all.
+
+        Raises:
+            DemonstrationError: the name leads out of the location.
+        """
+        self._check_name(name)
         path = None if self.folder is None else self.folder if self.folder.is_file() else self.folder / name
         if path is None or not path.is_file():
             return str(self.revision)
@@ -184,20 +209,19 @@ def select_entries(
 ) -> list[EpisodeEntry]:
     """The demonstrations of some tasks, in the order of `tasks`, the first `episodes` of each.
 
-    A task is named as in the set, or by its instruction. What was asked for by a name of LIBERO keeps that name.
+    A task is named as in the set, or by its instruction. What was asked for by a name of LIBERO keeps that name,
+    unless the set has it from another scene: the same words are another task there.
 
     Raises:
-        DemonstrationError: a task is not there, or has too few demonstrations; or there are none at all.
+        DemonstrationError: a task is not there, or only in another scene, or several have the instruction; it has too
+            few demonstrations; or there are none at all.
     """
     names = list(dict.fromkeys(entry.task for entry in entries))
     chosen: list[EpisodeEntry] = []
     for wanted in names if tasks is None else tasks:
         mine = [entry for entry in entries if entry.task == wanted]
         if not mine:
-            text = instruction_of(wanted).lower()
-            mine = [entry for entry in entries if entry.instruction.strip().lower() == text]
-            if " " not in wanted:
-                mine = [replace(entry, task=wanted) for entry in mine]
+            mine = _by_instruction(entries, wanted, where)
         if not mine:
             raise DemonstrationError(f"{where} holds no demonstrations of {wanted!r}, only of {names}")
         if episodes is not None and len(mine) < episodes:
@@ -210,13 +234,29 @@ def select_entries(
     return chosen
 
 
+def _by_instruction(entries: Sequence[EpisodeEntry], wanted: str, where: str) -> list[EpisodeEntry]:
+    text = instruction_of(wanted).strip().lower()
+    mine = [entry for entry in entries if entry.instruction.strip().lower() == text]
+    candidates = list({entry.task.lower(): entry.task for entry in mine}.values())
+    if " " not in wanted:
+        if others := [task for task in candidates if re.match(SCENE, task)]:  # the right scene would be the very name
+            raise DemonstrationError(
+                f"{where} holds no demonstrations of {wanted!r}; the same instruction is that of {others} there, in "
+                "another scene: ask for one of these names, or add demonstrations of the right scene"
+            )
+        mine = [replace(entry, task=wanted) for entry in mine]
+    if len(candidates) > 1:
+        raise DemonstrationError(f"{where} holds several tasks that are {wanted!r}: ask for one of {candidates}")
+    return mine
+
+
 def instruction_of(task: str) -> str:
     """The instruction of a task given by LIBERO's name of it.
 
     >>> instruction_of("KITCHEN_SCENE3_turn_on_the_stove")
     'turn on the stove'
     """
-    return re.sub(r"^[A-Z_]+SCENE\d+_", "", task).replace("_", " ")
+    return re.sub(SCENE, "", task).replace("_", " ")
 
 
 def mapped(columns: Columns | None, defaults: Columns) -> dict[str, tuple[str, ...]]:
