@@ -151,9 +151,13 @@ def final_mean(results: Results) -> float | None:
 
 
 def eval_results(results: Results, repo_id: str) -> str:
-    """`.eval_results/libero.yaml`: the mean success rate after the last stage; "" if it was not measured."""
+    """`.eval_results/libero.yaml`: the mean success rate after the last stage.
+
+    Returns:
+        "" if it was not measured, or on other assets than LIBERO's own: it belongs on no leaderboard then.
+    """
     final = final_mean(results)
-    if final is None:
+    if final is None or results.assets != "official":
         return ""
     tasks = sum(task.learned_at < results.stages for task in results.tasks)
     entry = EvalResultEntry(
@@ -235,14 +239,15 @@ def _measured(results: Results, last: int) -> str:
     low, high = results.intervals()
     reached = [f"{_plain(task.instruction)} {100 * low[row, last]:.0f} to {100 * high[row, last]:.0f} %"
                for row, task in enumerate(results.tasks) if not math.isnan(low[row, last])]  # fmt: skip
+    scripted = not results.config.get("demonstrations_source")
     stand_in = " (stand-ins built from primitives, not LIBERO's own: not comparable with published numbers)"
     episodes = span([count for row in results.episodes for count in row if count is not None])
     return "\n".join(
         [
             f"- Suite `{results.suite}` of LIBERO in MuJoCo; asset set `{results.assets}`"
             f"{stand_in * (results.assets == 'primitive')}, renderer `{results.renderer}`.",
-            f"- {episodes} rollouts per task and stage, from the benchmark's fixed initial states, from which no "
-            "demonstration was recorded.",
+            f"- {episodes} rollouts per task and stage, from the benchmark's fixed initial states"
+            + (", from which no demonstration was recorded." if scripted else "."),
             f"- At most {results.step_cap} actions per rollout; of each chunk {results.open_loop_steps} were "
             "executed.",
             f"- Training seed {results.seed}; the simulation's seeds are the same for every stage.",

@@ -220,7 +220,8 @@ def _place(repo_or_path: str | os.PathLike[str], revision: str | None, token: st
         snapshot = open_snapshot(name, _DESCRIPTIONS, revision=revision, token=token)
         place = Place(snapshot.folder, snapshot)
         files = snapshot.files or [file.relative_to(place.folder).as_posix() for file in place.folder.rglob("*")]
-    if any(Path(file).name in (INFO, PEFT_CONFIG) for file in files):  # a checkpoint of OpenVLA-OFT has .pt files
+    # A checkpoint of OpenVLA-OFT has .pt files, and beside them the adapter that was merged into it.
+    if any(Path(file).name in (INFO, PEFT_CONFIG) and Path(file).parts[0] != "lora_adapter" for file in files):
         check_names(files, name)
         check_no_pickles(files, name)
     return place

@@ -12,6 +12,7 @@ from .adapters import (
     BASE,
     INFO,
     PEFT_CONFIG,
+    STATISTICS,
     AdapterError,
     AdapterInfo,
     active_adapter,
@@ -159,6 +160,10 @@ class AdapterLibrary:
                 for name in ("unnorm_key", "cameras", "prompt")
                 if getattr(first, name) != getattr(adapter.info, name)
             ]
+            stored = [(each.sha256.get(STATISTICS), each.image_pipeline) for each in (first, adapter.info)]
+            for name, one, other in zip(("statistics", "image pipeline"), *stored, strict=True):
+                if one and other and one != other:  # earlier formats do not say
+                    differing.append(name)
             if differing:
                 raise AdapterError(
                     f"{adapter.folder} has another {' and '.join(differing)} than the adapters in use; load it by a "

@@ -286,21 +286,35 @@ def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     >>> public_config({"seed": 0, "output_dir": "/home/me/runs/a", "hub_token": "hf_x", "assets_folder": None})
     {'seed': 0, 'output_dir': 'a', 'assets_folder': None}
+    >>> public_config({"demonstrations_source": "/home/me/robot", "deepspeed": {"config": ["~/zero.json"]}})
+    {'demonstrations_source': 'robot', 'deepspeed': {'config': ['zero.json']}}
     """
     kept = {name: value for name, value in config.items() if "token" not in name or not isinstance(value, str)}
-    paths = (
-        "output_dir",
-        "logging_dir",
-        "assets_folder",
-        "demonstrations_folder",
-        "resume_from_checkpoint",
-        "base_model",
-    )
-    for name in paths:
+    for name in _PLACES:
         value = kept.get(name)
-        if isinstance(value, str) and (value.startswith(("/", ".", "~")) or value.count("/") > 1):
+        if isinstance(value, str) and value.count("/") > 1:  # with one it may be of the Hub
             kept[name] = Path(value).name
-    return kept
+    return {name: _without_folders(value) for name, value in kept.items()}
+
+
+_PLACES = (
+    "output_dir",
+    "logging_dir",
+    "assets_folder",
+    "demonstrations_folder",
+    "demonstrations_source",
+    "resume_from_checkpoint",
+    "base_model",
+)
+
+
+def _without_folders(value: Any) -> Any:
+    """The same, with the last part alone of every path that begins at the root, at home or at a dot."""
+    if isinstance(value, str):
+        return Path(value).name if value.startswith(("/", "./", "../", "~")) else value
+    if isinstance(value, Mapping):
+        return {name: _without_folders(each) for name, each in value.items()}
+    return [_without_folders(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _adapter_files(

@@ -22,7 +22,7 @@ from .integrity import DamagedFileError, damaged, read_sealed
 from .measurement import read_cell
 from .memory import ReplayMemory
 from .results import Results
-from .run_folder import RunError, RunFolder, config_is_sealed
+from .run_folder import RESTORE, RunError, RunFolder, config_is_sealed
 
 
 @dataclass
@@ -86,6 +86,9 @@ def verify_run(path: str | os.PathLike[str]) -> Verification:
         raise RunError(f"{path} holds no run (neither state.json nor config.yaml); give the folder of a run")
     found = Verification()
     config = _configuration(run, found)
+    begun = any((run / name).exists() for name in ("adapters", "memory", "results.json", "base"))
+    if not (run / "state.json").exists() and begun:
+        found.damage[run / "state.json"] = f"is missing, although steps have been finished; {RESTORE}"
     steps = found.attempt(run / "state.json", run.state) if (run / "state.json").exists() else {}
     if steps is None:
         steps = {}

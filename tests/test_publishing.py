@@ -325,14 +325,17 @@ def test_the_card_says_what_was_measured_and_what_was_not(hub: LocalHub, finishe
 
 
 def test_eval_results_are_in_the_hubs_format(hub: LocalHub, run: Path) -> None:
-    results = add_results(run, stages=2)
+    add_results(run, stages=2)
+    push(hub, run)
+    assert ".eval_results/libero.yaml" not in hub.files(REPO)  # of stand-in assets nothing stands on a leaderboard
+    results = add_results(run, stages=2, assets="official")
     push(hub, run)
     (entry,) = parse_eval_result_entries(yaml.safe_load(hub.file(REPO, ".eval_results/libero.yaml")))
     assert (entry.dataset_id, entry.task_id) == ("HuggingFaceVLA/libero", "libero_10")
     assert entry.value == round(100 * results.metrics()["final_average"], 2)
     data = ModelCard(hub.file(REPO, "README.md").decode()).data
     assert entry.value == data.eval_results[0].metric_value
-    assert "primitive" in entry.notes
+    assert "official" in entry.notes
 
 
 def test_the_card_template_is_found_and_goes_into_the_wheel() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from infovla_peft.run_folder import RunError, RunFolder
+from infovla_peft.verify import verify_run
 
 CONFIG = {"suite": "libero_goal", "seed": 0, "rate": 1e-4, "tasks": (1, 2), "workers": 2}
 
@@ -140,3 +141,10 @@ def test_a_damaged_state_is_refused(folder: RunFolder, content: str) -> None:
 def test_the_state_is_strict_json(folder: RunFolder) -> None:
     folder.mark("step", 1.0)
     json.loads((folder / "state.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_run_that_lost_its_record_of_finished_steps_is_not_whole(folder: RunFolder) -> None:
+    (folder / "adapters").mkdir()
+    assert (folder / "state.json") in verify_run(folder.path).damage
+    folder.mark("demonstrations", 1.0)
+    assert (folder / "state.json") not in verify_run(folder.path).damage

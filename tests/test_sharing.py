@@ -106,6 +106,14 @@ def test_adapters_with_other_statistics_do_not_share_a_policy(run: Path, tmp_pat
     policy = load_policy(copy)
     with pytest.raises(AdapterError, match="another prompt than the adapters in use"):
         policy.use(TASKS[1])
+    write_info(folder, type(info)(**{**vars(info), "image_pipeline": {"center_crop": True}}))
+    write_info(
+        find_adapters(copy)[1].folder,
+        type(info)(**{**vars(read_info(find_adapters(copy)[1].folder)), "image_pipeline": {"center_crop": False}}),
+    )
+    with pytest.raises(AdapterError, match="another image pipeline than"):
+        load_policy(copy).use(TASKS[1])
+    write_info(folder, type(info)(**{**vars(info), "prompt": "Q: {instruction}\nA:"}))
     other = load_policy(copy, stage=1)
     assert other.prompt == "Q: {instruction}\nA:"
     assert act(other) != act(load_policy(run, stage=1))  # it reads the adapter's own prompt
