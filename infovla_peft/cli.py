@@ -131,7 +131,6 @@ def split_recipe(argv: Sequence[str], prog: str) -> tuple[Path | None, list[str]
 def _evaluate(options: argparse.Namespace) -> None:
     from .evaluation import evaluate
     from .files import write_json
-    from .hub import load_policy
     from .metrics import wilson_interval
     from .plan import workers
     from .progress import quiet_libraries
@@ -147,8 +146,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         print("\n".join(f"  {task.name}" for task in planned))
         return
     quiet_libraries(loading_bars=True)
-    policy = load_policy(options.policy, stage=options.stage, base=options.base, unnorm_key=options.unnorm_key)
-    policy.model.to(options.device)
+    policy = _policy(options)
     # What is not said on the command line is as it was in training.
     chosen = {
         **EVALUATION_DEFAULTS,
@@ -161,7 +159,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     output = Path(options.output) if options.output else None
     print(f"{options.policy} on {chosen['suite']}: {assets.name} assets, {chosen['renderer']} renderer")
     content: dict[str, Any] = {
-        **{key: getattr(options, key) for key in ("policy", "stage", "base", "unnorm_key", "episodes")},
+        **{key: getattr(options, key) for key in ("policy", "stage", "revision", "base", "unnorm_key", "episodes")},
+        "center_crop": policy.crop,
         **chosen,
         "assets": assets.name,
         "step_cap": options.max_steps or tasks[0].max_steps,
@@ -284,14 +283,31 @@ def _act(options: argparse.Namespace) -> None:
     import numpy as np
     from PIL import Image
 
-    from .hub import load_policy
     from .progress import quiet_libraries
 
     quiet_libraries(loading_bars=False)
-    policy = load_policy(options.policy, task=options.task, stage=options.stage, base=options.base)
+    policy = _policy(options, task=options.task)
     images = [np.asarray(Image.open(path).convert("RGB")) for path in options.images]
     actions = policy.act(images, options.instruction, options.proprio)
     print(json.dumps([[round(float(value), 6) for value in action] for action in actions]))
+
+
+def _policy(options: argparse.Namespace, task: str | None = None) -> Any:
+    """The policy that the options of `_add_policy` describe."""
+    from .hub import load_policy
+
+    policy = load_policy(
+        options.policy,
+        task=task,
+        stage=options.stage,
+        revision=options.revision,
+        base=options.base,
+        unnorm_key=options.unnorm_key,
+        device=options.device,
+    )
+    if options.center_crop is not None:
+        policy.crop = options.center_crop
+    return policy
 
 
 def _bench(argv: Sequence[str]) -> None:
@@ -384,7 +400,6 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate = command("evaluate", "roll a policy out in LIBERO and count successes", _evaluate)
     _add_policy(evaluate)
     _add_simulation(evaluate, trained=True)
-    evaluate.add_argument("--unnorm_key", help="statistics to un-normalise with, for a checkpoint without adapter")
     evaluate.add_argument("--episodes", type=int, default=20, help="rollouts per task, from the first of 50 states")
     evaluate.add_argument(
         "--open_loop_steps", type=int, help="actions executed of each chunk; as trained if not given"
@@ -393,7 +408,6 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--videos", type=int, default=2, help="MP4s per task below --output, failures first")
     evaluate.add_argument("--output", help="folder for evaluation.json and videos")
     evaluate.add_argument("--dry-run", action="store_true", help="say what would be rolled out, and stop")
-    evaluate.add_argument("--device", default="cpu", help="where the policy runs")
 
     demos = command("demos", "record scripted demonstrations on fresh layouts", _demos)
     demos.add_argument("folder", help="where they are kept; recording continues if some are there")
@@ -462,7 +476,17 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("policy", help="folder or Hub id of an adapter, a run or a checkpoint")
     parser.add_argument("--stage", type=int, help="the policy after this stage of a run; 0 is the base")
+    parser.add_argument("--revision", help="branch, tag or commit of a repository; its main branch if not given")
     parser.add_argument("--base", help="where the base is, if not where the adapter says")
+    parser.add_argument("--unnorm_key", help="statistics to un-normalise with, for a checkpoint without adapter")
+    parser.add_argument("--device", default="cpu", help="where the policy runs")
+    parser.add_argument(
+        "--center_crop",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="show the central nine tenths of each image, for checkpoints trained with random crops; as trained if not "
+        "given",
+    )
 
 
 def _add_simulation(parser: argparse.ArgumentParser, *, trained: bool = False) -> None:

@@ -166,11 +166,16 @@ def test_act_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     )
     model.save_pretrained(tmp_path / "checkpoint")
     processor.save_pretrained(tmp_path / "checkpoint")
-    Image.new("RGB", (30, 30)).save(tmp_path / "view.png")
+    Image.linear_gradient("L").convert("RGB").resize((30, 30)).save(tmp_path / "view.png")
     arguments = ["act", str(tmp_path / "checkpoint"), "--images", str(tmp_path / "view.png")]
     state = ["--proprio", *["0.1"] * 8]
     assert main([*arguments, "--instruction", "open it", *state]) == 0
     actions = json.loads(capsys.readouterr().out)
     assert (len(actions), len(actions[0])) == (3, 7)
+    for option, same in (("--center_crop", False), ("--no-center_crop", True)):
+        assert main([*arguments, "--instruction", "open it", *state, option]) == 0
+        assert (json.loads(capsys.readouterr().out) == actions) == same
+    assert main([*arguments, "--instruction", "open it", *state, "--revision", "v1"]) == 1
+    assert "no revisions" in one_error(capsys)
     assert main([*arguments, *state]) == 1
     assert "instruction" in one_error(capsys)
