@@ -484,8 +484,7 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
         "--center_crop",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="show the central nine tenths of each image, for checkpoints trained with random crops; as trained if not "
-        "given",
+        help="show the central nine tenths of each image, for checkpoints trained with random crops (as trained)",
     )
 
 
