@@ -313,6 +313,11 @@ class StreamConfig:
         None, "Turn its pictures by 180 degrees; default: as the format needs to be upright."
     )
     drop_noops: bool = _option(False, "Leave out its actions that do nothing, by OpenVLA's rule.")
+    demonstrations_observations: Literal["auto", "before", "after"] = _option(
+        "auto",
+        "Whether frame t of LIBERO's HDF5 files was seen before action t (regenerated files) or after it (LIBERO's "
+        "own); auto finds it out.",
+    )
     demonstration_noise: float = _option(0.1, "Noise on the executed, not on the recorded, actions.")
     demonstration_workers: int = _option(0, "Processes that record; 0 = one per core.")
     memory_trajectories: int = _option(1, "Trajectories kept of each past task. Paper, section 4.1.")
@@ -350,8 +355,9 @@ class StreamConfig:
                 "use at least B1, or a checkpoint as base_model"
             )
         if self.demonstrations_source is None:
-            for name in ("demonstrations_columns", "demonstrations_rotate", "drop_noops"):
-                if getattr(self, name) not in (None, False):
+            names = ("demonstrations_columns", "demonstrations_rotate", "drop_noops", "demonstrations_observations")
+            for name in names:
+                if getattr(self, name) not in (None, False, "auto"):
                     raise ValueError(
                         f"{name} is of demonstrations_source, which is not given; scripted ones need none"
                     )

@@ -36,8 +36,14 @@ def numbers(episode: int, frames: int = FRAMES) -> tuple[NDArray[np.float32], ND
     return states, actions
 
 
-def write_libero_hdf5(folder: Path, tasks: Sequence[str] = TASKS, episodes: int = 2) -> Path:
-    """As LIBERO's `create_dataset.py` writes them, pictures upside down. Episode e of task t is number 10 t + e."""
+def write_libero_hdf5(
+    folder: Path, tasks: Sequence[str] = TASKS, episodes: int = 2, *, after: bool | None = None
+) -> Path:
+    """In LIBERO's format, pictures upside down. Episode e of task t is number 10 t + e.
+
+    `after`: with the simulator's states, and observations after the action, as LIBERO's `create_dataset.py` writes
+    them, or before it, as regenerated ones are; None: without states.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for place, task in enumerate(tasks):
         with h5py.File(folder / f"{task}_demo.hdf5", "w") as file:
@@ -54,6 +60,10 @@ def write_libero_hdf5(folder: Path, tasks: Sequence[str] = TASKS, episodes: int 
                 for camera, name in enumerate(("agentview_rgb", "eye_in_hand_rgb")):
                     upright = np.stack([picture(number, frame, camera) for frame in range(FRAMES)])
                     demo.create_dataset(f"obs/{name}", data=upright[:, ::-1, ::-1], compression="gzip")
+                if after is not None:  # states: time, positions (the arm's seven joints first), velocities
+                    simulated = np.cumsum(np.random.default_rng(number).normal(size=(FRAMES + 1, 79)), axis=0)
+                    demo["states"] = simulated[:FRAMES]
+                    demo["obs/joint_states"] = simulated[int(after) :][:FRAMES, 1:8] + 1e-4  # a replay's drift
     return folder
 
 

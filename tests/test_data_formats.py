@@ -143,6 +143,31 @@ def test_options_map_columns_turn_pictures_and_leave_out_noops(files: dict[str, 
         assert largest_difference(row["image"], picture(0, frame, 1)[::-1, ::-1]) == 0
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_was_seen_after_an_action_belongs_to_the_next_one(tmp_path: Path, streaming: bool) -> None:
+    def load(after: bool | None, observations: Any = "auto") -> tuple[list[Any], list[Any], list[Any]]:
+        folder = tmp_path / str(after)
+        if not folder.exists():
+            write_libero_hdf5(folder, [TASKS[0]], episodes=1, after=after)
+        rows = list(load_demonstrations(folder, streaming=streaming, observations=observations))
+        assert [row["done"] for row in rows] == [False] * (len(rows) - 1) + [True]
+        columns = (np.float32([row[name] for row in rows]).tolist() for name in ("state", "action"))
+        return (*columns, [np.asarray(row["image"]).tolist() for row in rows])
+
+    states, actions = (column.tolist() for column in numbers(0))
+    pictures = [picture(0, frame).tolist() for frame in range(FRAMES)]
+    as_stored, shifted = (states, actions, pictures), (states[:-1], actions[1:], pictures[:-1])
+    assert load(True) == load(True, "after") == load(False, "after") == shifted
+    assert load(False) == load(None) == load(True, "before") == as_stored
+
+
+def test_observations_after_the_action_are_of_hdf5_only(files: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="HDF5 files only"):
+        load_demonstrations(files["lerobot_images"], observations="after")
+    with pytest.raises(ValueError, match="choose auto, before or after"):
+        load_demonstrations(files["hdf5"], observations="later")  # type: ignore[arg-type]
+
+
 def test_noops_follow_openvla_s_rule() -> None:
     still, moves = np.zeros(6), np.full(6, 0.1)
     actions = np.array([[*still, -1], [*moves, -1], [*still, 1], [*still, 1], [*still * 1e-6, -1], [*moves, -1]])

@@ -89,10 +89,16 @@ def test_options_of_a_source_come_from_the_recipe(tmp_path: Path) -> None:
     pictures = [np.asarray(row["wrist_image"])[::-1, ::-1] for row in plain]
     np.testing.assert_array_equal(np.asarray(frames[0]["image"]), pictures[0])
     np.testing.assert_array_equal(frames[0]["state"], plain[0]["state"])
+    config, training = load_recipe(recipe, ["--demonstrations_observations", "after"])
+    later = Stream(config, training).demonstrations(run.tasks)
+    np.testing.assert_array_equal(later[0]["action"], plain[2]["action"])  # the second is a no-op
+    np.testing.assert_array_equal(later[0]["state"], plain[1]["state"])
 
 
 def test_options_without_a_source_are_refused() -> None:
     with pytest.raises(ValueError, match="drop_noops is of demonstrations_source"):
         StreamConfig(drop_noops=True)
+    with pytest.raises(ValueError, match="demonstrations_observations is of demonstrations_source"):
+        StreamConfig(demonstrations_observations="after")
     with pytest.raises(ValueError, match=r"demonstrations_source .* or demonstrations_folder"):
         StreamConfig(demonstrations_source="a", demonstrations_folder="b")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..simulation.headless import cache_folder
 from .lerobot import INFO as LEROBOT_INFO
 from .lerobot import LeRobotSource
 from .libero_hdf5 import PATTERNS as HDF5_PATTERNS
-from .libero_hdf5 import LiberoHDF5Source
+from .libero_hdf5 import LiberoHDF5Source, Observations
 from .recorded import (
     MANIFEST,
     RECORD_AGAIN,
@@ -50,6 +50,7 @@ def load_demonstrations(
     columns: Columns | None = None,
     rotate: bool | None = None,
     drop_noops: bool = False,
+    observations: Observations = "auto",
     action_dim: int = ACTION_DIM,
     state_dim: int = STATE_DIM,
     revision: str | None = None,
@@ -73,6 +74,10 @@ def load_demonstrations(
             HDF5 files, which lie upside down, and not for the others.
         drop_noops: leave out actions that do nothing, by OpenVLA's rule, see `rows.noops`. Not for what `infovla
             demos` recorded, where they are rare and deliberate, unless you want it.
+        observations: of LIBERO's HDF5 files: whether frame t was seen `before` action t, as in regenerated files, or
+            `after` it, as in LIBERO's own. `after` pairs observation t - 1 with action t and leaves out the first
+            action. `auto` finds it out for every demonstration, from the arm's joints in `states` and
+            `obs/joint_states`, and takes `before` where these are not there or do not tell.
         action_dim, state_dim: A and P, what the data must have.
         revision, token: of a repository, as in `huggingface_hub`.
         cache_dir: for what is prepared; default: `.cache` in a folder of our own recordings, else `demonstrations` in
@@ -93,7 +98,7 @@ def load_demonstrations(
         ...     break
     """
     location = Location.find(source, revision=revision, token=token)
-    found = open_source(location, format, columns, tasks)
+    found = open_source(location, format, columns, tasks, observations)
     options = RowOptions(
         rotate=found.upside_down if rotate is None else rotate,
         drop_noops=drop_noops,
@@ -135,6 +140,7 @@ def recipe_demonstrations(recipe: Mapping[str, Any], recorded: Path) -> tuple[st
         "columns": columns or None,
         "rotate": recipe.get("demonstrations_rotate"),
         "drop_noops": bool(recipe.get("drop_noops")),
+        "observations": recipe.get("demonstrations_observations") or "auto",
     }
     return str(source), options
 
@@ -144,19 +150,26 @@ def open_source(
     format: Format = "auto",
     columns: Columns | None = None,
     tasks: Sequence[str] | None = None,
+    observations: Observations = "auto",
 ) -> RecordedSource | LiberoHDF5Source | LeRobotSource:
     """The reader of what lies at a location.
 
     Args:
         tasks: those that are wanted, so that files of others need not be opened.
+        observations: of LIBERO's HDF5 files, see `load_demonstrations`.
 
     Raises:
         FileNotFoundError: nothing that can be read.
-        ValueError: `columns` for our own recordings, whose columns are known; an unknown format.
+        ValueError: `columns` for our own recordings, whose columns are known; an unknown format; `observations`
+            after the action in another format than LIBERO's HDF5 files.
     """
+    if observations not in get_args(Observations):
+        raise ValueError(f"unknown observations {observations!r}: choose auto, before or after")
     format = _detect(location) if format == "auto" else format
     if format == "libero_hdf5":
-        return LiberoHDF5Source(location, columns, tasks)
+        return LiberoHDF5Source(location, columns, tasks, observations)
+    if observations == "after":
+        raise ValueError("observations after the action are of LIBERO's HDF5 files only: leave `observations` out")
     if format == "lerobot":
         return LeRobotSource(location, columns)
     if format != "recorded":

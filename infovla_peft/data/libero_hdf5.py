@@ -3,6 +3,11 @@
 Read are LIBERO's data sets as they are downloaded, and those that OpenVLA's `regenerate_libero_dataset.py` writes.
 Pictures lie in them as the simulator gives them, upside down. The instruction follows from the file's name, as in
 LIBERO; a file of another name may say it in its attribute `problem_info`.
+
+LIBERO's `create_dataset.py` plays an action and then stores what is seen, so that in its files frame t of `obs` comes
+after action t, though frame t of `states` comes before it. Regenerated files store both before the action. Where a
+file stores the former, frames are given back as a policy meets them: observation t - 1 with action t, and the first
+action, before which nothing was seen, is left out.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +33,11 @@ COLUMNS: Columns = {
     "action": "actions",
 }
 AGAIN = "get the file again"
+ARM = slice(1, 8)
+"""Where a flattened state of the simulator (time, positions, velocities) has the seven joints of the Panda arm, which
+is the first thing with joints in LIBERO's scenes."""
+
+Observations = Literal["auto", "before", "after"]
 
 
 class LiberoHDF5Source:
@@ -36,6 +46,9 @@ class LiberoHDF5Source:
     Args:
         location: a folder with such files at any depth, one file, or a data set repository.
         columns: over `COLUMNS`. Names are those within `data/demo_<i>`.
+        observations: whether frame t of `obs` was seen `before` or `after` action t. `auto`: what the arm's joints in
+            the demonstration say, where `obs/joint_states` is nearer to the `states` of the same frame or of the next
+            one; `before` if they are not there, or the arm stands still.
         tasks: names or instructions; where files are named for all of them, the other files are not opened.
 
     Raises:
@@ -45,8 +58,15 @@ class LiberoHDF5Source:
 
     upside_down = True
 
-    def __init__(self, location: Location, columns: Columns | None = None, tasks: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        location: Location,
+        columns: Columns | None = None,
+        tasks: Sequence[str] | None = None,
+        observations: Observations = "auto",
+    ) -> None:
         self.location = location
+        self._observations = observations
         self._columns = mapped(columns, COLUMNS)
         self._optional = {"wrist_image"} - set(columns or {})
         names = _files_of(location.glob(*PATTERNS), tasks)
@@ -67,6 +87,10 @@ class LiberoHDF5Source:
             group = file[f"data/{entry.place}"]
             images: dict[str, Any] = {name: _pictures(group, self._columns[name], source) for name in self.images}
             numbers = {name: _numbers(group, self._columns[name], name, source) for name in ("state", "action")}
+            later = self._observations == "after" or (self._observations == "auto" and _seen_after(group))
+        if later and len({len(column) for column in (*images.values(), *numbers.values())}) == 1:
+            images = {name: column[:-1] for name, column in images.items()}
+            numbers = {"state": numbers["state"][:-1], "action": numbers["action"][1:]}
         values = {"instruction": entry.instruction, "task": entry.task, "suite": entry.suite}
         return Episode(source, images, numbers, {**values, "episode_index": entry.index})
 
@@ -164,6 +188,15 @@ def _numbers(group: Any, names: tuple[str, ...], column: str, source: str) -> ND
             "go together; name the right ones with `columns`"
         )
     return np.concatenate(parts, axis=1)
+
+
+def _seen_after(group: Any) -> bool:
+    joints, states = (np.asarray(group.get(name, ()), dtype=np.float64) for name in ("obs/joint_states", "states"))
+    arm = states[:, ARM] if states.ndim == 2 else states
+    if joints.ndim != 2 or joints.shape != arm.shape or len(arm) < 2:
+        return False
+    same, following = np.abs(joints[:-1] - arm[:-1]).mean(), np.abs(joints[:-1] - arm[1:]).mean()
+    return bool(following < same / 2)  # not equal: a replay drifts a little from what was recorded
 
 
 def _pictures(group: Any, names: tuple[str, ...], source: str) -> NDArray[np.uint8]:
