@@ -168,7 +168,8 @@ def _status(error: BaseException) -> int | None:
     return int(response.status_code) if response is not None else None
 
 
-def _broken_connection(error: BaseException) -> bool:
+def broken_connection(error: BaseException) -> bool:
+    """Whether the connection to the Hub broke, or there is none; not where the user wants none."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     # The client's own HTTP library is an implementation detail of huggingface_hub (requests, then httpx).
@@ -178,7 +179,7 @@ def _broken_connection(error: BaseException) -> bool:
 
 def _passing(error: BaseException) -> bool:
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error  # of an upload
-    return _status(cause) in (408, 429, 500, 502, 503, 504) or (_status(cause) is None and _broken_connection(cause))
+    return _status(cause) in (408, 429, 500, 502, 503, 504) or (_status(cause) is None and broken_connection(cause))
 
 
 def _unreachable(error: BaseException) -> bool:
@@ -240,7 +241,7 @@ def explained(repo_id: str) -> Iterator[None]:
             raise
         raise HubError(f"{repo_id}: {_reason(error)}") from error
     except Exception as error:
-        if not _broken_connection(error):
+        if not broken_connection(error):
             raise
         raise HubError(f"{repo_id}: {_reason(error)}") from error
 
@@ -259,7 +260,7 @@ def _reason(error: BaseException) -> str:
         return known[status]
     if status is not None and status >= 500:
         return f"the Hub fails ({status}); give the command again later, it continues"
-    if status is None and _broken_connection(cause):
+    if status is None and broken_connection(cause):
         return "the connection to the Hub broke; give the command again, it continues"
     return _first_line(cause)
 

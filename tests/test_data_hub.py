@@ -34,6 +34,10 @@ def server(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
 
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
+            if path in [f"/api/datasets/user/robot/revision/{revision}" for revision in ("main", COMMIT)]:
+                names = [file.relative_to(root).as_posix() for file in sorted(root.rglob("*")) if file.is_file()]
+                info = {"id": "user/robot", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+                return self.answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
             if path.startswith("/api/datasets/user/robot/tree/"):
                 files = [file for file in sorted(root.rglob("*")) if file.is_file()]
                 tree = [
@@ -78,6 +82,8 @@ import json
 from infovla_peft import load_demonstrations
 rows = iter(load_demonstrations("user/robot", ["turn on the stove"], streaming=True))
 first = next(rows)
+from infovla_peft.data.sources import Location
+assert Location(None, "user/robot").stamp("meta/info.json") == "c" * 40
 print(json.dumps({"first": first["action"], "size": first["image"].size, "rows": 1 + len(list(rows))}, default=float))
 try:
     load_demonstrations("user/absent", streaming=True)
@@ -86,7 +92,7 @@ except FileNotFoundError as error:
 """
 
 
-def test_a_hub_id_is_streamed_and_then_read_offline(tmp_path: Path, server: tuple[str, list[str]]) -> None:
+def test_a_hub_id_is_streamed_and_then_read_without_a_network(tmp_path: Path, server: tuple[str, list[str]]) -> None:
     endpoint, asked = server
     environment = {
         **{name: value for name, value in os.environ.items() if name.lower() not in ("http_proxy", "https_proxy")},
@@ -101,9 +107,10 @@ def test_a_hub_id_is_streamed_and_then_read_offline(tmp_path: Path, server: tupl
     assert (found["size"], found["rows"], len(found["first"])) == ([32, 32], 2 * FRAMES, 7)
     assert "user/absent is no folder here, and the Hub did not list it" in refused
     assert len(asked) == len(set(asked)) == 5  # info, episodes, data, two videos: each once; tasks and stats never
-    again = subprocess.run(
-        command, check=False, capture_output=True, text=True, env={**environment, "HF_HUB_OFFLINE": "1"}
-    )
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.splitlines()[0] == content
+    for without_network in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        again = subprocess.run(
+            command, check=False, capture_output=True, text=True, env={**environment, **without_network}
+        )
+        assert again.returncode == 0, again.stderr
+        assert again.stdout.splitlines()[0] == content
     assert len(asked) == 5

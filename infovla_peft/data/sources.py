@@ -132,7 +132,7 @@ class Location:
                     self.repo_id,
                     name,
                     repo_type="dataset",
-                    revision=self.revision,
+                    revision=self.snapshot.name,
                     token=self.token,
                     cache_dir=self.cache_dir,
                 )
@@ -168,35 +168,75 @@ class Location:
         """All files."""
         if self.folder is not None:
             return _files_below(self.folder)
-        from huggingface_hub import list_repo_files, try_to_load_from_cache
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+        from huggingface_hub import dataset_info, list_repo_files
 
         try:
-            return tuple(list_repo_files(self.repo_id, repo_type="dataset", revision=self.revision, token=self.token))
-        except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-            for name in ("meta/info.json", "manifest.json"):  # without a network: what was fetched before
-                known = try_to_load_from_cache(
-                    self.repo_id, name, cache_dir=self.cache_dir, revision=self.revision, repo_type="dataset"
+            # Fails at once without a network, where listing would try again for half a minute.
+            dataset_info(self.repo_id, revision=self.snapshot.name, token=self.token)
+            return tuple(
+                list_repo_files(self.repo_id, repo_type="dataset", revision=self.snapshot.name, token=self.token)
+            )
+        except Exception as error:
+            if not _from_hub(error):
+                raise
+            if found := _files_below(self.snapshot):  # without a network: what was fetched before
+                return found
+            raise self._not_listed(error) from error
+
+    @cached_property
+    def snapshot(self) -> Path:
+        """Of a repository: its folder in the Hub's cache, named by the commit. Asked once: all files are of it.
+
+        Raises:
+            FileNotFoundError: the Hub does not say, and the cache does not know it either.
+        """
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(
+                snapshot_download(
+                    self.repo_id,
+                    repo_type="dataset",
+                    revision=self.revision,
+                    token=self.token,
+                    cache_dir=self.cache_dir,
+                    allow_patterns=["meta/info.json", "manifest.json"],
                 )
-                if isinstance(known, str):
-                    return _files_below(Path(known).parents[name.count("/")])
-            raise FileNotFoundError(
-                f"{self.repo_id} is no folder here, and the Hub did not list it ({str(error).splitlines()[0]}); check "
-                "the name, the network, and `hf auth login` for a private one"
-            ) from error
+            )
+        except Exception as error:
+            if not _from_hub(error):
+                raise
+            raise self._not_listed(error) from error
+
+    def _not_listed(self, error: Exception) -> FileNotFoundError:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return FileNotFoundError(
+            f"{self.repo_id} is no folder here, and the Hub did not list it ({reason}); check the name, the network, "
+            "and `hf auth login` for a private one"
+        )
 
     def stamp(self, name: str) -> str:
-        """Changes when the file does; of a repository, nothing is fetched for it and its revision stands for all.
+        """Changes when the file does; of a repository, nothing is fetched for it and its commit stands for all.
 
         Raises:
             DemonstrationError: the name leads out of the location.
         """
         self._check_name(name)
-        path = None if self.folder is None else self.folder if self.folder.is_file() else self.folder / name
-        if path is None or not path.is_file():
-            return str(self.revision)
+        if self.folder is None:
+            return self.snapshot.name
+        path = self.folder if self.folder.is_file() else self.folder / name
+        if not path.is_file():
+            return ""
         status = path.stat()
         return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def _from_hub(error: Exception) -> bool:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    from ..remote import broken_connection
+
+    return isinstance(error, (HfHubHTTPError, HFValidationError, OSError)) or broken_connection(error)
 
 
 def _files_below(root: Path) -> tuple[str, ...]:
