@@ -8,5 +8,6 @@ bash recipes/setup.sh libero video dev
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 # One process per core with one thread each: the tests are too small to gain from a second thread.
+processes=$(nproc) # before the next line, which it would obey
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec .venv/bin/python -m pytest -n "$(nproc)" --dist worksteal "$@"
+exec .venv/bin/python -m pytest -n "$processes" --dist worksteal "$@"

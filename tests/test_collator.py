@@ -70,6 +70,13 @@ def test_cached_and_decoded_images_are_the_same(dataset: ChunkDataset, pipeline:
     np.testing.assert_array_equal(dataset[3].images[0, 0].transpose(1, 2, 0), np.asarray(dataset.frames[3]["image"]))
 
 
+def test_every_batch_of_frames_is_cached_in_its_place(pipeline: ImagePipeline) -> None:
+    frames = toy_demonstrations(["open_the_drawer"], episodes=1, frames=300)  # more than are decoded at once
+    cached, lazy = ChunkDataset(frames, pipeline), ChunkDataset(frames, pipeline, cache_images=False)
+    rows = np.array([0, 1, 255, 256, 299])
+    assert np.array_equal(cached.__getitems__(rows).images, lazy.__getitems__(rows).images)
+
+
 def test_a_large_set_is_decoded_batch_by_batch(
     dataset: ChunkDataset, pipeline: ImagePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

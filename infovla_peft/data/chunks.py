@@ -177,9 +177,11 @@ class ChunkDataset(torch.utils.data.Dataset[Samples]):
         images = np.empty((len(self), len(self.cameras), 3, self.pipeline.side, self.pipeline.side), dtype=np.uint8)
         batches = self.frames.select_columns(list(self.cameras)).iter(batch_size=256)
         with progress_bar(total=len(self), desc="decoding frames", unit="frame", delay=2, leave=False) as bar:
+            first = 0  # not the bar's count, which stands still where nobody watches it
             for batch in batches:
                 decoded = self._resize(batch)
-                images[bar.n : bar.n + len(decoded)] = decoded
+                images[first : first + len(decoded)] = decoded
+                first += len(decoded)
                 bar.update(len(decoded))
         return images
 
