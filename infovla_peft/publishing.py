@@ -284,9 +284,9 @@ def _published_info(adapter: StoredAdapter, below: str, base: tuple[str, str] | 
 def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A resolved configuration without what is nobody's business: folders of this machine, secrets.
 
-    >>> public_config({"seed": 0, "output_dir": "/home/me/runs/a", "hub_token": "hf_x", "assets_folder": None})
+    >>> public_config({"seed": 0, "output_dir": "/runs/a", "hub_token": "hf_x", "assets_folder": None})
     {'seed': 0, 'output_dir': 'a', 'assets_folder': None}
-    >>> public_config({"demonstrations_source": "/home/me/robot", "deepspeed": {"config": ["~/zero.json"]}})
+    >>> public_config({"demonstrations_source": "/robot", "deepspeed": {"config": ["~/zero.json"]}})
     {'demonstrations_source': 'robot', 'deepspeed': {'config': ['zero.json']}}
     """
     kept = {name: value for name, value in config.items() if "token" not in name or not isinstance(value, str)}
