@@ -5,25 +5,21 @@ structure*: after later tasks, what the instruction names no longer stands out o
 beside two that may say otherwise: how alike the representation still is (CKA), and whether the instruction still
 changes the action.
 
-`affinity_maps`, `diffusion`, `linear_cka`, `similarity_matrix` and `swap_change` are pure functions on tensors;
-`analyse_run` applies them to every stage of a run, on frames of demonstrations that are not in the replay memory.
+The measures are in `representation.py`, one policy on frames of one task is in `probe.py`; `analyse_run` goes through
+every stage of a run.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from .analysis_figures import draw_comparison
 from .analysis_results import (
@@ -37,333 +33,18 @@ from .analysis_results import (
     Table,
     compare,
 )
-from .data.chunks import ChunkDataset, Samples
-from .data.collator import VLACollator
-from .data.demonstrations import CAMERA_COLUMNS, load_demonstrations, recipe_demonstrations
-from .features import Features, FeatureTap, extract_features
+from .data.demonstrations import recipe_demonstrations
 from .files import atomic_file
 from .hub import load_policy
 from .inference import Policy
-from .losses import summarize_cross_modal
 from .memory import ReplayMemory
-from .models.openvla import build_prompt
+from .probe import PROBE_DEMONSTRATIONS, Findings, Probe, look_at, probe_frames, underlying_model
 from .report import write_report
+from .representation import diffusion, linear_cka, similarity_matrix
 from .results import Results, TaskEntry, collect_versions, source_commit
 
-PROBE_FRAMES, PROBE_DEMONSTRATIONS = 32, 2
+PROBE_FRAMES = 32
 SHOWN_TASKS = 3
-_FEWEST = 4  # frames; CKA without bias is not defined for less
-
-
-# --- pure functions --------------------------------------------------------------------------------------------------
-
-
-def affinity_maps(features: Features, words: Tensor | None = None, *, temperature: float = 0.1) -> Tensor:
-    """What the instruction looks at: softmax over the patches of cos(patch, word) / τ, averaged over the words.
-
-    Deviation from the paper, whose figures show the attention of its model: these are the affinities that the
-    cross-modal loss works on (`losses.summarize_cross_modal`), of the tapped layer.
-
-    Args:
-        features: of B frames, see `features.extract_features`.
-        words: (B, Nl) bool, the tokens that are averaged; None: all of the prompt.
-        temperature: τ > 0.
-
-    Returns:
-        (B, Nv), each row a distribution over the patches of all images. 0 in a row without words.
-    """
-    summary = summarize_cross_modal(
-        features.vision, features.language, None, features.language_mask, temperature=temperature
-    )
-    mask = features.language_mask if words is None else features.language_mask & words  # (B, Nl)
-    looks = (summary.affinity / temperature).softmax(dim=1)  # (B, Nv, Nl)
-    weight = mask.to(looks.dtype) / mask.sum(1, keepdim=True).clamp(min=1)
-    return (looks @ weight[..., None]).squeeze(-1)
-
-
-def diffusion(maps: Tensor) -> Tensor:
-    """Normalised entropy −Σ p log p / log P of distributions (…, P) over P patches: (…), in [0, 1].
-
-    1 = spread evenly over all patches, 0 = all on one.
-
-    Raises:
-        ValueError: fewer than two patches.
-
-    >>> diffusion(torch.tensor([[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]])).tolist()
-    [1.0, 0.0]
-    """
-    if maps.shape[-1] < 2:
-        raise ValueError(f"a map needs at least two patches to spread over, got {maps.shape[-1]}")
-    spread: Tensor = torch.special.entr(maps).sum(-1) / math.log(maps.shape[-1])
-    return spread.clamp(0.0, 1.0)
-
-
-def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> Tensor:
-    """Linear centred kernel alignment of two representations of the same N samples. Kornblith et al., 1905.00414.
-
-        CKA = ‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖), Frobenius norms, X and Y centred
-
-    Invariant to rotation and to isotropic scaling of either; 1 for representations that are equal up to these. With
-    few samples in many dimensions it is far above 0 even for independent ones. `unbiased` mends that: the same ratio
-    with the unbiased estimator of HSIC (Song et al. 2012; Nguyen et al., 2010.15327), whose expectation for
-    independent representations is about 0, and which may be slightly negative.
-
-    Args:
-        x: (N, D1), y: (N, D2), any floating dtype; computed in float64.
-        unbiased: needs N ≥ 4.
-
-    Returns:
-        Scalar, ≤ 1. 0 where one of them does not vary at all.
-
-    Raises:
-        ValueError: not two matrices of equally many rows, or too few rows.
-
-    >>> x = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 3.0]])
-    >>> round(float(linear_cka(x, 3 * x @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))), 6)
-    1.0
-    """
-    fewest = 4 if unbiased else 2
-    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or len(x) < fewest:
-        raise ValueError(f"expected (N, D1) and (N, D2), N ≥ {fewest}, got {tuple(x.shape)} and {tuple(y.shape)}")
-    gram = [features @ features.T for features in (_centred(x), _centred(y))]  # (N, N)
-    if unbiased:
-        gram = [matrix - matrix.diagonal().diag() for matrix in gram]
-    product = _hsic_unbiased if unbiased else _frobenius
-    scale = product(gram[0], gram[0]) * product(gram[1], gram[1])
-    if not float(scale) > 0:
-        return x.new_zeros((), dtype=torch.float64)
-    return (product(gram[0], gram[1]) / scale.sqrt()).clamp(max=1.0)
-
-
-def _centred(x: Tensor) -> Tensor:
-    x = x.double()
-    return x - x.mean(0)
-
-
-def _frobenius(one: Tensor, other: Tensor) -> Tensor:
-    return (one * other).sum()
-
-
-def _hsic_unbiased(one: Tensor, other: Tensor) -> Tensor:
-    """Of two Gram matrices (N, N) with zero diagonals, Song et al. 2012, Eq. 5, times N (N − 3)."""
-    n = len(one)
-    rows = one.sum(0) @ other.sum(0)
-    return (one * other).sum() + one.sum() * other.sum() / ((n - 1) * (n - 2)) - 2 * rows / (n - 2)
-
-
-def similarity_matrix(x: Tensor, y: Tensor, *, centre: Tensor | None = None) -> Tensor:
-    """Cosines between the rows of two representations of the same frames: (N, D), (M, D) → (N, M), in [-1, 1].
-
-    Args:
-        centre: (D,), taken off both before. All features of a model share a large part that says nothing about the
-            frame, and hides what does.
-    """
-    if centre is not None:
-        x, y = x - centre, y - centre
-    return F.normalize(x.float(), dim=-1) @ F.normalize(y.float(), dim=-1).T
-
-
-def swap_change(own: Tensor, swapped: Tensor) -> Tensor:
-    """Mean absolute change of actions under other instructions.
-
-    Args:
-        own: (N, T, A), normalised chunks under the frames' own instruction.
-        swapped: (I, N, T, A), under I others.
-
-    Returns:
-        (I,), one number per instruction; 0 where the policy does not hear it.
-    """
-    return (swapped - own).abs().flatten(1).mean(1)
-
-
-# --- probe frames ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Frames of one task on which every stage is looked at.
-
-    Attributes:
-        task: the task.
-        samples: K frames, see `data.chunks.Samples`.
-        episodes: numbers of the demonstrations they come from.
-    """
-
-    task: TaskEntry
-    samples: Samples
-    episodes: list[int]
-
-
-def choose_episodes(
-    recorded: Sequence[int], remembered: Sequence[int], count: int = PROBE_DEMONSTRATIONS
-) -> list[int]:
-    """The first `count` demonstrations that are not in the memory; fewer where there are no more.
-
-    >>> choose_episodes([0, 1, 2, 3], remembered=[1])
-    [0, 2]
-    """
-    return [episode for episode in sorted(set(recorded)) if episode not in set(remembered)][:count]
-
-
-def spread_rows(available: int, wanted: int) -> NDArray[np.int64]:
-    """Numbers of `wanted` rows, evenly spaced over `available`, first and last included; all if there are fewer.
-
-    >>> spread_rows(9, 3).tolist(), spread_rows(2, 3).tolist()
-    ([0, 4, 8], [0, 1])
-    """
-    return np.linspace(0, available - 1, min(wanted, available)).round().astype(np.int64)
-
-
-def probe_frames(
-    task: TaskEntry,
-    policy: Policy,
-    source: str | os.PathLike[str],
-    memory: ReplayMemory,
-    *,
-    frames: int,
-    episodes: int | None,
-    **options: Any,
-) -> Probe:
-    """Evenly spaced frames of demonstrations of one task that are not in the memory.
-
-    Args:
-        policy: says how large the images are, which cameras are seen and how long a chunk is.
-        source, options: of the demonstrations, as for `load_demonstrations`.
-        frames: K, how many are wanted.
-        episodes: how many demonstrations of the task the run used; None: all that are there.
-
-    Raises:
-        ValueError: too few demonstrations or frames.
-    """
-    recorded = load_demonstrations(os.fspath(source), [task.name], episodes=episodes, **options)
-    number = np.array(recorded["episode_index"])
-    kept: list[int] = []
-    if memory.frames is not None:
-        names, numbers = memory.frames["task"], memory.frames["episode_index"]
-        kept = [number for name, number in zip(names, numbers, strict=True) if name == task.name]
-    chosen = choose_episodes(number.tolist(), kept)
-    if not chosen:
-        raise ValueError(
-            f"all {len(set(number.tolist()))} demonstrations of {task.name!r} are in the replay memory, and an "
-            "analysis needs others; record more (--demonstrations) or remember fewer (--memory_trajectories)"
-        )
-    config = _model(policy).config
-    dataset = ChunkDataset(
-        recorded.select(np.flatnonzero(np.isin(number, chosen))),
-        VLACollator(policy.processor, policy.normaliser, config).pipeline,
-        chunk=config.num_actions_chunk if config.decoding == "parallel" else 1,
-        cameras=[CAMERA_COLUMNS[camera] for camera in policy.cameras],
-        cache_images=False,
-    )
-    rows = spread_rows(len(dataset), frames)
-    if len(rows) < _FEWEST:
-        raise ValueError(f"an analysis needs at least {_FEWEST} frames per task, got {len(rows)} of {task.name!r}")
-    samples = dataset.__getitems__(rows)
-    # As results.json has it: the text that the rollouts are told.
-    return Probe(task, replace(samples, instructions=[task.instruction] * len(rows)), chosen)
-
-
-def instruction_words(tokenizer: Any, instruction: str) -> slice:
-    """Which of the prompt's tokens are the instruction's own, as columns of `Features.language`.
-
-    The rest is the same in every prompt: what two prompts begin and end with.
-    """
-    ids, other = (list(tokenizer(build_prompt(text))["input_ids"]) for text in (instruction, _OTHER_TEXT))
-    first, last = _common(ids, other), _common(ids[::-1], other[::-1])
-    return slice(first - 1, len(ids) - last - 1)  # without BOS
-
-
-_OTHER_TEXT = "0 9"
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-# --- one policy on the probe frames ----------------------------------------------------------------------------------
-
-
-class Findings(NamedTuple):
-    """What one policy makes of the probe frames of one task.
-
-    Attributes:
-        action: (K, D) float32, pooled action features.
-        maps: (K, Nv) float32, affinity maps.
-        change: instruction -> mean absolute change of the normalised actions when it is said instead.
-        error: mean absolute difference of the normalised actions to the recorded ones.
-    """
-
-    action: Tensor
-    maps: Tensor
-    change: Mapping[str, float]
-    error: float
-
-
-def look_at(
-    policy: Policy,
-    probe: Probe,
-    others: Sequence[str],
-    *,
-    tap_layer: int = -1,
-    temperature: float = 0.1,
-    batch_size: int = 16,
-) -> Findings:
-    """Run a policy on the probe frames of a task, told the truth and told other instructions.
-
-    Args:
-        others: instructions to swap in.
-        tap_layer, temperature: as in training.
-    """
-    model, samples = _model(policy), probe.samples
-    collator = VLACollator(policy.processor, policy.normaliser, model.config)
-    device, dtype = policy.model.device, policy.model.dtype
-    words = instruction_words(policy.processor.tokenizer, probe.task.instruction)
-    action, maps = [], []
-    with torch.inference_mode():
-        for start in range(0, len(samples), batch_size):
-            batch = {
-                name: tensor.to(device, dtype if tensor.is_floating_point() else None)
-                for name, tensor in collator(_rows(samples, slice(start, start + batch_size))).items()
-            }
-            with FeatureTap(model, tap_layer) as tap:
-                roles = policy.model(**batch, return_logits=False).token_roles
-            features = extract_features(tap.hidden, roles)
-            mask = torch.zeros_like(features.language_mask)
-            mask[:, words] = True
-            action.append(features.action.float().cpu())
-            maps.append(affinity_maps(features, mask, temperature=temperature).float().cpu())
-    own = _chunks(policy, samples, probe.task.instruction, batch_size)
-    change = {other: float(swap_change(own, _chunks(policy, samples, other, batch_size)[None])) for other in others}
-    recorded = torch.from_numpy(policy.normaliser.normalise_actions(samples.actions))
-    return Findings(torch.cat(action), torch.cat(maps), change, float((own - recorded).abs().mean()))
-
-
-def _chunks(policy: Policy, samples: Samples, instruction: str, batch_size: int) -> Tensor:
-    """Normalised actions (K, T, A) for all frames under one instruction, clipped as recorded ones are."""
-    chunks = []
-    for start in range(0, len(samples), batch_size):
-        rows = slice(start, start + batch_size)
-        images = [list(images.transpose(0, 2, 3, 1)) for images in samples.images[rows]]
-        chunks.append(policy.act_batch(images, [instruction] * len(images), list(samples.states[rows])))
-    return torch.from_numpy(policy.normaliser.normalise_actions(np.concatenate(chunks).astype(np.float32)))
-
-
-def _rows(samples: Samples, rows: slice) -> Samples:
-    return replace(
-        samples,
-        images=samples.images[rows],
-        states=samples.states[rows],
-        actions=samples.actions[rows],
-        instructions=samples.instructions[rows],
-    )
-
-
-def _model(policy: Policy) -> Any:
-    """Without PEFT's wrapper; its layers hold the adapter all the same."""
-    return policy.model.get_base_model() if hasattr(policy.model, "get_base_model") else policy.model
-
-
-# --- a whole run -----------------------------------------------------------------------------------------------------
 
 
 def analyse_run(
@@ -420,7 +101,7 @@ def analyse_run(
             found[task.name, stage] = look_at(
                 policy, probes[task.name], known_with(task, tasks), tap_layer=layer, temperature=temperature
             )
-        images = _model(policy).config.num_images_in_input
+        images = underlying_model(policy).config.num_images_in_input
         del policy  # one at a time in memory
     last = results.stages - 1
     shown = [task for task in tasks if task.learned_at < last][:SHOWN_TASKS]

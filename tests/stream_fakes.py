@@ -101,7 +101,7 @@ def install_fakes(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
     monkeypatch.setattr(infovla_peft.data.recording, "record_demonstrations", record)
     monkeypatch.setattr("infovla_peft.stream.load_demonstrations", load)
-    monkeypatch.setattr("infovla_peft.analysis.load_demonstrations", load)
+    monkeypatch.setattr("infovla_peft.probe.load_demonstrations", load)
     monkeypatch.setattr(infovla_peft.simulation.workers, "EnvironmentPool", FakePool)
     monkeypatch.setattr("infovla_peft.simulation.find_assets", lambda *_: AssetSet("primitive", folder))
     monkeypatch.setattr(FakePool, "calls", [])

@@ -16,21 +16,7 @@ from test_report import Page, write_run
 from tiny_policy import TinyPolicy, tiny_policy
 from torch.nn import functional as F
 
-from infovla_peft.analysis import (
-    Probe,
-    affinity_maps,
-    analyse_run,
-    choose_episodes,
-    compare_analyses,
-    diffusion,
-    instruction_words,
-    is_analysed,
-    linear_cka,
-    look_at,
-    similarity_matrix,
-    spread_rows,
-    swap_change,
-)
+from infovla_peft.analysis import analyse_run, compare_analyses, is_analysed
 from infovla_peft.analysis_results import Analysis, AnalysisError, ProbedTask, compare
 from infovla_peft.cli import main
 from infovla_peft.config import InfoVLAConfig, StreamConfig
@@ -38,7 +24,9 @@ from infovla_peft.features import Features, FeatureTap, extract_features
 from infovla_peft.inference import Policy
 from infovla_peft.memory import ReplayMemory
 from infovla_peft.models.openvla import build_prompt
+from infovla_peft.probe import Probe, choose_episodes, instruction_words, look_at, spread_rows
 from infovla_peft.report import write_report
+from infovla_peft.representation import affinity_maps, diffusion, linear_cka, similarity_matrix, swap_change
 from infovla_peft.results import Results, TaskEntry
 from infovla_peft.stream import Stream
 
