@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +24,9 @@ from .measurement import read_cell
 from .memory import ReplayMemory
 from .results import Results
 from .run_folder import RESTORE, RunError, RunFolder, config_is_sealed
+
+_SAYS = re.compile(r" (?:is|are|lacks|holds|has|counts|names) ")
+"""What follows the file's name in a message about it."""
 
 
 @dataclass
@@ -54,7 +58,7 @@ class Verification:
         try:
             result = check()
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            named = Path(str(error).split(" is ")[0])  # of a folder's files, the very one
+            named = Path(_SAYS.split(str(error), maxsplit=1)[0])  # of a folder's files, the very one
             named = named if named.is_relative_to(file.parent) else file
             self.damage.setdefault(named, str(error).removeprefix(f"{named} "))
             return None

@@ -1,15 +1,15 @@
 """Faults by the hundred, injected into a small stream; what was lost, as a table.
 
-    python tests/fault_harness.py OUTPUT.json [--short | --share 0.2]
-
-`--share` injects that part of each number.
+    python tests/fault_harness.py TABLE.json [--short | --share 0.2] [--lanes 2]
 
 A fault hits a run, and the same command continues it. A run is lost if it then does not equal the uninterrupted one:
-adapters, base and anchors bit for bit, the cells, and results.json but for times.
+adapters, base and anchors bit for bit, the cells, and results.json but for times. What is drawn follows from the name
+of the fault and the number of the case alone.
 
-The simulator is replaced by `stream_fakes` (faults of its processes: `test_simulation_workers.py`), and the report by
-a page without figures. Runs are forked from this process, which has everything imported and has not computed anything,
-so that a run costs about two seconds. Moments are drawn from a fixed seed.
+Cases are shared by two processes. A fault in a late step begins with a copy of the uninterrupted run's folder as it
+was after the step before. Files lie in /dev/shm where there is room: what a killed process has written stays, there as
+on a disk. The table is written as it grows; a stopped harness goes on where it was (TABLE.json.cases, removed at the
+end).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import argparse
 import errno
 import gc
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -26,37 +27,37 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
-import pytest  # noqa: E402
 import torch  # noqa: E402
-from safetensors import safe_open  # noqa: E402
-from stream_fakes import STREAM, TRAINING, fake_frames, install_fakes  # noqa: E402
+from fault_runs import (  # noqa: E402
+    Ended,
+    Run,
+    at_fsync,
+    at_step,
+    break_loss,
+    die,
+    jump_clock,
+    keep_states,
+    prepare,
+)
 
-import infovla_peft.data.recording  # noqa: E402
-import infovla_peft.measurement  # noqa: E402
-import infovla_peft.trainer  # noqa: E402
-from infovla_peft.cli import run_command  # noqa: E402
-from infovla_peft.config import InfoVLAConfig, StreamConfig  # noqa: E402
-from infovla_peft.data.recorded import DemonstrationManifest, RecordingSettings  # noqa: E402
-from infovla_peft.files import atomic_folder  # noqa: E402
-from infovla_peft.progress import quiet_libraries  # noqa: E402
-from infovla_peft.simulation import Task  # noqa: E402
-from infovla_peft.stream import Stream  # noqa: E402
 from infovla_peft.verify import verify_run  # noqa: E402
 
-SMALL = {**STREAM, "stream": "B1-2N1", "demonstrations": 1, "base_steps": 4, "stage_steps": 5, "tiny_vision_depth": 2}
-TRAIN = {**TRAINING, "counterfactual_frames": 6, "lora_dropout": 0.1, "save_steps": 2, "teacher": "auto"}
+DAMAGE = ("one bit flipped", "cut off", "second half zero", "exchanged for another file")
+ROOM = 1 << 30
 
-Fault = Callable[[random.Random, "Run"], None]
-"""Set up in the forked child, before the run starts."""
+Problems = list[str | None]
+"""One for each fault that a case injected: what was lost by it, or None."""
+Case = Callable[[random.Random], Problems]
 
 
 @dataclass
@@ -64,136 +65,60 @@ class Row:
     """One line of the table."""
 
     fault: str
+    planned: int = 0
     injected: int = 0
     lost: int = 0
     problems: list[str] = field(default_factory=list)
 
-    def note(self, problem: str | None) -> None:
-        self.injected += 1
-        if problem is not None:
-            self.lost += 1
-            self.problems.append(problem)
-
 
 @dataclass(frozen=True)
-class Ended:
-    """How a forked run ended: its exit code (negative: the signal), and what it said."""
+class Fault:
+    """A kind of fault: how many cases there are in the full harness and in the short one, and how one is done."""
 
-    code: int
-    said: str
-
-
-class Run:
-    """A small stream in a folder of its own.
-
-    Args:
-        folder: of the run.
-        stream: what differs from `SMALL`.
-    """
-
-    def __init__(self, folder: Path, **stream: Any) -> None:
-        self.folder, self._stream = folder, {**SMALL, **stream}
-
-    def go(self) -> None:
-        config = StreamConfig(**self._stream)
-        with Stream(config, InfoVLAConfig(**{**TRAIN, "output_dir": str(self.folder)})) as stream:
-            stream.run()
-
-    def start(self, fault: Callable[[], None] = lambda: None) -> tuple[int, Path]:
-        """Fork a process that injects a fault into itself and runs; its number, and the file with what it says."""
-        log = self.folder.with_suffix(f".{time.monotonic_ns()}.log")
-        child = os.fork()
-        if child:
-            return child, log
-        try:
-            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-            torch.set_num_threads(1)
-            fault()
-            code = run_command(self.go)
-        except BaseException as error:
-            os.write(2, repr(error).encode())
-            code = 99
-        os._exit(code)
-
-    def finish(self, fault: Callable[[], None] = lambda: None) -> Ended:
-        return wait(*self.start(fault))
-
-    def content(self) -> dict[str, Any]:
-        """What must be equal: bytes of tensors, and numbers without times."""
-        content: dict[str, Any] = {}
-        for file in sorted(self.folder.rglob("*.safetensors")):
-            with safe_open(file, framework="np") as tensors:  # whose notes are in no order
-                content[str(file.relative_to(self.folder))] = (
-                    tensors.metadata(),
-                    {
-                        name: tensors.get_tensor(name).tobytes()
-                        for name in tensors.keys()  # noqa: SIM118
-                    },
-                )
-        for file in sorted(self.folder.glob("stages/*/rollouts/*.json")):
-            cell = json.loads(file.read_text())
-            content[str(file.relative_to(self.folder))] = {
-                key: value for key, value in cell.items() if key not in ("seconds", "sha256")
-            }
-        results = json.loads((self.folder / "results.json").read_text())
-        results["config"].pop("output_dir", None)
-        content["results.json"] = {key: value for key, value in results.items() if key != "timings"}
-        return content
+    name: str
+    cases: int
+    short: int
+    each: int
+    do: Case
 
 
-def wait(child: int, log: Path) -> Ended:
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    text = log.read_text(errors="replace") if log.exists() else ""
-    log.unlink(missing_ok=True)
-    return Ended(code, text)
-
-
-class Harness:
-    """Runs faults and keeps the table.
+class Faults:
+    """What can happen to a run, each as a case.
 
     Args:
         folder: for the runs.
-        short: a few of each only.
-        share: of the full numbers.
+        short: a smaller stream, fewer kills for each run.
     """
 
-    def __init__(self, folder: Path, *, short: bool, share: float = 1.0) -> None:
-        self.folder, self.short, self._share = folder, short, share
-        self.random = random.Random(0)
-        self.rows: list[Row] = []
+    def __init__(self, folder: Path, *, short: bool) -> None:
+        self.folder, self.short = folder, short
+        self._stream = {"stream": "B1-1N1"} if short else {}
         self._number = 0
-        self.reference = Run(folder / "reference", **self._stream)
-        start = time.monotonic()
-        self.writes = self._count_writes()
-        self.seconds = time.monotonic() - start
-        self.expected = self.reference.content()
-
-    @property
-    def _stream(self) -> dict[str, Any]:
-        return {"stream": "B1-1N1"} if self.short else {}
-
-    def times(self, full: int, short: int = 1) -> int:
-        return short if self.short else max(short, round(self._share * full))
-
-    def row(self, fault: str) -> Row:
-        if self.rows:
-            print(asdict(self.rows[-1]), file=sys.stderr, flush=True)
-        self.rows.append(Row(fault))
-        return self.rows[-1]
+        reference, states = Run(folder / "reference", **self._stream), folder / "states"
+        ended = reference.finish(partial(keep_states, reference.folder, states))
+        assert ended.code == 0, str(ended)
+        self.cpu, self.expected, self._reference = ended.cpu, reference.content(), reference.folder
+        self._states = [(int(path.name.split("_")[0]), path) for path in sorted(states.iterdir())]
+        self.writes = self._states[-1][0]  # `fsync` is called by each
 
     @contextmanager
-    def run(self) -> Iterator[Run]:
+    def run(self, *, before_write: int | None = None, before_step: str | None = None) -> Iterator[tuple[Run, int]]:
+        """A new run, and how many writes it has behind it: none, or those of the uninterrupted one's state before."""
         self._number += 1
-        run = Run(self.folder / f"run_{self._number}", **self._stream)
-        yield run
+        run, passed = Run(self.folder / f"run_{os.getpid()}_{self._number}", **self._stream), 0
+        for count, path in reversed(self._states):
+            if (before_write is not None and count <= before_write) or path.name.endswith(f"_{before_step}"):
+                shutil.copytree(path, run.folder)
+                passed = count
+                break
+        yield run, passed
         shutil.rmtree(run.folder, ignore_errors=True)
 
-    def problem(self, run: Run, ended: Ended) -> str | None:
+    def problem(self, run: Run, ended: Ended | None = None) -> str | None:
         """What distinguishes a run that was continued to its end from the uninterrupted one."""
+        ended = ended or run.finish()
         if ended.code:
-            return f"exit code {ended.code}: {ended.said[-300:]}"
+            return str(ended)
         found = verify_run(run.folder)
         if not found.ok:
             return found.describe()
@@ -201,239 +126,145 @@ class Harness:
         differing = [key for key in {**self.expected, **content} if content.get(key) != self.expected.get(key)]
         return f"differs: {differing}" if differing else None
 
-    def _count_writes(self) -> int:
-        """How often an uninterrupted run calls `fsync`, which each of its writes does."""
-        counted = self.folder / "writes"
+    def kill_anywhere(self, random_: random.Random) -> Problems:
+        with self.run() as (run, _):
+            kills, left = 0, self.cpu
+            found: Problems = []
+            while kills < (2 if self.short else 4):
+                moment = random_.uniform(0, left)
+                ended = run.start().kill_at(moment)
+                if ended.code != -signal.SIGKILL:  # it was faster: its end is worth a look, then another run begins
+                    if (problem := self.problem(run, ended)) is not None:
+                        return [problem]
+                    shutil.rmtree(run.folder)
+                    left = self.cpu
+                    continue
+                kills, left = kills + 1, max(left - moment, 0.1 * self.cpu)
+                damage = verify_run(run.folder) if (run.folder / "config.yaml").exists() else None
+                found.append(None if damage is None or damage.ok else f"after a kill: {damage.describe()}")
+            found[-1] = found[-1] or self.problem(run)
+            return found
 
-        def count() -> None:
-            fsync, calls = os.fsync, [0]
+    def kill_within_a_write(self, random_: random.Random) -> Problems:
+        first = random_.randrange(self.writes)
+        with self.run(before_write=first if random_.random() < 0.5 else None) as (run, passed):
+            found: Problems = []
+            for after in (first - passed, random_.randrange(self.writes - first))[: 1 if self.short else 2]:
+                ended = run.finish(partial(at_fsync, after, die))
+                found.append(None if ended.code == -signal.SIGKILL else str(ended))
+            found[-1] = found[-1] or self.problem(run)
+            return found
 
-            def counting(descriptor: int) -> None:
-                calls[0] += 1
-                fsync(descriptor)
-                counted.write_text(str(calls[0]))
+    def stop(self, number: signal.Signals, code: int, random_: random.Random) -> Problems:
+        step = random_.randrange(1, 4)
+        with self.run(before_step="measure_00") as (run, _):
+            ended = run.finish(lambda: at_step(step, lambda: os.kill(os.getpid(), number)))
+            said = all(text in ended.said for text in ("the same command continues", f"checkpoint-{step}"))
+            return [self.problem(run) if ended.code == code and said else str(ended)]
 
-            os.fsync = counting
+    def refuse(self, number: int, text: str, random_: random.Random) -> Problems:
+        after = random_.randrange(self.writes)
 
-        ended = self.reference.finish(count)
-        assert ended.code == 0, ended.said
-        return int(counted.read_text())
+        def fail() -> None:
+            raise OSError(number, os.strerror(number))
 
-    # --- faults ------------------------------------------------------------------------------------------------------
+        with self.run(before_write=after) as (run, passed):
+            ended = run.finish(partial(at_fsync, after - passed, fail))
+            return [self.problem(run) if ended.code == 1 and text in ended.said else str(ended)]
 
-    def kill_anywhere(self) -> None:
-        row = self.row("SIGKILL at a random moment")
-        while row.injected < self.times(80):
-            with self.run() as run:
-                kills = 0
-                for _ in range(2 if self.short else 4):
-                    child, log = run.start()
-                    time.sleep(self.random.uniform(0, self.seconds))
-                    os.kill(child, signal.SIGKILL)
-                    kills += wait(child, log).code == -signal.SIGKILL
-                    if run.folder.exists() and (run.folder / "config.yaml").exists():
-                        damage = verify_run(run.folder)
-                        if not damage.ok:
-                            row.note(f"after a kill: {damage.describe()}")
-                self._close(row, run, kills)
+    def cut_off(self, random_: random.Random) -> Problems:
+        limit = random_.choice([512, 2048, 8192, 20_000])
+        with self.run() as (run, _):
+            ended = run.finish(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+            return [self.problem(run) if ended.code == 1 else str(ended)]
 
-    def kill_within_a_write(self) -> None:
-        row = self.row("SIGKILL within a write")
-        while row.injected < self.times(40):
-            with self.run() as run:
-                kills = 0
-                for _ in range(1 if self.short else 2):
-                    after = self.random.randrange(self.writes)
-                    kills += run.finish(lambda after=after: _at_fsync(after, _die)).code == -signal.SIGKILL
-                self._close(row, run, kills)
+    def diverge(self, change: Callable[[torch.Tensor], torch.Tensor], text: str, random_: random.Random) -> Problems:
+        stage, step = random_.randrange(2), random_.randrange(2, 5)
+        with self.run(before_step="measure_00" if stage else "demonstrations") as (run, _):
+            ended = run.finish(partial(break_loss, stage, step, change))
+            named = text in ended.said and "demonstration 0: frames" in ended.said
+            return [self.problem(run) if ended.code == 1 and named else str(ended)]
 
-    def _close(self, row: Row, run: Run, kills: int) -> None:
-        problem = self.problem(run, run.finish())
-        for number in range(kills):
-            row.note(problem if number == 0 else None)
+    def jump(self, random_: random.Random) -> Problems:
+        seed = random_.randrange(1000)
 
-    def stop(self, number: signal.Signals, name: str, code: int) -> None:
-        row = self.row(name)
-        while row.injected < self.times(8):
-            with self.run() as run:
-                step = self.random.randrange(1, 4)
-                ended = run.finish(lambda step=step: _at_step(step, lambda: os.kill(os.getpid(), number)))
-                problem = None
-                if ended.code != code or "the same command continues" not in ended.said:
-                    problem = f"exit code {ended.code}: {ended.said[-300:]}"
-                elif f"checkpoint-{step}" not in ended.said:
-                    problem = f"no checkpoint of step {step}: {ended.said[-300:]}"
-                row.note(problem or self.problem(run, run.finish()))
+        def inject() -> None:
+            jump_clock(seed)
+            at_step(3, die)
 
-    def refuse(self, name: str, number: int, text: str) -> None:
-        row = self.row(name)
-        while row.injected < self.times(12):
-            with self.run() as run:
-                after = self.random.randrange(self.writes)
+        with self.run() as (run, _):
+            ended = run.finish(inject)
+            continued = ended.code == -signal.SIGKILL
+            return [self.problem(run, run.finish(partial(jump_clock, seed))) if continued else str(ended)]
 
-                def fail() -> None:
-                    raise OSError(number, os.strerror(number))
+    def share(self, random_: random.Random) -> Problems:
+        with self.run(before_write=random_.randrange(self.writes)) as (run, _):
+            first = run.start()
+            deadline = time.monotonic() + 60
+            while not (run.folder / ".lock").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            second = run.finish()
+            ended = first.wait()
+            named = second.code == 1 and f"process {first.process} on" in second.said
+            return [self.problem(run, ended) if named else str(second)]
 
-                ended = run.finish(lambda after=after, fail=fail: _at_fsync(after, fail))
-                problem = None if ended.code == 1 and text in ended.said else f"{ended.code}: {ended.said[-300:]}"
-                row.note(problem or self.problem(run, run.finish()))
+    def damage(self, kind: str, random_: random.Random) -> Problems:
+        with self.run(before_write=self.writes) as (run, _):
+            files = [file for file in sorted(run.folder.rglob("*")) if file.is_file() and _is_checked(file)]
+            while True:
+                file, other = random_.sample(files, 2)
+                whole, content = file.read_bytes(), _damaged(file.read_bytes(), other.read_bytes(), kind, random_)
+                if content != whole and not _same_json(content, whole):
+                    break
+            file.write_bytes(content)
+            found = verify_run(run.folder)
+            file.write_bytes(whole)
+            assert verify_run(run.folder).ok
+            return [None if file in found.damage else f"{file} not named: {found.describe()}"]
 
-    def cut_off(self) -> None:
-        row = self.row("a write refused in the middle of a file (RLIMIT_FSIZE)")
-        while row.injected < self.times(12):
-            with self.run() as run:
-                limit = self.random.choice([512, 2048, 8192, 20_000])
-                ended = run.finish(lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-                problem = None if ended.code == 1 else f"{ended.code}: {ended.said[-300:]}"
-                row.note(problem or self.problem(run, run.finish()))
-
-    def diverge(self, name: str, break_loss: Callable[[torch.Tensor], torch.Tensor], text: str) -> None:
-        row = self.row(name)
-        while row.injected < self.times(6):
-            with self.run() as run:
-                step = self.random.randrange(2, 5)
-
-                def inject(step: int = step) -> None:
-                    compute = infovla_peft.trainer.InfoVLATrainer.compute_loss
-
-                    def broken(trainer: Any, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
-                        loss = compute(trainer, model, inputs, *rest, **options)
-                        return _broken(trainer, loss, break_loss) if trainer.state.global_step + 1 == step else loss
-
-                    infovla_peft.trainer.InfoVLATrainer.compute_loss = broken
-
-                ended = run.finish(inject)
-                problem = None
-                if ended.code != 1 or text not in ended.said or "demonstration 0: frames" not in ended.said:
-                    problem = f"{ended.code}: {ended.said[-500:]}"
-                row.note(problem or self.problem(run, run.finish()))
-
-    def jump(self) -> None:
-        row = self.row("clock set forward or back by years, at every look")
-        while row.injected < self.times(6):
-            with self.run() as run:
-                seed = self.random.randrange(1000)
-
-                def inject(seed: int = seed) -> None:
-                    draw, now = random.Random(seed), time.time
-                    time.time = lambda: now() + draw.uniform(-1e8, 1e8)
-                    _at_step(3, _die)
-
-                ended = run.finish(inject)
-                problem = None if ended.code == -signal.SIGKILL else f"{ended.code}: {ended.said[-300:]}"
-                row.note(problem or self.problem(run, run.finish(lambda seed=seed: inject_clock(seed))))
-
-    def share(self) -> None:
-        row = self.row("a second run on the same folder")
-        while row.injected < self.times(6):
-            with self.run() as run:
-                child, log = run.start()
-                while not (run.folder / "config.yaml").exists():
-                    time.sleep(0.01)
-                second = run.finish()
-                first = wait(child, log)
-                named = second.code == 1 and f"process {child} on" in second.said
-                row.note((None if named else f"{second.code}: {second.said[-300:]}") or self.problem(run, first))
-
-    def damage(self) -> None:
-        kinds = ("one bit flipped", "cut off", "second half zero", "exchanged for another file")
-        rows = {kind: self.row(f"file on disk: {kind} (found and named by `infovla verify`)") for kind in kinds}
-        files = [file for file in self.reference.folder.rglob("*") if file.is_file() and _is_checked(file)]
-        for kind, row in rows.items():
-            while row.injected < self.times(25, 3):
-                file, other = self.random.sample(files, 2)
-                whole = file.read_bytes()
-                content = bytearray(whole)
-                if kind == "one bit flipped":
-                    place = self.random.randrange(8 * len(whole))
-                    content[place // 8] ^= 1 << place % 8
-                elif kind == "cut off":
-                    content = content[: self.random.randrange(len(whole) - 2)]
-                elif kind == "second half zero":
-                    content[len(whole) // 2 :] = bytes(len(whole) - len(whole) // 2)
-                else:
-                    content = bytearray(other.read_bytes())
-                file.write_bytes(bytes(content))
-                found = verify_run(self.reference.folder)
-                file.write_bytes(whole)
-                if bytes(content) != whole and not _same_json(bytes(content), whole):
-                    row.note(None if file in found.damage else f"{file} not named: {found.describe()}")
-        assert verify_run(self.reference.folder).ok
-
-    def everything(self) -> None:
-        """All faults; in short those that are not the same code under another name."""
-        self.kill_anywhere()
-        self.kill_within_a_write()
-        self.stop(signal.SIGTERM, "SIGTERM in training", 143)
-        self.refuse("ENOSPC at a write", errno.ENOSPC, "the disk is full")
-        self.diverge("loss NaN", lambda loss: loss * float("nan"), "the loss is nan")
-        self.share()
-        self.damage()
-        if self.short:
-            return
-        self.stop(signal.SIGINT, "Ctrl-C in training", 130)
-        self.refuse("EIO at a write", errno.EIO, "the disk fails")
-        self.refuse("read-only file system at a write", errno.EROFS, "no permission to write")
-        self.cut_off()
-        self.diverge("gradient exploded", lambda loss: loss * 1e12, "above grad_norm_limit")
-        self.jump()
-
-    def table(self) -> str:
-        lines = ["| fault | injected | lost |", "|---|---|---|"]
-        lines += [f"| {row.fault} | {row.injected} | {row.lost} |" for row in self.rows]
-        total = f"| together | {sum(row.injected for row in self.rows)} | {sum(row.lost for row in self.rows)} |"
-        return "\n".join([*lines, total])
+    def all(self) -> list[Fault]:
+        """Every kind; none in the short harness of those that are the same code under another name."""
+        kills, within = (2, 1) if self.short else (4, 2)
+        return [
+            Fault("SIGKILL at a random moment", 20, 1, kills, self.kill_anywhere),
+            Fault("SIGKILL within a write", 20, 1, within, self.kill_within_a_write),
+            Fault("SIGTERM in training", 8, 1, 1, partial(self.stop, signal.SIGTERM, 143)),
+            Fault("Ctrl-C in training", 8, 0, 1, partial(self.stop, signal.SIGINT, 130)),
+            Fault("ENOSPC at a write", 12, 1, 1, partial(self.refuse, errno.ENOSPC, "the disk is full")),
+            Fault("EIO at a write", 12, 0, 1, partial(self.refuse, errno.EIO, "the disk fails")),
+            Fault("read-only file system at a write", 12, 0, 1,
+                  partial(self.refuse, errno.EROFS, "no permission to write")),
+            Fault("a write refused in the middle of a file (RLIMIT_FSIZE)", 12, 0, 1, self.cut_off),
+            Fault("loss NaN", 6, 1, 1, partial(self.diverge, lambda loss: loss * float("nan"), "the loss is nan")),
+            Fault("gradient exploded", 6, 0, 1,
+                  partial(self.diverge, lambda loss: loss * 1e12, "above grad_norm_limit")),
+            Fault("clock set forward or back by years, at every look", 6, 0, 1, self.jump),
+            Fault("a second run on the same folder", 6, 1, 1, self.share),
+            *(
+                Fault(f"file on disk: {kind} (found and named by `infovla verify`)", 25, 3, 1,
+                      partial(self.damage, kind))
+                for kind in DAMAGE
+            ),
+        ]  # fmt: skip
 
 
-# --- what a child does to itself ---------------------------------------------------------------------------------
-
-
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _at_fsync(after: int, act: Callable[[], None]) -> None:
-    """Act in the place of one `fsync`, when so many have passed: the file is written and not renamed yet."""
-    fsync, left = os.fsync, [after]
-
-    def counting(descriptor: int) -> None:
-        left[0] -= 1
-        if left[0] == -1:
-            act()
-        fsync(descriptor)
-
-    os.fsync = counting
-
-
-def _at_step(step: int, act: Callable[[], None]) -> None:
-    """Act within a training step of the second training."""
-    trained, compute = [], infovla_peft.trainer.InfoVLATrainer.compute_loss
-
-    def acting(trainer: Any, *rest: Any, **options: Any) -> Any:
-        if id(trainer) not in trained:
-            trained.append(id(trainer))
-        if len(trained) == 2 and trainer.state.global_step + 1 == step:
-            act()
-        return compute(trainer, *rest, **options)
-
-    infovla_peft.trainer.InfoVLATrainer.compute_loss = acting
-
-
-def inject_clock(seed: int) -> None:
-    draw, now = random.Random(seed), time.time
-    time.time = lambda: now() + draw.uniform(-1e8, 1e8)
-
-
-def _broken(trainer: Any, loss: Any, break_loss: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    loss = (break_loss(loss[0]), *loss[1:]) if isinstance(loss, tuple) else break_loss(loss)
-    trainer._loss = (loss[0] if isinstance(loss, tuple) else loss).detach()
-    return loss
+def _damaged(whole: bytes, other: bytes, kind: str, random_: random.Random) -> bytes:
+    content = bytearray(whole)
+    if kind == DAMAGE[0]:
+        place = random_.randrange(8 * len(whole))
+        content[place // 8] ^= 1 << place % 8
+    elif kind == DAMAGE[1]:
+        content = content[: random_.randrange(len(whole) - 2)]
+    elif kind == DAMAGE[2]:
+        content[len(whole) // 2 :] = bytes(len(whole) - len(whole) // 2)
+    else:
+        content = bytearray(other)
+    return bytes(content)
 
 
 def _is_checked(file: Path) -> bool:
     """Files that carry numbers; what is drawn from them (report/) and logs are not."""
-    relative = str(file)
-    return not any(part in relative for part in ("/report/", "log.jsonl", ".lock", "/demonstrations/"))
+    return not any(part in str(file) for part in ("/report/", "log.jsonl", ".lock", "/demonstrations/"))
 
 
 def _same_json(one: bytes, other: bytes) -> bool:
@@ -443,41 +274,105 @@ def _same_json(one: bytes, other: bytes) -> bool:
         return False
 
 
-def _record(tasks: Sequence[Task], folder: Path, *, episodes: int, **_options: Any) -> None:
-    with atomic_folder(folder) as temporary:
-        fake_frames(tasks, episodes).save_to_disk(str(temporary))
-        settings = RecordingSettings("primitive", "3.3.2", 24, ("agentview",), "fast", 0.1, 0)
-        DemonstrationManifest(settings).save(temporary)
+class Table:
+    """The cases that are done, line by line on the disk, and what they come to.
+
+    Args:
+        file: JSON of the rows.
+        planned: fault → number of injections and of cases.
+    """
+
+    def __init__(self, file: Path, faults: Sequence[Fault], counts: Sequence[int]) -> None:
+        self._file, self.cases = file, file.with_name(f"{file.name}.cases")
+        self._planned = {fault.name: fault.each * count for fault, count in zip(faults, counts, strict=True) if count}
+
+    def done(self) -> dict[tuple[str, int], Problems]:
+        lines = self.cases.read_text().splitlines() if self.cases.exists() else []
+        return {(name, number): problems for name, number, problems in map(json.loads, filter(_whole, lines))}
+
+    def enter(self, fault: Fault, number: int, problems: Problems) -> None:
+        with self.cases.open("a") as file:  # one write, at the end of the file whoever else writes
+            file.write(json.dumps([fault.name, number, problems]) + "\n")
+
+    def write(self) -> list[Row]:
+        rows = {name: Row(name, planned) for name, planned in self._planned.items()}
+        for (name, _), problems in self.done().items():
+            if row := rows.get(name):
+                row.problems += [problem for problem in problems if problem is not None]
+                row.injected, row.lost = row.injected + len(problems), len(row.problems)
+        self._file.write_text(json.dumps([asdict(row) for row in rows.values()], indent=2))
+        return list(rows.values())
 
 
-def _page(folder: Path) -> None:
-    with atomic_folder(folder / "report") as report:
-        (report / "index.html").write_text("a page")
+def _whole(line: str) -> bool:
+    return line.endswith("]")  # not the last one of a harness that was killed
+
+
+def describe(rows: Sequence[Row]) -> str:
+    lines = ["| fault | injected | lost |", "|---|---|---|"]
+    lines += [f"| {row.fault} | {row.injected} | {row.lost} |" for row in rows]
+    return "\n".join([*lines, f"| together | {sum(r.injected for r in rows)} | {sum(r.lost for r in rows)} |"])
+
+
+def work(lane: int, todo: Sequence[tuple[Fault, int]], taken: Any, table: Table) -> int:
+    """Work off cases, each taken by one lane; gives a process's exit code."""
+    try:
+        while True:
+            with taken.get_lock():
+                place, taken.value = taken.value, taken.value + 1
+            if place >= len(todo):
+                return 0
+            fault, number = todo[place]
+            begun = time.monotonic()
+            problems = fault.do(random.Random(f"{fault.name} {number}"))
+            table.enter(fault, number, problems)
+            seconds = time.monotonic() - begun
+            print(f"lane {lane}: {fault.name} {number}: {seconds:.1f} s", *filter(None, problems), file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        return 1
 
 
 def main(options: argparse.Namespace) -> int:
-    quiet_libraries(loading_bars=False)
-    folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    patch = pytest.MonkeyPatch()
-    install_fakes(patch, folder)
-    patch.setattr(infovla_peft.measurement, "write_report", _page)
-    patch.setattr(infovla_peft.data.recording, "record_demonstrations", _record)
-    gc.freeze()  # else each child's collections walk through everything that is imported here
-    start = time.monotonic()
+    free = shutil.disk_usage("/dev/shm").free if os.access("/dev/shm", os.W_OK) else 0
+    folder = Path(tempfile.mkdtemp(prefix="faults-", dir="/dev/shm" if free > ROOM else None))
+    begun = time.monotonic()
     try:
-        harness = Harness(folder, short=options.short, share=options.share)
-        harness.everything()
+        prepare(folder)
+        gc.freeze()  # else each child's collections walk through everything that is imported here
+        faults = Faults(folder, short=options.short)
+        known = faults.all()
+        counts = [each.short if options.short else max(1, round(options.share * each.cases)) for each in known]
+        table = Table(Path(options.output), known, counts)
+        cases = [(fault, number) for fault, count in zip(known, counts, strict=True) for number in range(count)]
+        todo = [(fault, number) for fault, number in cases if (fault.name, number) not in table.done()]
+        taken, children = multiprocessing.get_context("fork").Value("i", 0), []
+        for lane in range(options.lanes or (1 if options.short else 2)):
+            child = os.fork()
+            if not child:
+                os._exit(work(lane, todo, taken, table))
+            children.append(child)
+        codes: list[int] = []
+        while len(codes) < len(children):
+            time.sleep(0.1 if options.short else 1)
+            table.write()
+            while len(codes) < len(children) and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                codes.append(os.waitstatus_to_exitcode(ended[1]))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    Path(options.output).write_text(json.dumps([asdict(row) for row in harness.rows], indent=2))
-    print(harness.table())
-    print(f"{time.monotonic() - start:.0f} s; an uninterrupted run: {harness.seconds:.1f} s")
-    return int(any(row.lost for row in harness.rows))
+    rows = table.write()
+    print(describe(rows))
+    print(f"{time.monotonic() - begun:.0f} s; an uninterrupted run: {faults.cpu:.1f} s of CPU time")
+    whole = not any(codes) and all(row.injected >= row.planned for row in rows)
+    if whole:
+        table.cases.unlink(missing_ok=True)
+    return int(not whole or any(row.lost for row in rows))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Inject faults into a small stream.")
     parser.add_argument("output", help="JSON of the table")
-    parser.add_argument("--short", action="store_true", help="a few faults only")
+    parser.add_argument("--short", action="store_true", help="a few faults only, in a smaller stream")
     parser.add_argument("--share", type=float, default=1.0, help="part of the full numbers")
+    parser.add_argument("--lanes", type=int, default=0, help="cases at once; two if not given (short: one)")
     sys.exit(main(parser.parse_args()))

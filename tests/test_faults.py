@@ -36,7 +36,8 @@ def inject(output: Path, *options: str) -> list[dict[str, object]]:
 def test_a_few_faults_lose_nothing(tmp_path: Path) -> None:
     rows = inject(tmp_path / "faults.json", "--short")
     assert rows
-    assert all(row["injected"] for row in rows)
+    assert all(row["injected"] == row["planned"] for row in rows)
+    assert not list(tmp_path.glob("*.cases"))  # nothing is left to go on with
 
 
 @pytest.mark.slow

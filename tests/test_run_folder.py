@@ -148,3 +148,13 @@ def test_a_run_that_lost_its_record_of_finished_steps_is_not_whole(folder: RunFo
     assert (folder / "state.json") in verify_run(folder.path).damage
     folder.mark("demonstrations", 1.0)
     assert (folder / "state.json") not in verify_run(folder.path).damage
+
+
+def test_verify_names_a_file_that_holds_something_else(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run").open(CONFIG)
+    folder.close()
+    folder.memory.mkdir()
+    (folder.memory / "memory.json").write_text('{"a": 1}')  # the message about it says what it lacks
+    found = verify_run(folder.path).damage
+    assert "lacks" in found[folder.memory / "memory.json"]
+    assert all(file.name in ("memory.json", "state.json") for file in found)
