@@ -325,8 +325,8 @@ def take_over_base(job: Job) -> None:
     target = RunFolder(job.folder).stage(0) / "rollouts"
     for cell in sorted((RunFolder(job.base.folder).stage(0) / "rollouts").glob("*.json")):
         if not (target / cell.name).exists():
-            result = replace(read_cell(cell), videos=[])  # they lie in the base's folder
-            write_cell(target / cell.name, result, target)
+            result = replace(read_cell(cell, 0), videos=[])  # they lie in the base's folder
+            write_cell(target / cell.name, result, target, 0)
 
 
 def progress(job: Job) -> Progress:

@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 def publish_checkpoint(staged: Path, target: Path) -> None:
     """Seal a checkpoint that was written aside, and move it to its place."""
-    content = {"format_version": FORMAT_VERSION, "checkpoint": target.name}
+    content = {"format_version": FORMAT_VERSION, "checkpoint": target.name, "training": target.parent.name}
     write_sealed(staged / MANIFEST, content, checksums(files_below(staged), staged))
     fsync_tree(staged)
     if target.exists():  # of the same step, by a training that was continued from an earlier one
@@ -49,6 +49,9 @@ def check_checkpoint(folder: Path) -> None:
         raise DamagedFileError(f"{folder / MANIFEST} is missing") from error
     if content.get("checkpoint") != folder.name:
         raise DamagedFileError(f"{folder} holds another checkpoint ({content.get('checkpoint')})")
+    stages = [str(content.get("training")), folder.resolve().parent.name]
+    if all(name.startswith("stage_") for name in stages) and stages[0] != stages[1]:  # others may be renamed
+        raise DamagedFileError(f"{folder} holds a checkpoint of another training ({stages[0]})")
     check_files(folder, content["sha256"])
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from .adapters import adapter_parameters
 from .data.chunks import FrameTable
 from .data.collator import VLACollator
+from .integrity import DamagedFileError
 from .tensor_files import load_tensors, save_tensors
 
 
@@ -85,15 +86,18 @@ class Consolidation:
             *({key: tensor.to(device) for key, tensor in each.items()} for each in (self.fisher, self.reference))
         )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, *, stage: int) -> None:
+        """Write a safetensors file with a checksum, and the stage that it is for."""
         tensors = {f"fisher.{key}": value for key, value in self.fisher.items()}
         tensors |= {f"reference.{key}": value for key, value in self.reference.items()}
-        save_tensors(path, tensors)
+        save_tensors(path, tensors, {"stage": str(stage)})
 
     @classmethod
-    def load(cls, path: Path) -> Consolidation:
-        """Read what `save` wrote; a DamagedFileError names a damaged file."""
-        tensors, _ = load_tensors(path)
+    def load(cls, path: Path, *, stage: int) -> Consolidation:
+        """Read what `save` wrote; a DamagedFileError names a file that is damaged, or of another stage."""
+        tensors, notes = load_tensors(path)
+        if notes.get("stage", str(stage)) != str(stage):
+            raise DamagedFileError(f"{path} is of stage {notes['stage']:.20}, not of stage {stage}")
         return cls(
             *(
                 {key.removeprefix(kind): value for key, value in tensors.items() if key.startswith(kind)}

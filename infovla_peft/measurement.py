@@ -21,31 +21,42 @@ if TYPE_CHECKING:
     from .simulation import Task
     from .stream import Stream
 
-CELL_VERSION = 2  # 1 had no checksums
-_NO_RESULT = ("format_version", SUMS)
+CELL_VERSION = 3  # 1 had no checksums, 2 did not say of which stage it was
+_NO_RESULT = ("format_version", "stage", SUMS)
 
 
-def read_cell(file: Path) -> TaskResult:
+def read_cell(file: Path, stage: int) -> TaskResult:
     """The rollouts of one task after one stage.
 
+    Args:
+        file: named for the task.
+        stage: whose it should be.
+
     Raises:
-        RunError: the file is missing or damaged.
+        RunError: the file is missing or damaged, or of another task or stage.
     """
+    cure = "delete it and give the run's command again, which measures it again"
     try:
         content = read_sealed(file, newest=CELL_VERSION)
-        return TaskResult.from_dict({key: value for key, value in content.items() if key not in _NO_RESULT})
+        result = TaskResult.from_dict({key: value for key, value in content.items() if key not in _NO_RESULT})
+        found = content.get("stage", stage if content.get("format_version", 1) < CELL_VERSION else None)
     except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{file} is missing or damaged ({error}); delete it and measure again") from error
+        raise RunError(f"{file} is missing or damaged ({error}); {cure}") from error
+    if (found, result.task) != (stage, file.name.removesuffix(".json")):
+        raise RunError(f"{file} holds rollouts of {result.task!r:.200} after stage {found!r:.20}; {cure}")
+    return result
 
 
-def write_cell(file: Path, result: TaskResult, videos: Path) -> None:
+def write_cell(file: Path, result: TaskResult, videos: Path, stage: int) -> None:
     """Store the rollouts of one task after one stage, with checksums of them and of their videos.
 
     Args:
+        file: named for the task.
         videos: folder of the MP4s.
+        stage: the stage.
     """
     sums = checksums([videos / name for name in result.videos], file.parent)
-    write_sealed(file, {"format_version": CELL_VERSION, **result.to_dict()}, sums)
+    write_sealed(file, {"format_version": CELL_VERSION, "stage": stage, **result.to_dict()}, sums)
 
 
 def measure_stage(stream: Stream, stage: Stage) -> None:
@@ -82,7 +93,8 @@ def measure_stage(stream: Stream, stage: Stage) -> None:
                     progress=main,
                 ):
                     if main:
-                        write_cell(folder.cell(stage.index, result.task), result, folder.videos(stage.index))
+                        file, videos = folder.cell(stage.index, result.task), folder.videos(stage.index)
+                        write_cell(file, result, videos, stage.index)
                         print(f"  {result.task}: {sum(result.successes)} of {result.episodes}", flush=True)
     if main:
         gather_results(stream, stage).save(folder.results)
@@ -111,13 +123,13 @@ def _measured_before(stream: Stream, stage: Stage, task: Task) -> bool:
     """Take over the rollouts of the stage before: the same adapter, states and seeds give the same result."""
     if task in stage.tasks:
         return False
-    cell = read_cell(stream.run_folder.cell(stage.index - 1, task.name))
+    cell = read_cell(stream.run_folder.cell(stage.index - 1, task.name), stage.index - 1)
     wanted = stream.config.episodes(stage.index)
     if cell.episodes < wanted:
         return False
     same = replace(cell, successes=cell.successes[:wanted], steps=cell.steps[:wanted], seconds=0.0, videos=[])
     folder = stream.run_folder
-    write_cell(folder.cell(stage.index, task.name), same, folder.videos(stage.index))
+    write_cell(folder.cell(stage.index, task.name), same, folder.videos(stage.index), stage.index)
     return True
 
 
@@ -148,7 +160,7 @@ def gather_results(stream: Stream, stage: Stage) -> Results:
     )
     state = folder.state()
     for each in stream.stages[: stage.index + 1]:
-        cells = [read_cell(folder.cell(each.index, task.name)) for task in stream.seen(each)]
+        cells = [read_cell(folder.cell(each.index, task.name), each.index) for task in stream.seen(each)]
         timings = {"evaluate": round(sum(cell.seconds for cell in cells), 2)}
         spent = {"train": "base" if each.index == 0 else step_name("learn", each)}
         spent |= {"demonstrations": "demonstrations"} if each.index == 0 else {}

@@ -135,6 +135,7 @@ class ReplayMemory:
         frames: rows as `data.chunks.ChunkDataset` wants them; None for an empty memory.
         anchors: of the same rows, or of the first of them; None until a stage has computed them.
         folder: where it is kept; set by `save` and `load`.
+        stage: at the end of which it was saved; None if it was not said.
 
     Example:
         >>> memory = ReplayMemory()
@@ -143,11 +144,15 @@ class ReplayMemory:
     """
 
     def __init__(
-        self, frames: datasets.Dataset | None = None, anchors: Anchors | None = None, folder: Path | None = None
+        self,
+        frames: datasets.Dataset | None = None,
+        anchors: Anchors | None = None,
+        folder: Path | None = None,
+        stage: int | None = None,
     ) -> None:
         if anchors is not None and len(anchors) > (0 if frames is None else len(frames)):
             raise ValueError(f"{len(anchors)} anchors do not belong to {0 if frames is None else len(frames)} frames")
-        self.frames, self.anchors, self.folder = frames, anchors, folder
+        self.frames, self.anchors, self.folder, self.stage = frames, anchors, folder, stage
 
     def __len__(self) -> int:
         """Number of frames."""
@@ -193,17 +198,21 @@ class ReplayMemory:
         """The same memory with anchors; written into its folder, if it has one, unless `save` is False."""
         if save and self.folder is not None:
             anchors.save(self.folder / "anchors.safetensors")
-        return ReplayMemory(self.frames, anchors, self.folder)
+        return ReplayMemory(self.frames, anchors, self.folder, self.stage)
 
-    def save(self, folder: str | os.PathLike[str]) -> ReplayMemory:
-        """Write everything, replacing what is there at once. Gives the memory as it lies there."""
+    def save(self, folder: str | os.PathLike[str], *, stage: int | None = None) -> ReplayMemory:
+        """Write everything, replacing what is there at once. Gives the memory as it lies there.
+
+        Args:
+            stage: at the end of which this is; kept with it, so that the memory of another one is found out.
+        """
         path = Path(folder)
         with atomic_folder(path) as temporary:
             if self.frames is not None:
                 self.frames.save_to_disk(str(temporary / "frames"))
             if self.anchors is not None:
                 self.anchors.save(temporary / "anchors.safetensors")
-            content = {"format_version": FORMAT_VERSION, "tasks": self.tasks, "frames": len(self)}
+            content = {"format_version": FORMAT_VERSION, "stage": stage, "tasks": self.tasks, "frames": len(self)}
             write_sealed(temporary / MANIFEST, content, checksums(files_below(temporary / "frames"), temporary))
         return ReplayMemory.load(path)
 
@@ -220,15 +229,25 @@ class ReplayMemory:
         try:
             check_files(path, content["sha256"])
         except DamagedFileError as error:
-            raise DamagedFileError(f"{error}; repeat the stage that wrote it") from error
+            raise DamagedFileError(f"{error}; {_cure(path)}") from error
         frames = datasets.load_from_disk(str(path / "frames")) if content["frames"] else None
         file = path / "anchors.safetensors"
         if not file.exists() or content["format_version"] < FORMAT_VERSION:
-            return cls(frames, None, path)
+            return cls(frames, None, path, content.get("stage"))
         try:
-            return cls(frames, Anchors.load(file), path)
+            return cls(frames, Anchors.load(file), path, content.get("stage"))
         except ValueError as error:
             raise DamagedFileError(f"{file} is damaged; delete it, and the next run computes it again") from error
+
+
+def memory_stage(folder: Path) -> int | None:
+    """At the end of which stage the memory in a folder was saved; None if it does not say. Errors as of `load`."""
+    stage: int | None = _read_manifest(folder / MANIFEST).get("stage")
+    return stage
+
+
+def _cure(folder: Path) -> str:
+    return f"delete {folder}, and the run's own command makes it again from the demonstrations"
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:
@@ -238,10 +257,12 @@ def _read_manifest(file: Path) -> dict[str, Any]:
         content = read_sealed(file, newest=FORMAT_VERSION, sealed_since=3)
         if content["format_version"] < 2:
             raise DamagedFileError(f"{file} has format {content['format_version']}, which is read no more")
-        if not isinstance(content["sha256"], dict) or not isinstance(content["frames"], int):
+        stage = content.get("stage")
+        wrong = not isinstance(content["sha256"], dict) or not isinstance(content["frames"], int)
+        if wrong or not (stage is None or type(stage) is int):
             raise DamagedFileError(f"{file} is damaged")
     except KeyError as error:
-        raise DamagedFileError(f"{file} lacks {error}; repeat the stage that wrote it") from error
+        raise DamagedFileError(f"{file} lacks {error}; {_cure(file.parent)}") from error
     except DamagedFileError as error:
-        raise DamagedFileError(f"{error}; repeat the stage that wrote it") from error
+        raise DamagedFileError(f"{error}; {_cure(file.parent)}") from error
     return content

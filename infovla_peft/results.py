@@ -275,7 +275,7 @@ def source_commit() -> str | None:
         return None
 
 
-_CURE = "restore it or evaluate the run again"
+_CURE = "restore it, or delete it and give the run's command again, which makes it from its rollouts"
 
 
 class _Reader(Checker[ResultsError]):

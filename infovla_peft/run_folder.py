@@ -232,6 +232,7 @@ class RunFolder:
         products: Iterable[Path] = (),
         sealed: Iterable[Path] = (),
         everyone: bool = False,
+        gone: Callable[[], bool] = lambda: False,
     ) -> None:
         """Do `work` unless `step` is finished; no process goes on before it is.
 
@@ -240,17 +241,20 @@ class RunFolder:
             products: what a finished step must have left behind.
             sealed: those of them whose checksums are kept.
             everyone: all processes work (training), or the main one alone.
+            gone: whether something that a finished step has left was deleted, so that `work` makes it again.
 
         Raises:
             RunError: the step is entered as finished, but a product is missing.
         """
-        if self.done(step):
+        before = self.state().get(step)
+        if before is not None and not gone():
             self.require(products, step)
             return
         start = time.monotonic()
         notes = work() if self.main_process or everyone else None
-        self.mark(step, time.monotonic() - start, sealed=sealed, **(notes or {}))
-        while not self.done(step):
+        seconds = time.monotonic() - start + (before or {}).get("seconds", 0.0)
+        self.mark(step, seconds, sealed=sealed, **(notes or {}))
+        while not self.done(step) or gone():
             time.sleep(0.5)
 
     def require(self, products: Iterable[Path], step: str) -> None:

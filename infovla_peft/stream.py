@@ -41,9 +41,10 @@ from .distributed import whole_state
 from .files import atomic_folder
 from .hub import load_policy, relative_base
 from .inference import Policy
-from .integrity import read_sealed, write_sealed
+from .integrity import DamagedFileError, read_sealed, write_sealed
 from .measurement import measure_stage
 from .memory import ReplayMemory
+from .mending import check_memory, column_is_gone, demonstrations_are_gone, memory_is_behind
 from .methods import METHODS
 from .models.openvla import PROMPT, build_tiny_openvla, load_openvla
 from .models.openvla.quantization import quantization_config
@@ -52,7 +53,7 @@ from .progress import show_progress
 from .publishing import check_access, push_to_hub
 from .remote import HubError
 from .results import Results, collect_versions
-from .run_folder import RunError, RunFolder
+from .run_folder import RESTORE, RunError, RunFolder
 from .trackers import check_trackers, curves_folder, make_trackers, stage_record
 from .trainer import InfoVLATrainer, LossLog
 from .video import CURE, video_available
@@ -258,7 +259,14 @@ class Stream:
     def record(self) -> None:
         """Record the scripted demonstrations of every task; of those that exist already, see that all are there."""
         work = self._record if self.config.demonstrations_source is None else self._find_demonstrations
-        self.run_folder.once("demonstrations", work, products=[self._demonstrations])
+        self.run_folder.once("demonstrations", work, products=[self._demonstrations], gone=self._recordings_are_gone)
+
+    def _recordings_are_gone(self) -> bool:
+        """Whether recorded demonstrations were deleted that a step will still ask for."""
+        steps = [step_name("remember", stage) for stage in self.stages]
+        needed = not set(steps) <= set(self.run_folder.state()) or not self.run_folder.memory.exists()
+        scripted = self.config.demonstrations_source is None
+        return needed and scripted and demonstrations_are_gone(self.demonstrations_folder)
 
     def _find_demonstrations(self) -> None:
         source, options = recipe_demonstrations(vars(self.config), self.demonstrations_folder)
@@ -350,6 +358,7 @@ class Stream:
         """
         before = self.stages[stage.index - 1]
         self._need(step_name("remember", before), self.run_folder.memory)
+        check_memory(self.run_folder.memory, before.index)
         every = METHODS[self.training.method].has_teacher and self.training.teacher == "auto"
         for earlier in self.stages[1 : stage.index] if every else [before] if before.index else []:
             folder = self.run_folder.adapter(earlier.name)
@@ -374,7 +383,10 @@ class Stream:
             return None
         file, earlier = (self.run_folder.stage(index) / "fisher.safetensors" for index in (stage.index, before.index))
         if file.exists():
-            return Consolidation.load(file)
+            try:
+                return Consolidation.load(file, stage=stage.index)
+            except DamagedFileError as error:
+                raise RunError(f"{error}; delete it and give the same command again, which measures it") from error
         found = Consolidation.measure(
             model,
             stage.name,
@@ -382,12 +394,21 @@ class Stream:
             collator,
             samples=self.training.ewc_samples,
             seed=self.training.seed,
-            before=Consolidation.load(earlier) if earlier.exists() else None,
+            before=self._consolidated(before, earlier),
             decay=self.training.ewc_decay,
         )
         if self.run_folder.main_process:
-            found.save(file)
+            found.save(file, stage=stage.index)
         return found
+
+    def _consolidated(self, stage: Stage, file: Path) -> Consolidation | None:
+        """The Fisher information with which a finished stage was trained; None if no tasks came before it."""
+        if not stage.index or not self.stages[stage.index - 1].tasks:
+            return None
+        try:
+            return Consolidation.load(file, stage=stage.index)
+        except (FileNotFoundError, DamagedFileError) as error:
+            raise RunError(f"{error}; {RESTORE}") from error
 
     def save_adapter(self, model: Any, stage: Stage, normaliser: Normaliser) -> None:
         """Write the folder of a stage's adapter. All processes call it."""
@@ -431,18 +452,24 @@ class Stream:
 
     def remember(self, stage: Stage) -> None:
         """Put trajectories of a stage's tasks into the memory."""
+        memory = self.run_folder.memory
         self.run_folder.once(
-            step_name("remember", stage), lambda: self._remember(stage), products=[self.run_folder.memory]
+            step_name("remember", stage),
+            lambda: self._remember(stage),
+            products=[memory],
+            gone=lambda: memory_is_behind(memory, stage.index),
         )
 
     def _remember(self, stage: Stage) -> None:
+        if stage.index:
+            check_memory(self.run_folder.memory, stage.index - 1, stage.index)
         memory = ReplayMemory() if stage.index == 0 else self.memory()
         new = [task for task in stage.tasks if task.name not in memory.tasks]  # all, unless a kill came just here
         keeps_all = METHODS[self.training.method].keeps_all
         trajectories = self.config.demonstrations if keeps_all else self.config.memory_trajectories
         if new and trajectories:
             memory = memory.add(self.demonstrations(new), trajectories=trajectories, seed=self.training.seed)
-        memory.save(self.run_folder.memory)
+        memory.save(self.run_folder.memory, stage=stage.index)
 
     def seen(self, stage: Stage) -> list[Task]:
         """The tasks learned up to and including a stage."""
@@ -460,6 +487,7 @@ class Stream:
             products=[results],
             sealed=[results, results.with_name("success.csv")],
             everyone=True,
+            gone=lambda: column_is_gone(self.run_folder, stage.index, [task.name for task in self.seen(stage)]),
         )
 
     def _measure(self, stage: Stage) -> None:

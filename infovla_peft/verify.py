@@ -20,8 +20,9 @@ from .consolidation import Consolidation
 from .data.recorded import MANIFEST, DemonstrationManifest, check_recorded
 from .evaluation import TaskResult
 from .integrity import DamagedFileError, damaged, read_sealed
-from .measurement import read_cell
+from .measurement import CELL_VERSION, read_cell
 from .memory import ReplayMemory
+from .mending import check_memory
 from .results import Results
 from .run_folder import RESTORE, RunError, RunFolder, config_is_sealed
 
@@ -104,8 +105,11 @@ def verify_run(path: str | os.PathLike[str]) -> Verification:
             found.checked.update(folder / name for name in info.sha256)
         elif info is not None:
             found.unchecked[folder] = "written by an earlier version, without checksums"
-    if run.memory.exists() or any(name.startswith("remember_") for name in steps):
+    remembered = sum(name.startswith("remember_") for name in steps)
+    if run.memory.exists() or remembered:
         found.attempt(run.memory / "memory.json", lambda: ReplayMemory.load(run.memory))
+        # A kill may have come between writing the next one and entering it.
+        found.attempt(run.memory / "memory.json", lambda: check_memory(run.memory, max(remembered - 1, 0), remembered))
     _demonstrations(Path(config.get("demonstrations_folder") or run / "demonstrations"), steps, found)
     cells = _stages(run, found)
     _results(run, steps, cells, found)
@@ -177,16 +181,17 @@ def _stages(run: RunFolder, found: Verification) -> dict[tuple[int, str], TaskRe
     """Checkpoints, Fisher information, logs and cells of every stage; gives the cells."""
     cells: dict[tuple[int, str], TaskResult] = {}
     for folder in _folders(run / "stages"):
+        stage = int(folder.name.removeprefix("stage_"))
         for checkpoint in checkpoints(folder):
             found.attempt(checkpoint, partial(check_checkpoint, checkpoint))
         fisher = folder / "fisher.safetensors"
         if fisher.exists():
-            found.attempt(fisher, partial(Consolidation.load, fisher))
+            found.attempt(fisher, partial(Consolidation.load, fisher, stage=stage))
         for file in sorted((folder / "rollouts").glob("*.json")):
-            cell = found.attempt(file, partial(read_cell, file))
+            cell = found.attempt(file, partial(read_cell, file, stage))
             if cell is not None:
-                cells[int(folder.name.removeprefix("stage_")), cell.task] = cell
-                found.files(file.parent, read_sealed(file, newest=2).get("sha256", {}))
+                cells[stage, cell.task] = cell
+                found.files(file.parent, read_sealed(file, newest=CELL_VERSION).get("sha256", {}))
     return cells
 
 

@@ -122,11 +122,11 @@ def make_cell(folder: Path) -> None:
     cell = TaskResult("libero_goal", "open_it", [True, False, True], [80, 300, 91], 12.5, ["open_it_00.mp4"])
     (folder / "videos").mkdir()
     (folder / "videos" / "open_it_00.mp4").write_bytes(b"video")
-    write_cell(folder / "open_it.json", cell, folder / "videos")
+    write_cell(folder / "open_it.json", cell, folder / "videos", 1)
 
 
 def read_one_cell(folder: Path) -> None:
-    cell = read_cell(folder / "open_it.json")
+    cell = read_cell(folder / "open_it.json", 1)
     assert 0 <= sum(cell.successes) <= len(cell.successes) == len(cell.steps)
 
 

@@ -289,7 +289,7 @@ def test_the_base_column_is_taken_over(benchmark: Benchmark, tmp_path: Path) -> 
     (rollouts / "t.json").write_text(json.dumps(cell), encoding="utf-8")
     queue(benchmark, tmp_path).run()
     copied = benchmark.jobs[1].folder / "stages" / "stage_00" / "rollouts" / "t.json"
-    assert read_cell(copied) == TaskResult.from_dict({**cell, "videos": []})
+    assert read_cell(copied, 0) == TaskResult.from_dict({**cell, "videos": []})
 
 
 @pytest.mark.libero
