@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -11,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_log = logging.getLogger(__name__)
 
 
 def fsync(path: str | os.PathLike[str]) -> None:
@@ -88,6 +92,22 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Let one process at a time work in a folder: `what` it does there. Others wait; a killed one holds nothing."""
+    make_folder(folder)
+    with (folder / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log.warning("another process is %s %s; waiting for it", what, folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a child that was just forked may still have it open
 
 
 def clean_up(folder: str | os.PathLike[str]) -> list[Path]:

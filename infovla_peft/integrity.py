@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .files import write_json
 from .reading import parse_json
@@ -21,8 +22,30 @@ from .reading import parse_json
 SUMS = "sha256"
 
 
+_CLOCK_TICK = 0.02
+"""Seconds: no file system here keeps the time of a change more coarsely (Linux: one timer tick, at most 10 ms)."""
+
+
 class DamagedFileError(ValueError):
     """A file is not what was written, or of a format that this version cannot read; the message names it."""
+
+
+class FileState(NamedTuple):
+    """What changes when a file's content does, without reading it.
+
+    Attributes:
+        size: bytes.
+        modified, changed: nanoseconds since 1970. `changed` cannot be set back by a program, as `modified` can.
+    """
+
+    size: int
+    modified: int
+    changed: int
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> FileState:
+        status = os.stat(path)
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -32,6 +55,21 @@ def sha256(path: str | os.PathLike[str]) -> str:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def sha256_of_state(path: str | os.PathLike[str]) -> tuple[FileState, str]:
+    """SHA-256 of a file, and the state in which it has it: while the state is the same, so is the content.
+
+    Raises:
+        DamagedFileError: it was written to meanwhile.
+    """
+    state = FileState.of(path)
+    if abs(time.time() - state.changed / 1e9) < _CLOCK_TICK:  # another write within the tick would not show
+        time.sleep(_CLOCK_TICK)
+    digest = sha256(path)
+    if FileState.of(path) != state:
+        raise DamagedFileError(f"{path} is changed by another process while it is read")
+    return state, digest
 
 
 def files_below(path: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from .analysis_results import FILE as ANALYSIS
 from .analysis_results import Analysis
 from .checkpoints import check_checkpoint, checkpoints
 from .consolidation import Consolidation
+from .data.mapped import verify_mapped
 from .data.recorded import MANIFEST, DemonstrationManifest, check_recorded
 from .evaluation import TaskResult
 from .integrity import DamagedFileError, damaged, read_sealed
@@ -175,6 +176,9 @@ def _demonstrations(folder: Path, steps: Iterable[str], found: Verification) -> 
     for task in manifest.tasks.values() if manifest else ():
         for episode in task.episodes.values():
             found.attempt(folder / episode.file, partial(check_recorded, folder / episode.file, episode))
+    whole, spoiled = verify_mapped(folder)
+    found.checked.update(whole)
+    found.damage |= dict.fromkeys(spoiled, "its content does not match its checksum; delete it, it is made again")
 
 
 def _stages(run: RunFolder, found: Verification) -> dict[tuple[int, str], TaskResult]:

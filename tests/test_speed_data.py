@@ -65,5 +65,6 @@ def test_the_whole_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert set(found["ratios"]) == {"resident_bytes_ratio_batch", "samples_per_second_ratio_training"}
     figures = found["figures"]
     assert (figures["tasks"], figures["episodes"], figures["frames"]) == (1, 2, 6)
-    assert figures["open_seconds_first"]["median"] > 0
+    for name in ("open_seconds_first", "open_seconds", "open_seconds_unprepared"):
+        assert figures[name]["median"] > 0
     assert figures["batch_bytes"]["median"] >= 4 * 3 * 32 * 32 * 4

@@ -11,9 +11,9 @@ from .lerobot import INFO as LEROBOT_INFO
 from .lerobot import LeRobotSource
 from .libero_hdf5 import PATTERNS as HDF5_PATTERNS
 from .libero_hdf5 import LiberoHDF5Source, Observations
+from .mapped import map_recorded
 from .recorded import (
     MANIFEST,
-    RECORD_AGAIN,
     DemonstrationManifest,
     RecordedSource,
     check_episode,
@@ -80,8 +80,9 @@ def load_demonstrations(
             `obs/joint_states`, and takes `before` where these are not there or do not tell.
         action_dim, state_dim: A and P, what the data must have.
         revision, token: of a repository, as in `huggingface_hub`.
-        cache_dir: for what is prepared; default: `.cache` in a folder of our own recordings, else `demonstrations` in
-            the package's cache (`INFOVLA_CACHE`). Repositories are kept in the Hub's own cache.
+        cache_dir: for what is prepared; default: `.cache` in a folder of our own recordings if it can be written,
+            else `demonstrations` in the package's cache (`INFOVLA_CACHE`). Repositories are kept in the Hub's own
+            cache.
 
     Returns:
         A `Dataset`, or an `IterableDataset` whose shards are the episodes. Columns as in `data/rows.py`; recorded
@@ -108,7 +109,7 @@ def load_demonstrations(
     entries = select_entries(found.entries(), tasks, episodes, str(location))
     if isinstance(found, RecordedSource):
         if not streaming and not (options.rotate or drop_noops):
-            return _map_recorded(found, entries, cache_dir)
+            return map_recorded(found, entries, cache_dir)
         features = found.features
     else:
         for entry in {entry.task: entry for entry in reversed(entries)}.values():
@@ -223,27 +224,5 @@ def _generate(
         if isinstance(error.__cause__, (DemonstrationError, ImportError)):
             raise error.__cause__ from None
         raise
-    assert isinstance(frames, datasets.Dataset)
-    return frames
-
-
-def _map_recorded(
-    source: RecordedSource, entries: Sequence[EpisodeEntry], cache_dir: str | Path | None
-) -> datasets.Dataset:
-    """The files as they are: nothing is decoded or written again."""
-    import datasets
-
-    files = [source.check(entry) for entry in entries]
-    folder = source.location.folder
-    try:
-        frames = datasets.Dataset.from_parquet(
-            [str(file) for file in files],
-            features=source.features,
-            cache_dir=str(cache_dir or (folder / ".cache" if folder else cache_folder() / "demonstrations")),
-        )
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise DemonstrationError(
-            f"{source.location} holds a damaged file ({error.__cause__}): {RECORD_AGAIN}"
-        ) from error
     assert isinstance(frames, datasets.Dataset)
     return frames

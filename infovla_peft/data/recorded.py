@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..integrity import DamagedFileError, read_sealed, sha256, write_sealed
+from ..integrity import DamagedFileError, FileState, read_sealed, sha256_of_state, write_sealed
 from ..simulation.environment import EnvironmentState
 from .rows import ACTION_DIM, CAMERA_COLUMNS, STATE_DIM, DemonstrationError, Episode, frame_features
 from .sources import EpisodeEntry, Location
@@ -198,6 +198,19 @@ def _open(path: Path) -> pq.ParquetFile:
         raise DemonstrationError(f"{path} is truncated or no Parquet file ({error}): {RECORD_AGAIN}") from error
 
 
+def read_table(path: Path) -> pa.Table:
+    """All columns of an episode's file.
+
+    Raises:
+        DemonstrationError: it is missing, truncated or damaged.
+    """
+    with _open(path) as file:
+        try:
+            return file.read()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DemonstrationError(f"{path} is damaged ({error}): {RECORD_AGAIN}") from error
+
+
 def read_start(path: str | Path) -> EnvironmentState:
     """Where a recorded episode started, fixtures included; `LiberoEnvironment.reset` accepts it.
 
@@ -212,15 +225,20 @@ def read_start(path: str | Path) -> EnvironmentState:
     return EnvironmentState(np.array(start["simulation"], np.float64), np.array(start["fixtures"], np.float64))
 
 
-def check_recorded(path: Path, record: EpisodeRecord) -> None:
+def check_recorded(path: Path, record: EpisodeRecord) -> tuple[FileState, str]:
     """Check one episode of a set: `check_episode`, and its checksum, where the set has any.
+
+    Returns:
+        The state of the file, and its SHA-256.
 
     Raises:
         DemonstrationError: the first thing that is wrong, and the cure.
     """
     check_episode(path, record.frames)
-    if record.sha256 and sha256(path) != record.sha256:
+    state, digest = sha256_of_state(path)
+    if record.sha256 and digest != record.sha256:
         raise DemonstrationError(f"{path} is damaged (its content does not match its checksum): {RECORD_AGAIN}")
+    return state, digest
 
 
 def check_episode(path: str | Path, frames: int | None = None) -> None:
@@ -296,23 +314,25 @@ class RecordedSource:
             for index, record in sorted(task.episodes.items())
         ]
 
-    def check(self, entry: EpisodeEntry) -> Path:
-        """The file of an episode, complete and as the manifest says.
+    def record(self, entry: EpisodeEntry) -> EpisodeRecord:
+        """What the manifest says of an episode."""
+        return self._manifest.tasks[entry.place].episodes[entry.index]
+
+    def file(self, entry: EpisodeEntry) -> Path:
+        """The file of an episode, fetched if need be; not read.
 
         Raises:
-            DemonstrationError: it is not.
+            DemonstrationError: there is none.
         """
         try:
-            path = self.location.file(entry.file)
+            return self.location.file(entry.file)
         except FileNotFoundError as error:
             raise DemonstrationError(f"{error}: {RECORD_AGAIN}") from error
-        check_recorded(path, self._manifest.tasks[entry.place].episodes[entry.index])
-        return path
 
     def read(self, entry: EpisodeEntry) -> Episode:
-        path = self.check(entry)
-        with _open(path) as file:
-            table = file.read()
+        path = self.file(entry)
+        check_recorded(path, self.record(entry))
+        table = read_table(path)
         columns = {name: table[name].to_pylist() for name in table.column_names if name not in ("frame_index", "done")}
         images = {name: columns.pop(name) for name in self.images}
         numbers = {name: np.asarray(columns.pop(name), np.float32) for name in ("state", "action", "executed_action")}

@@ -22,13 +22,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..bars import progress_bar
-from ..files import atomic_file
+from ..files import atomic_file, locked
 from ..integrity import sha256
 from ..simulation.assets import AssetSet
 from ..simulation.demonstrator import ACTION_NOISE, Demonstration, Demonstrator
 from ..simulation.environment import LiberoEnvironment
 from ..simulation.headless import choose_gl, libero_folder
 from ..simulation.suites import Task
+from .mapped import prepare_recorded
 from .recorded import (
     FOOTER_KEY,
     DemonstrationManifest,
@@ -65,9 +66,10 @@ def record_demonstrations(
 ) -> DemonstrationManifest:
     """Record scripted demonstrations of some tasks, on layouts drawn from the regions of their BDDL files.
 
-    What is already in the folder stays; a stopped recording goes on where it was. Episodes are the same bit for bit
-    for every number of workers and whatever was recorded before: episode k of a task follows from `seed`, the task and
-    k alone. The benchmark's start states are never used.
+    What is already in the folder stays; a stopped recording goes on where it was. Of several processes that record
+    into one folder at the same time, one does and the others wait, then make what is still missing. Episodes are the
+    same bit for bit for every number of workers and whatever was recorded before: episode k of a task follows from
+    `seed`, the task and k alone. The benchmark's start states are never used.
 
     Args:
         tasks: what to record.
@@ -94,7 +96,7 @@ def record_demonstrations(
         raise ValueError(f"episodes and num_workers must be at least 1, not {episodes} and {num_workers}")
     if len({task.name for task in tasks}) < len(tasks):
         raise ValueError("two of the tasks have the same name: record them into different folders")
-    schema = demonstration_features(cameras).arrow_schema
+    demonstration_features(cameras)  # fails now
     libero_folder()
     choose_gl()
     settings = RecordingSettings(
@@ -106,7 +108,22 @@ def record_demonstrations(
         noise=noise,
         seed=seed,
     )
-    folder = Path(folder)
+    with locked(Path(folder), "recording into"):
+        manifest = _record_missing(Path(folder), settings, tasks, episodes, assets, num_workers, progress)
+        prepare_recorded(folder)
+    return manifest
+
+
+def _record_missing(
+    folder: Path,
+    settings: RecordingSettings,
+    tasks: Sequence[Task],
+    episodes: int,
+    assets: AssetSet,
+    num_workers: int,
+    progress: bool,
+) -> DemonstrationManifest:
+    schema = demonstration_features(settings.cameras).arrow_schema
     manifest = _open_manifest(folder, settings, tasks)
     jobs = [
         _Job(task, index, settings, assets)

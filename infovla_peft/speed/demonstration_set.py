@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from ..data.mapped import prepare_recorded
 from ..data.recorded import (
     DemonstrationManifest,
     EpisodeRecord,
@@ -18,12 +19,14 @@ from ..data.recorded import (
     TaskRecord,
     demonstration_features,
 )
+from ..files import atomic_file
+from ..integrity import sha256
 
 _PICTURES = 64
 
 
 def write_demonstration_set(folder: Path, *, tasks: int, episodes: int, frames: int, image_size: int) -> None:
-    """Write a set that `load_demonstrations` reads: random arms before smooth pictures with a little noise.
+    """Write a set as `record_demonstrations` leaves it: random arms before smooth pictures with a little noise.
 
     A rendered picture of 112 pixels takes 15 kB as PNG, one of these as much. Sixty-four of them recur, each time with
     a number behind the end of the PNG, so that no two are the same bytes to the file format.
@@ -62,10 +65,13 @@ def write_demonstration_set(folder: Path, *, tasks: int, episodes: int, frames: 
                 "success": [frame == frames - 1 for frame in range(frames)],
             }
             file = f"{name}/episode_{episode:06d}.parquet"
-            record.episodes[episode] = EpisodeRecord(episode, file, frames, attempts=1, seed=written)
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(pa.table(columns, schema=schema), folder / file)
+            with atomic_file(folder / file) as temporary:
+                pq.write_table(pa.table(columns, schema=schema), temporary)
+            record.episodes[episode] = EpisodeRecord(
+                episode, file, frames, attempts=1, seed=written, sha256=sha256(folder / file)
+            )
     manifest.save(folder)
+    prepare_recorded(folder)
 
 
 def _picture(random: np.random.Generator, size: int) -> bytes:

@@ -32,18 +32,53 @@ class Opening(NamedTuple):
     batch: int
 
 
+def seconds_in_fresh_process(folder: Path, *, cache: Path | None = None) -> float:
+    """Open a set in a process that has opened nothing before.
+
+    Args:
+        cache: for its Arrow files; an empty folder, so that they are made. None: the set's own.
+
+    Returns:
+        Seconds from the call of `load_demonstrations` to the first decoded frame; without imports.
+
+    Raises:
+        RuntimeError: the process failed; the message is what it wrote.
+    """
+    seconds: float = _fresh_process(str(folder), *([str(cache)] if cache else []))
+    return seconds
+
+
+def evict(folder: Path) -> None:
+    """Let the page cache forget the files below a folder, so that they are read from the disk again.
+
+    Linux does so for whole files that no process has mapped.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+
 def open_in_fresh_process(folder: Path, *, input_size: int, batch_size: int) -> Opening:
     """Open a set, draw batches of random frames, and measure.
 
     Raises:
         RuntimeError: the process failed; the message is what it wrote.
     """
+    return Opening(*_fresh_process(str(folder), str(input_size), str(batch_size)))
+
+
+def _fresh_process(*arguments: str) -> Any:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    command = [sys.executable, "-m", __name__, str(folder), str(input_size), str(batch_size)]
+    command = [sys.executable, "-m", __name__, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"the process that opens {folder} failed:\n{done.stderr}")
-    return Opening(**json.loads(done.stdout.splitlines()[-1]))
+        raise RuntimeError(f"the process that opens {arguments[0]} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def resident_bytes() -> int:
@@ -86,6 +121,18 @@ def _measure(folder: str, input_size: int, batch_size: int) -> Opening:
     return Opening(seconds, after - before, batch)
 
 
+def _time(folder: str, cache: str | None = None) -> float:
+    import datasets
+
+    from ..data.demonstrations import load_demonstrations
+
+    datasets.disable_progress_bars()
+    start = time.perf_counter()
+    load_demonstrations(folder, cache_dir=cache)[0]
+    return time.perf_counter() - start
+
+
 if __name__ == "__main__":
-    folder, *numbers = sys.argv[1:]
-    print(json.dumps(_measure(folder, *map(int, numbers))._asdict()))
+    folder, *rest = sys.argv[1:]
+    measured = _measure(folder, *map(int, rest)) if len(rest) == 2 else _time(folder, *rest)
+    print(json.dumps(measured))
