@@ -27,7 +27,7 @@ from ..integrity import sha256
 from ..simulation.assets import AssetSet
 from ..simulation.demonstrator import ACTION_NOISE, Demonstration, Demonstrator
 from ..simulation.environment import LiberoEnvironment
-from ..simulation.headless import choose_gl, libero_folder
+from ..simulation.headless import ONE_THREAD, choose_gl, libero_folder
 from ..simulation.suites import Task
 from .mapped import prepare_recorded
 from .recorded import (
@@ -233,13 +233,6 @@ def _write_episode(episode: _Episode, folder: Path, schema: pa.Schema) -> None:
 
 # --- the worker processes ----------------------------------------------------------------------------------------
 
-_SINGLE_THREADED = (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "NUMBA_NUM_THREADS",
-    "LP_NUM_THREADS",
-)
 _environments: dict[_Job, LiberoEnvironment] = {}
 
 
@@ -247,13 +240,13 @@ _environments: dict[_Job, LiberoEnvironment] = {}
 def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
     """Fresh interpreters with one thread each; on an error no further episode is started."""
     before = dict(os.environ)
-    os.environ.update(dict.fromkeys(_SINGLE_THREADED, "1") | before)
+    os.environ.update(ONE_THREAD | before)
     executor = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_start_worker)
     try:
         yield executor
     finally:
         executor.shutdown(cancel_futures=True)
-        for name in set(_SINGLE_THREADED) - set(before):
+        for name in set(ONE_THREAD) - set(before):
             del os.environ[name]
 
 

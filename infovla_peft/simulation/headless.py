@@ -21,6 +21,15 @@ from ..files import write_text
 
 GL_PACKAGES = ("libosmesa6", "libegl1", "libgl1", "libgl1-mesa-dri", "libopengl0")
 SETUP_HINT = "run `infovla setup-libero`"
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "NUMBA_NUM_THREADS": "1",
+    "LP_NUM_THREADS": "0",
+}
+"""Environment of a worker process. With 1, Mesa (llvmpipe) would draw in a second thread, and each picture would wait
+for it to be scheduled: on a busy machine three times the time; the pixels are the same."""
 
 
 class SimulatorNotFoundError(RuntimeError):

@@ -33,7 +33,7 @@ from ..bars import progress_bar
 from .assets import AssetSet
 from .environment import LiberoEnvironment, Observation
 from .frames import SharedFrames
-from .headless import choose_gl, libero_folder
+from .headless import ONE_THREAD, choose_gl, libero_folder
 from .suites import Task
 
 Act = Callable[[list[Observation], list[Task]], Sequence[NDArray[Any]]]
@@ -45,13 +45,6 @@ MAX_REPLACEMENTS = 2
 """Workers that one episode may cost; a third that dies of it says that it is the episode's fault."""
 _MODELS_PER_WORKER = 4
 _log = logging.getLogger(__name__)
-_SINGLE_THREADED = (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "NUMBA_NUM_THREADS",
-    "LP_NUM_THREADS",
-)
 
 
 class WorkerError(RuntimeError):
@@ -129,7 +122,7 @@ class _Worker:
         # so that scripts without a __main__ guard and notebooks work.
         ours, theirs = socket.socketpair()
         settings = self._settings
-        environment = dict.fromkeys(_SINGLE_THREADED, "1") | dict(os.environ)
+        environment = ONE_THREAD | dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         with theirs, SharedFrames(settings.cameras, settings.image_size) as self._frames:
             inherited = theirs.fileno(), self._frames.descriptor
