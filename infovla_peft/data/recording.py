@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
 import zlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +21,8 @@ from ..integrity import sha256
 from ..simulation.assets import AssetSet
 from ..simulation.demonstrator import ACTION_NOISE, Demonstration, Demonstrator
 from ..simulation.environment import LiberoEnvironment
-from ..simulation.headless import ONE_THREAD, choose_gl, libero_folder
+from ..simulation.headless import choose_gl, libero_folder
+from ..simulation.jobs import LostJobError, work_off
 from ..simulation.suites import Task
 from .mapped import prepare_recorded
 from .recorded import (
@@ -46,8 +41,12 @@ MAX_ATTEMPTS = 20
 """Layouts tried for one episode. The script solves nearly all, so that more failures in a row mean a broken scene."""
 
 
+LAYOUT_TIMEOUT = 600.0
+"""Seconds. A layout takes about 4 on one core, building its environment 3; the rest is patience."""
+
+
 class RecordingError(RuntimeError):
-    """The script cannot solve a task, or a worker process died; what was recorded before is kept."""
+    """The script cannot solve a task, or costs process after process; what was recorded before is kept."""
 
 
 def record_demonstrations(
@@ -88,7 +87,8 @@ def record_demonstrations(
     Raises:
         ValueError: unknown camera, two tasks of one name, or nothing to do.
         DemonstrationError: the folder holds a set that was recorded with other settings.
-        RecordingError: the script failed on many layouts in a row, or a worker died.
+        RecordingError: the script failed on many layouts in a row, or an episode has cost three worker processes,
+            which died or hung.
         SimulatorNotFoundError: LIBERO or an OpenGL library is missing.
         OSError: the folder cannot be written, or the disk is full; complete episodes stay.
     """
@@ -142,21 +142,19 @@ def _record_missing(
             desc="recording",
             disable=not progress or None,
         ) as bar,
-        _workers(min(num_workers, len(jobs))) as executor,
+        closing(work_off(_record, jobs, workers=num_workers, patience=LAYOUT_TIMEOUT)) as recorded,
     ):
-        futures = [executor.submit(_record, job) for job in jobs]
         try:
-            for future in as_completed(futures):
-                episode = future.result()
+            for episode in recorded:
                 _write_episode(episode, folder, schema)
                 record = replace(episode.record, sha256=sha256(folder / episode.record.file))
                 manifest.tasks[episode.task.name].episodes[record.index] = record
                 manifest.save(folder)
                 bar.update()
-        except BrokenProcessPool as error:
+        except LostJobError as error:
             raise RecordingError(
-                "a recording process died: if the machine ran out of memory, use fewer workers; run the same command "
-                "again to go on"
+                f"recording failed: {error}; if the machine ran out of memory, use fewer workers; run the same "
+                "command again to go on"
             ) from error
     return manifest
 
@@ -190,6 +188,9 @@ class _Job:
     index: int
     settings: RecordingSettings
     assets: AssetSet
+
+    def __str__(self) -> str:
+        return f"demonstration {self.index} of {self.task}"
 
 
 @dataclass(frozen=True)
@@ -231,39 +232,12 @@ def _write_episode(episode: _Episode, folder: Path, schema: pa.Schema) -> None:
         pq.write_table(table, temporary)
 
 
-# --- the worker processes ----------------------------------------------------------------------------------------
+# --- in the worker processes ----------------------------------------------------------------------------------------
 
 _environments: dict[_Job, LiberoEnvironment] = {}
 
 
-@contextmanager
-def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
-    """Fresh interpreters with one thread each; on an error no further episode is started."""
-    before = dict(os.environ)
-    os.environ.update(ONE_THREAD | before)
-    executor = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_start_worker)
-    try:
-        yield executor
-    finally:
-        executor.shutdown(cancel_futures=True)
-        for name in set(ONE_THREAD) - set(before):
-            del os.environ[name]
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which starts no more episodes
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    # A worker waits for its next episode on a pipe that it also holds open: it would outlive a killed parent.
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _record(job: _Job) -> _Episode:
+def _record(job: _Job, alive: Callable[[], None]) -> _Episode:
     key = replace(job, index=0)
     if key not in _environments:
         for environment in _environments.values():
@@ -276,11 +250,16 @@ def _record(job: _Job) -> _Episode:
             cameras=job.settings.cameras,
             renderer=job.settings.renderer,
         )
-    return record_episode(_environments[key], job.index, job.settings)
+    return record_episode(_environments[key], job.index, job.settings, alive)
 
 
-def record_episode(environment: LiberoEnvironment, index: int, settings: RecordingSettings) -> _Episode:
+def record_episode(
+    environment: LiberoEnvironment, index: int, settings: RecordingSettings, alive: Callable[[], None] = lambda: None
+) -> _Episode:
     """Try layouts until the script succeeds on one; a function of the task, `index` and `settings`.
+
+    Args:
+        alive: called before each layout.
 
     Raises:
         RecordingError: it failed on `MAX_ATTEMPTS` layouts.
@@ -288,6 +267,7 @@ def record_episode(environment: LiberoEnvironment, index: int, settings: Recordi
     task = environment.task
     demonstrator = Demonstrator(environment, noise=settings.noise)
     for attempt in range(MAX_ATTEMPTS):
+        alive()
         origin = np.random.SeedSequence([settings.seed, zlib.crc32(str(task).encode()), index, attempt])
         layout, noise = (int(word) for word in origin.generate_state(2))
         environment.reset(seed=layout)

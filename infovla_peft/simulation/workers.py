@@ -11,11 +11,9 @@ the policy is not asked again, the rounds stay as they were, and the episode cou
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 import traceback
 from collections import OrderedDict, deque
@@ -33,7 +31,8 @@ from ..bars import progress_bar
 from .assets import AssetSet
 from .environment import LiberoEnvironment, Observation
 from .frames import SharedFrames
-from .headless import ONE_THREAD, choose_gl, libero_folder
+from .headless import choose_gl, libero_folder
+from .jobs import MAX_REPLACEMENTS, exit_text, fresh_interpreter
 from .suites import Task
 
 Act = Callable[[list[Observation], list[Task]], Sequence[NDArray[Any]]]
@@ -41,8 +40,6 @@ Act = Callable[[list[Observation], list[Task]], Sequence[NDArray[Any]]]
 
 EPISODE_TIMEOUT = 600.0
 """Seconds. An episode of 520 steps takes about 15 on one core, building its environment 3; the rest is patience."""
-MAX_REPLACEMENTS = 2
-"""Workers that one episode may cost; a third that dies of it says that it is the episode's fault."""
 _MODELS_PER_WORKER = 4
 _log = logging.getLogger(__name__)
 
@@ -118,18 +115,11 @@ class _Worker:
         self._launch()
 
     def _launch(self) -> None:
-        # A fresh interpreter, as multiprocessing's "spawn", but it does not import the caller's main module again,
-        # so that scripts without a __main__ guard and notebooks work.
         ours, theirs = socket.socketpair()
         settings = self._settings
-        environment = ONE_THREAD | dict(os.environ)
-        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         with theirs, SharedFrames(settings.cameras, settings.image_size) as self._frames:
             inherited = theirs.fileno(), self._frames.descriptor
-            command = f"from {__name__} import _serve; _serve{inherited}"
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", command], env=environment, stdin=subprocess.DEVNULL, pass_fds=inherited
-            )
+            self.process = fresh_interpreter(f"from {__name__} import _serve; _serve{inherited}", inherited)
         self.connection: Connection[Any, Any] = Connection(ours.detach())
         self._send(settings)
 
@@ -219,8 +209,7 @@ class _Worker:
         if problem is not None:
             self.process.kill()
         code = self.process.wait()
-        killed = f" by {signal.Signals(-code).name}" if code < 0 else ""
-        return problem or f"died{killed} (exit code {code})"
+        return problem or exit_text(code)
 
     def close(self) -> None:
         self.connection.close()  # the worker ends when it reads this
