@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
@@ -60,7 +60,7 @@ def work_off(
     workers: int,
     patience: float,
     name: Callable[[Job], str] = str,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Do jobs in several processes; results come as they are ready.
 
     Args:
