@@ -36,6 +36,7 @@ from .distributed import whole
 from .files import atomic_folder, write_json
 from .integrity import DamagedFileError, check_files, checksums, read_sealed, write_sealed
 from .models.openvla.quantization import Quantization, logical_shape, quantization_of
+from .reading import Checker, read_json
 
 FORMAT_VERSION = 2  # 1 had no checksums
 WEIGHTS, PEFT_CONFIG, INFO, STATISTICS = (
@@ -45,7 +46,7 @@ BASE = "__base__"
 """In a list of adapters: the base alone (PEFT's own word)."""
 _SAMPLE = 64  # values per tensor that enter a fingerprint
 _VOLATILE = {
-    "transformers_version", "dtype", "torch_dtype", "use_cache", "norm_stats", "architectures", "auto_map",
+    "transformers_version", "dtype", "torch_dtype", "use_cache", "norm_stats", "acting", "architectures", "auto_map",
     "quantization_config",
 }  # fmt: skip
 
@@ -421,11 +422,28 @@ def read_info(folder: str | os.PathLike[str]) -> AdapterInfo:
     try:
         content = read_sealed(file, newest=FORMAT_VERSION)
         known = {option.name for option in fields(AdapterInfo)}
-        return AdapterInfo(**{key: value for key, value in content.items() if key in known})
+        info = AdapterInfo(**{key: value for key, value in content.items() if key in known})
+        _check_types(info, Checker(str(file), AdapterError, "copy or train the adapter again"))
+        return info
     except DamagedFileError as error:
         raise AdapterError(f"{error}; copy or train the adapter again") from error
     except TypeError as error:
         raise AdapterError(f"{file} is damaged ({error!s:.500}); copy or train the adapter again") from error
+
+
+def _check_types(info: AdapterInfo, check: Checker[AdapterError]) -> None:
+    for name in ("base_model", "unnorm_key", "task", "instruction", "suite", "stream", "prompt", "quantization"):
+        check.typed(getattr(info, name), str, name)
+    check.typed(info.base_revision, str, "base_revision", optional=True)
+    check.count(info.stage, "stage")
+    for name in ("base_fingerprint", "sha256"):
+        check.strings(getattr(info, name), name)
+    for name in ("seen", "cameras"):
+        check.texts(getattr(info, name), name)
+    for place, task in check.items(info.tasks, "tasks"):
+        check.typed(task, dict, place)
+    for name in ("statistics", "image_pipeline", "taps", "versions", "training"):
+        check.typed(getattr(info, name), dict, name)
 
 
 def read_statistics(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -435,12 +453,14 @@ def read_statistics(folder: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError, AdapterError: there is none; it is damaged.
     """
     file = Path(folder) / STATISTICS
+    cure = "copy or train the adapter again"
     try:
-        statistics: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        statistics: dict[str, Any] = read_json(file, error=AdapterError, cure=f"it is damaged, {cure}")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file} is missing; copy the whole folder of the adapter") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{file} is damaged ({error}); copy or train the adapter again") from error
+    check = Checker(str(file), AdapterError, cure)
+    for key, described in check.typed(statistics, dict, "the content").items():
+        check.typed(described, dict, f"{key!r:.60}")
     return statistics
 
 

@@ -16,11 +16,11 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 
 from .adapters import AdapterInfo
 from .figures import stage_name
-from .library import instruction_of
 from .methods import METHODS
 from .metrics import wilson_interval
 from .report import METRIC_TEXTS, span
 from .results import Results
+from .task_names import instruction_of
 
 NOT_MEASURED = "not measured"
 LIBERO = "HuggingFaceVLA/libero"
@@ -76,7 +76,7 @@ def card(
             figure=figure if figure in files else None,
             snippet=usage_snippet(info, repo_id),
             example_task=_plain(instruction_of(stages[0].task.split(", ")[0])),
-            base_sentence=_base_sentence(info),
+            base_sentence=_base_sentence(info, results.teacher),
             success_table=success_table(results),
             metrics_table=metrics_table(results),
             measured=_measured(results, last),
@@ -228,11 +228,15 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|{}#!])", r"\\\1", " ".join(text.split()))
 
 
-def _base_sentence(info: AdapterInfo) -> str:
-    if info.base_model.startswith("."):
-        return "The base model was trained with the run and lies in `base/`."
+def _base_sentence(info: AdapterInfo, teacher: str | None) -> str:
     revision = f" at revision `{info.base_revision}`" if info.base_revision else ""
-    return f"The base model is [{info.base_model}](https://huggingface.co/{info.base_model}){revision}."
+    sentence = f"The base model is [{info.base_model}](https://huggingface.co/{info.base_model}){revision}."
+    if info.base_model.startswith("."):
+        sentence = "The base model was trained with the run and lies in `base/`."
+    if info.quantization != "none":
+        too = ", and so was the teacher, which is this same quantised base" if teacher else ""
+        sentence += f" It was held in 4 bits (`{info.quantization}`) in training{too}, and is when it is loaded."
+    return sentence
 
 
 def _measured(results: Results, last: int) -> str:

@@ -139,7 +139,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .simulation.workers import EnvironmentPool
 
     if options.dry_run:
-        suite = str(options.suite or EVALUATION_DEFAULTS["suite"])
+        from .hub import recipe_of
+
+        recipe = recipe_of(options.policy, stage=options.stage, revision=options.revision, base=options.base)
+        suite = str(options.suite or recipe.get("suite") or EVALUATION_DEFAULTS["suite"])
         planned = [find_task(suite, name) for name in options.tasks or range(len(suite_tasks(suite)))]
         plural = "s" * (len(planned) != 1)
         print(f"{options.policy} on {suite}: {len(planned)} task{plural} x {options.episodes} rollouts")

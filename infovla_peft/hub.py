@@ -7,6 +7,7 @@ and found in the cache afterwards, without a network too.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ __all__ = ["ListedAdapter", "create_collection", "list_adapters", "load_policy",
 
 AGENT_VIEW, WRIST_VIEW = "agentview", "robot0_eye_in_hand"
 _DESCRIPTIONS = (INFO, f"*/{INFO}", PEFT_CONFIG, f"*/{PEFT_CONFIG}", "config.json", RESULTS)
-_CHECKPOINT = ("*.json", "*.safetensors", "*.model", "*.txt", "*--*checkpoint.pt")
+_CHECKPOINT = ("*.json", "*.safetensors", "*.model", "*.txt", "*--*.pt")
 """Of a checkpoint without adapter; the .pt files of OpenVLA-OFT are read with weights_only=True."""
 
 
@@ -96,21 +97,13 @@ def load_policy(
         (8, 7)
     """
     place = _place(repo_or_path, revision, token)
-    adapters = find_adapters(place.folder)
+    adapters = _adapters_in(place, repo_or_path, chooses=task is not None or stage not in (None, 0), base=base)
     options = {"device": device, "dtype": dtype, "token": token, "quantization_config": quantization_config}
     options = {name: value for name, value in options.items() if value is not None}
     if not adapters and (place.folder / "config.json").is_file():
-        if task is not None or stage not in (None, 0) or base is not None:
-            raise ValueError(
-                f"{repo_or_path} is a checkpoint without adapter; task, stage and base choose among adapters"
-            )
         if place.snapshot is not None:
             place.snapshot.fetch(*_CHECKPOINT)
         return _base_policy(place.folder, unnorm_key, options)
-    if not adapters and not (place.folder / "base").is_dir():
-        raise FileNotFoundError(
-            f"{repo_or_path} holds no adapter ({INFO}), no run (adapters/) and no checkpoint (config.json)"
-        )
     tasks = [task] if task is None or isinstance(task, str) else list(task)
     if not tasks:
         raise ValueError("task names no task; leave it out, or name one of those that the adapters have learned")
@@ -135,6 +128,51 @@ def load_policy(
     return _policy(
         model if device is None else model.to(device), processor, normaliser, chosen[0][1], reference, library
     )
+
+
+def recipe_of(
+    repo_or_path: str | os.PathLike[str],
+    *,
+    stage: int | None = None,
+    revision: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+) -> dict[str, Any]:
+    """How the policy that `load_policy` gives was trained (empty for a checkpoint alone), without reading weights.
+
+    Raises:
+        As `load_policy`, as far as it is seen without the weights.
+    """
+    place = _place(repo_or_path, revision, token)
+    adapters = _adapters_in(place, repo_or_path, chooses=stage not in (None, 0), base=base)
+    chosen, _ = choose(adapters, place.folder, None, stage)
+    if not adapters:
+        return {}
+    reference = chosen or adapters[0]
+    if chosen is not None and place.snapshot is None and not (chosen.folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"no adapter weights at {chosen.folder / WEIGHTS}; copy the whole folder again")
+    if base is None and place.snapshot is None:
+        _base_location(place, reference)
+    elif (
+        base is not None and not Path(base).is_dir() and (Path(base).is_absolute() or os.fspath(base).count("/") != 1)
+    ):
+        raise FileNotFoundError(f"there is no folder {base}, and no Hub id user/name has this form; correct `base`")
+    return reference.info.training
+
+
+def _adapters_in(
+    place: Place, name: str | os.PathLike[str], *, chooses: bool, base: str | os.PathLike[str] | None
+) -> list[StoredAdapter]:
+    """The adapters of a place; none of a checkpoint, among which nothing can be chosen."""
+    adapters = find_adapters(place.folder)
+    if not adapters and (place.folder / "config.json").is_file():
+        if chooses or base is not None:
+            raise ValueError(f"{name} is a checkpoint without adapter; task, stage and base choose among adapters")
+    elif not adapters and not (place.folder / "base").is_dir():
+        raise FileNotFoundError(
+            f"{name} holds no adapter ({INFO}), no run (adapters/) and no checkpoint (config.json)"
+        )
+    return adapters
 
 
 @dataclass(frozen=True)
@@ -211,7 +249,7 @@ def _place(repo_or_path: str | os.PathLike[str], revision: str | None, token: st
         if revision is not None:
             raise ValueError(f"{name} is a folder here, which has no revisions; leave `revision` out")
         place = Place(Path(name))
-        files: Sequence[str] = [file.name for file in place.folder.iterdir() if file.is_file()]
+        files: Sequence[str] = _read_files(place.folder)
     elif Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise FileNotFoundError(
             f"there is no folder {name}; give an adapter's or a run's folder, or a Hub id user/name"
@@ -225,6 +263,22 @@ def _place(repo_or_path: str | os.PathLike[str], revision: str | None, token: st
         check_names(files, name)
         check_no_pickles(files, name)
     return place
+
+
+def _read_files(folder: Path) -> list[str]:
+    """What may be read of a folder here: all of a published copy; of a run in progress not its trainer's own files."""
+    if not any(folder.glob(f"stage_*/{INFO}")) and not any((folder / name).is_file() for name in (INFO, PEFT_CONFIG)):
+        if not any(folder.glob(f"adapters/*/{INFO}")):
+            return [file.name for file in folder.iterdir() if file.is_file()]
+        files = [*folder.glob("*"), *folder.glob("adapters/**/*"), *folder.glob("base/**/*")]
+    else:
+        files = list(folder.rglob("*"))
+    names = [file.relative_to(folder) for file in files if file.is_file()]
+    return [
+        name.as_posix()
+        for name in names
+        if not any(part.startswith(".") or re.fullmatch(r"checkpoint-\d+", part) for part in name.parts[:-1])
+    ]
 
 
 def _base_location(place: Place, adapter: StoredAdapter) -> str | Path:
@@ -280,8 +334,10 @@ def _policy(
     library: AdapterLibrary | None,
 ) -> Policy:
     config = base_model(model).config
+    acting = dict(config.acting or {}) if info is None else _acting_of(info)
     config.norm_stats = normaliser.as_statistics()  # what `predict_action` un-normalises with
-    cameras = (info.cameras if info else []) or [AGENT_VIEW, WRIST_VIEW][: config.num_images_in_input]
+    cameras = acting.get("cameras") or [AGENT_VIEW, WRIST_VIEW][: config.num_images_in_input]
+    config.acting = acting or None  # goes along where the adapter is merged and the base saved
     return Policy(
         model,
         processor,
@@ -289,7 +345,12 @@ def _policy(
         cameras=cameras,
         instruction=instruction,
         recipe=info.training if info else None,
-        crop=info.image_pipeline.get("center_crop") if info else None,
-        prompt=info.prompt if info else "",
+        crop=acting.get("center_crop"),
+        prompt=acting.get("prompt") or "",
         library=library,
     )
+
+
+def _acting_of(info: AdapterInfo) -> dict[str, Any]:
+    crop = info.image_pipeline.get("center_crop", info.training.get("center_crop"))
+    return {"prompt": info.prompt, "center_crop": crop, "cameras": info.cameras}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from .adapters import (
     switch,
 )
 from .foreign import load_reference_adapter, read_reference_info
+from .task_names import instruction_of, same_task
 
 FOLDERS = ("adapters/*", "stage_*")
 """Where the adapters of a run, and of a published one, lie."""
@@ -91,20 +91,6 @@ def choose(
         if same_task(task, name):
             return None, instruction_of(name)  # a task of the base
     raise ValueError(f"{where} has learned no task {task!r}; it has: {listed(adapters)}")
-
-
-def instruction_of(task: str) -> str:
-    """The instruction of a task given by LIBERO's name of it.
-
-    >>> instruction_of("KITCHEN_SCENE3_turn_on_the_stove")
-    'turn on the stove'
-    """
-    return re.sub(r"^[A-Z_]+SCENE\d+_", "", task).replace("_", " ")
-
-
-def same_task(given: str, name: str) -> bool:
-    """Whether `given` is the name or the instruction of the task called `name`."""
-    return given == name or given.lower().replace("_", " ") == instruction_of(name).lower()
 
 
 def listed(adapters: Sequence[StoredAdapter]) -> str:

@@ -93,7 +93,8 @@ def push_to_hub(
     Args:
         run_folder: of a run with at least one finished and measured stage.
         repo_id: user/name; made if it does not exist. Without user: the token's.
-        private: make a new repository private; None for the account's default. An existing one stays as it is.
+        private: make a new repository private; None for the account's default. An existing one stays as it is: True
+            for one that is public is an error, and nothing is sent.
         revision: branch to commit to; made from the main branch if it does not exist.
         commit_message: first line of the commit; None says which stages.
         token: with write access; None is that of `hf auth login`.
@@ -110,7 +111,7 @@ def push_to_hub(
     hub, branch = api(token), revision or "main"
     check_run(run_folder)
     with explained(repo_id), tempfile.TemporaryDirectory(prefix="infovla-push-") as temporary:
-        url = retried(lambda: hub.create_repo(repo_id, private=private, exist_ok=True))
+        url = _open_repository(hub, repo_id, private)
         repo_id = url.repo_id
         if revision is not None:
             retried(lambda: hub.create_branch(repo_id, branch=branch, exist_ok=True))
@@ -131,6 +132,7 @@ def push_to_hub(
                 ],
                 commit_message=publication.message,
                 revision=branch,
+                parent_commit=before.sha,  # what somebody else pushes meanwhile is not overwritten
             )
             return Pushed(repo_id, branch, done.oid, str(url), changed=done.oid != before.sha)
 
@@ -352,6 +354,21 @@ def _videos(results: Results, run: Path) -> list[tuple[Video, Path]]:
     return [(replace(video, path=f"videos/{task}.mp4"), run / video.path) for task, video in best.items()]
 
 
+def _open_repository(hub: Any, repo_id: str, private: bool | None) -> Any:
+    """Make a repository, or see that it is there; never let what should be private go into a public one.
+
+    Raises:
+        HubError: `private` is True, and there is a public one.
+    """
+    made = retried(lambda: hub.create_repo(repo_id, private=private, exist_ok=True))
+    if private and not retried(lambda: hub.model_info(made.repo_id)).private:
+        raise HubError(
+            f"{made.repo_id} is there already, and public, so nothing was pushed as private; make it private in its "
+            "settings on the Hub, take another name, or leave `private` (--private, hub_private_repo) out"
+        )
+    return made
+
+
 def _push_base(hub: Any, run: Path, base_repo: str, private: bool | None) -> tuple[str, str]:
     adapter = check_run(run)[-1]
     folder = _local_base(adapter)
@@ -361,12 +378,14 @@ def _push_base(hub: Any, run: Path, base_repo: str, private: bool | None) -> tup
         )
     from huggingface_hub import CommitOperationAdd
 
-    url = retried(lambda: hub.create_repo(base_repo, private=private, exist_ok=True))
+    url = _open_repository(hub, base_repo, private)
     files = {file.relative_to(folder).as_posix(): file for file in _checkpoint_files(folder)}
 
     def commit() -> str:
         additions = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
-        return str(hub.create_commit(url.repo_id, additions, commit_message="The base of infovla adapters").oid)
+        parent = hub.model_info(url.repo_id).sha
+        message = "The base of infovla adapters"
+        return str(hub.create_commit(url.repo_id, additions, commit_message=message, parent_commit=parent).oid)
 
     return url.repo_id, retried(commit)
 
@@ -384,7 +403,7 @@ def check_access(repo_id: str | None, folder: str | Path, *, private: bool | Non
     hub = api(token)
     with explained(name):
         who = retried(lambda: hub.whoami(cache=True))
-        made = retried(lambda: hub.create_repo(name, private=private, exist_ok=True))
+        made = _open_repository(hub, name, private)
     if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise HubError(f"{name}: the token may only read; use one with write access")
     return str(made.repo_id)

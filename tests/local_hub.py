@@ -6,6 +6,8 @@
 It keeps repositories as commits of immutable files, in memory. Like the Hub it takes large files by LFS before the
 commit that names them, answers a file's HEAD with its commit and ETag, redirects LFS files, honours Range, and tells
 who may do what by tokens. `fail` and `cut` make it answer errors or drop a connection in the middle of a transfer.
+
+    python tests/local_hub.py --folder hub     # prints HF_ENDPOINT and HF_TOKEN, runs until Ctrl-C
 """
 
 from __future__ import annotations
@@ -105,7 +107,7 @@ class LocalHub:
         requests: (method, path, has a token) of everything asked so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
         self.collections: dict[str, dict[str, Any]] = {}
@@ -118,7 +120,7 @@ class LocalHub:
         class Handler(_Handler):
             server_hub = hub
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         # Another host, as the Hub's storage is one: what is meant for the Hub alone must not be sent there.
@@ -133,6 +135,9 @@ class LocalHub:
         self.server.shutdown()
         self._thread.join()
         self.server.server_close()
+
+    def changed(self) -> None:
+        """Called after every request that may have changed something."""
 
     def token(self, user: str, role: str = "write") -> str:
         """A token of a user; `role` is read or write."""
@@ -244,6 +249,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.user, self.role = hub.users.get(bearer, ("", ""))
             with hub.lock:
                 reply = self._route()
+                if self.command in ("POST", "PUT"):
+                    hub.changed()
             if lost:
                 self._drop()
                 return
@@ -476,3 +483,9 @@ class _Handler(BaseHTTPRequestHandler):
         if slug not in self.server_hub.collections:
             raise Reply(404, "Collection not found")
         return self.server_hub.collections[slug]
+
+
+if __name__ == "__main__":
+    from local_hub_folder import main
+
+    main()

@@ -51,6 +51,22 @@ def test_a_manifest_and_an_info_file_cannot_name_a_file_outside(tmp_path: Path) 
             load_demonstrations(tmp_path / "robot")
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    ["{chunk_index.__class__}", "{chunk_index:0999999999d}", "{file_index!r}", "{0}", "{video_key:>999999}", 3, "{"],
+)
+def test_path_patterns_hold_nothing_but_their_own_fields(tmp_path: Path, pattern: object) -> None:
+    info = write_lerobot(tmp_path / "robot") / "meta" / "info.json"
+    original = json.loads(info.read_text())
+    for key in ("data_path", "video_path"):
+        info.write_text(json.dumps({**original, key: pattern}))
+        with pytest.raises(DemonstrationError, match=rf"info\.json: {key} is .* no other braces: get the file again"):
+            load_demonstrations(tmp_path / "robot")
+    info.write_text("[" * 100_000)
+    with pytest.raises(DemonstrationError, match=r"info\.json is no valid JSON.*: get the file again"):
+        load_demonstrations(tmp_path / "robot")
+
+
 def test_a_token_is_neither_shown_nor_pickled_nor_hashed() -> None:
     with_token, without = (Location(None, "user/name", token=token) for token in ("hf_SECRET", None))
     assert "hf_SECRET" not in repr(with_token) + str(with_token)
@@ -73,6 +89,13 @@ def test_the_same_words_in_another_scene_are_another_task(tmp_path: Path) -> Non
     assert set(load_demonstrations(tmp_path / "two", [ninth])["task"]) == {ninth}
     with pytest.raises(DemonstrationError, match=rf"several tasks .*one of \['{third}', '{ninth}'\]"):
         load_demonstrations(tmp_path / "two", ["Turn on the stove"])
+
+
+def test_a_suite_without_scenes_does_not_stand_for_a_scene(tmp_path: Path) -> None:
+    write_libero_hdf5(tmp_path / "goal", [TASKS[0]], episodes=1)
+    wanted = f"KITCHEN_SCENE3_{TASKS[0]}"
+    with pytest.raises(DemonstrationError, match=rf"no demonstrations of '{wanted}'; .*\['{TASKS[0]}'\]"):
+        load_demonstrations(tmp_path / "goal", [wanted])
 
 
 def test_a_set_without_scenes_gives_a_task_the_name_it_was_asked_by() -> None:

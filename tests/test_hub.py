@@ -95,6 +95,23 @@ def test_an_unknown_choice_lists_what_there_is(original: Path, options: dict[str
         load_policy(original, **options)  # type: ignore[arg-type]
 
 
+def test_fields_of_the_wrong_type_and_deep_nesting_are_named(run: Path) -> None:
+    folder = find_adapters(run)[0].folder
+    file = folder / "infovla.json"
+    content = json.loads(file.read_text())
+    content.pop("sha256")
+    for name, value in (("base_fingerprint", ["a"]), ("cameras", "agentview"), ("stage", "1"), ("training", [])):
+        file.write_text(json.dumps({**content, "format_version": 1, name: value}))
+        with pytest.raises(AdapterError, match=rf"infovla\.json: {name} must be .*train the adapter again"):
+            load_policy(folder)
+    file.write_text(json.dumps({**content, "format_version": 1}))
+    load_policy(folder)
+    for text in ("[" * 100_000, "[]", '{"libero_10": 3}'):
+        (folder / "dataset_statistics.json").write_text(text)
+        with pytest.raises(AdapterError, match=r"dataset_statistics\.json.*train the adapter again"):
+            load_policy(folder)
+
+
 def test_damaged_or_missing_files_are_named(run: Path, tmp_path: Path) -> None:
     adapter = find_adapters(run)[0].folder
     (adapter / "dataset_statistics.json").write_text("{")

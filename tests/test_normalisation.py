@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infovla_peft.data.normalisation import Normaliser, compute_statistics, to_env_action, to_model_action
+from infovla_peft.data.statistics import statistics_of
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +123,21 @@ def test_a_base_without_proprioception_says_so(statistics: dict[str, object]) ->
     assert normaliser.proprio_dim == 0
     with pytest.raises(ValueError, match="no proprioception"):
         normaliser.normalise_proprio(np.zeros(8))
+
+
+@pytest.mark.parametrize(("scale", "fits"), [(1.0, True), (0.3, True), (0.02, False), (40.0, False)])
+def test_actions_of_another_controller_have_bounds_of_their_own(scale: float, fits: bool) -> None:
+    random = np.random.default_rng(0)
+    actions = np.concatenate([random.uniform(-scale, scale, (200, 6)), np.sign(random.normal(size=(200, 1)))], axis=1)
+    rows = {"action": actions.tolist(), "state": random.normal(size=(200, 8)).tolist()}
+    frames = datasets.Dataset.from_dict({**rows, "task": ["a"] * 200, "episode_index": [0] * 200})
+    found = statistics_of(frames)["action"]
+    if fits:  # LIBERO's controller
+        assert (found["q01"][:6], found["q99"][:6]) == ([-1.0] * 6, [1.0] * 6)
+    else:
+        normaliser = Normaliser({"a": {"action": found}})
+        moved = to_model_action(actions)
+        np.testing.assert_allclose(normaliser.unnormalise_actions(normaliser.normalise_actions(moved)), moved)
+        assert (np.array(found["q99"][:6]) < 2.1 * scale).all()  # and the range is used
+    assert found["q01"][6] == 0.0
+    assert found["q99"][6] == 1.0

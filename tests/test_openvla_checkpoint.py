@@ -227,7 +227,11 @@ def test_oft_files_are_found_and_loaded(saved: Path, tmp_path: Path, prefix: str
     assert (again.config.decoding, again.config.action_head, again.config.proprio_dim) == ("parallel", "l1", 8)
     discrete, _ = load_openvla(tmp_path, decoding="parallel", action_head="discrete", proprio_dim=0)
     assert not hasattr(discrete, "action_head")
-    shutil.copy(tmp_path / "action_head--50_checkpoint.pt", tmp_path / "action_head--60_checkpoint.pt")
+    for component in ("action_head", "proprio_projector"):  # other names that people give them
+        (tmp_path / f"{component}--50_checkpoint.pt").rename(tmp_path / f"{component}--latest.pt")
+    renamed, _ = load_openvla(tmp_path)
+    assert_same_weights(renamed, model)
+    shutil.copy(tmp_path / "action_head--latest.pt", tmp_path / "action_head--60_checkpoint.pt")
     with pytest.raises(ValueError, match="several action_head files"):
         load_openvla(tmp_path)
 

@@ -7,22 +7,25 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard, parse_eval_result_entries
+from huggingface_hub import HfApi, ModelCard, parse_eval_result_entries, snapshot_download
 from local_hub import LocalHub
 from tiny_run import TASKS, act, add_results, build_run
 
 from infovla_peft import create_collection, list_adapters, load_policy, push_to_hub
 from infovla_peft.adapters import AdapterError, read_info, write_info
-from infovla_peft.cards import template_path
+from infovla_peft.cards import card, template_path
 from infovla_peft.cli import main
+from infovla_peft.library import find_adapters
 from infovla_peft.publishing import check_access, check_run
 from infovla_peft.remote import HubError
+from infovla_peft.results import Results
 
 # huggingface_hub's own, where it uploads by LFS.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
@@ -53,6 +56,35 @@ def push(hub: LocalHub, run: Path, **options: Any) -> Any:
 
 
 # --- push ---
+
+
+def test_what_somebody_else_pushes_meanwhile_is_not_overwritten(
+    hub: LocalHub, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(hub, run)
+    add_results(run, stages=2)
+    upload = HfApi.preupload_lfs_files
+
+    def meanwhile(self: HfApi, *arguments: Any, **options: Any) -> Any:
+        hub.put(REPO, {"results.json": b"{}"})
+        return upload(self, *arguments, **options)
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", meanwhile)
+    with pytest.raises(HubError, match="changed at the same time; give the command again"):
+        push(hub, run)
+    assert hub.file(REPO, "results.json") == b"{}"
+
+
+def test_private_is_refused_where_the_repository_is_public(hub: LocalHub, finished: Path) -> None:
+    push(hub, finished)
+    before = hub.repositories[REPO].branches["main"]
+    with pytest.raises(HubError, match="is there already, and public, so nothing was pushed as private; make it"):
+        push(hub, finished, private=True, commit_message="secret")
+    with pytest.raises(HubError, match="and public"):
+        check_access(REPO, finished, private=True, token=hub.token("me"))
+    assert hub.repositories[REPO].branches["main"] == before
+    hub.repositories[REPO].private = True
+    push(hub, finished, private=True)
 
 
 def test_a_push_is_one_commit_with_everything(hub: LocalHub, finished: Path) -> None:
@@ -297,6 +329,24 @@ def test_a_pickle_in_a_local_adapter_is_refused(run: Path) -> None:
         load_policy(adapter)
 
 
+def test_a_pickle_below_a_local_copy_is_refused_but_not_the_trainers_own(run: Path, hub: LocalHub) -> None:
+    trained = run / "stages" / "stage_01" / "checkpoint-2" / "optimizer.pt"
+    trained.parent.mkdir(parents=True)
+    trained.write_bytes(b"x")
+    load_policy(run)
+    push(hub, run)
+    copy = Path(snapshot_download(REPO, local_dir=run.parent / "copy"))
+    load_policy(copy)
+    (copy / "stage_01" / "extra").mkdir()
+    (copy / "stage_01" / "extra" / "weights.pkl").write_bytes(b"\x80\x04.")
+    for ask in (load_policy, list_adapters):
+        with pytest.raises(AdapterError, match=r"holds stage_01/extra/weights\.pkl, which can run code"):
+            ask(copy)
+    (run / "base" / "model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(AdapterError, match=r"holds base/model\.bin"):
+        load_policy(run)
+
+
 # --- the card ---
 
 
@@ -322,6 +372,13 @@ def test_the_card_says_what_was_measured_and_what_was_not(hub: LocalHub, finishe
     assert "(figures/success_matrix.png)" in text
     shown = {link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")}
     assert shown <= set(hub.files(REPO))
+
+
+def test_the_card_says_that_base_and_teacher_were_quantised(finished: Path) -> None:
+    info, results = read_info(find_adapters(finished)[-1].folder), Results.load(finished / "results.json")
+    assert "4 bits" not in card(results, info, REPO, files=[], stages=[info])
+    text = card(results, replace(info, quantization="nf4"), REPO, files=[], stages=[info])
+    assert "held in 4 bits (`nf4`) in training, and so was the teacher, which is this same quantised base" in text
 
 
 def test_eval_results_are_in_the_hubs_format(hub: LocalHub, run: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from tiny_run import build_run
 
 from infovla_peft.cli import main
 from infovla_peft.recipe_files import copy_recipe, list_recipes, recipes_folder
@@ -103,8 +104,21 @@ def test_a_dry_run_says_what_and_does_nothing(tmp_path: Path, capsys: pytest.Cap
     assert "B1-1N1 on libero_goal" in capsys.readouterr().out
     assert main(["demos", str(tmp_path / "demos"), "--tasks", "7", "--episodes", "3", "--dry-run"]) == 0
     assert "turn_on_the_stove: 0 of 3 are there" in capsys.readouterr().out
-    assert main(["evaluate", "nobody/knows", "--tasks", "7", "--episodes", "4", "--dry-run"]) == 0
+    finished = build_run(tmp_path / "finished")
+    assert (
+        main(["evaluate", str(finished), "--suite", "libero_goal", "--tasks", "7", "--episodes", "4", "--dry-run"])
+        == 0
+    )
     assert "1 task x 4 rollouts" in capsys.readouterr().out
+    for wrong, message in (
+        ([str(tmp_path / "absent")], "there is no folder"),
+        ([str(tmp_path)], "holds no adapter"),
+        ([str(finished), "--stage", "7"], "no adapter of stage 7"),
+        ([str(finished), "--base", str(tmp_path / "absent")], "correct `base`"),
+        ([str(finished / "base"), "--stage", "1"], "is a checkpoint without adapter"),
+    ):
+        assert main(["evaluate", *wrong, "--dry-run"]) == 1
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "demos").exists()
 

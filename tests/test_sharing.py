@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,15 @@ from safetensors.torch import load_file
 from tiny_run import TASKS, act, build_run
 
 from infovla_peft import load_policy
-from infovla_peft.adapters import AdapterError, active_adapter, adapter_parameters, base_model, fingerprint
+from infovla_peft.adapters import (
+    AdapterError,
+    active_adapter,
+    adapter_parameters,
+    base_model,
+    fingerprint,
+    read_info,
+    write_info,
+)
 from infovla_peft.foreign import fingerprint_of_files
 from infovla_peft.library import find_adapters
 from infovla_peft.merging import merge, save_merged, unmerge
@@ -202,3 +212,25 @@ def test_a_merged_checkpoint_needs_no_adapter(run: Path, tmp_path: Path) -> None
     np.testing.assert_allclose(act(merged), expected, atol=1e-4)
     assert "lora" not in json.dumps(list(merged.model.state_dict()))
     assert np.abs(np.array(act(load_policy(run, stage=0))) - expected).max() > 1e-2
+
+
+def test_a_merged_checkpoint_acts_with_the_adapter_s_prompt_crop_and_cameras(run: Path, tmp_path: Path) -> None:
+    folder = find_adapters(Path(shutil.copytree(run, tmp_path / "run")))[0].folder
+    told = replace(
+        read_info(folder),
+        prompt="Out: {instruction}? In:",
+        image_pipeline={"center_crop": True},
+        cameras=["robot0_eye_in_hand"],
+    )
+    write_info(folder, told)
+    policy = load_policy(folder)
+    expected = np.array(act(policy))
+    merged = load_policy(save_merged(policy.model, policy.processor, tmp_path / "merged"))
+    assert (merged.prompt, merged.crop, merged.cameras) == (told.prompt, True, ("robot0_eye_in_hand",))
+    np.testing.assert_allclose(act(merged), expected, atol=1e-4)
+    merged.crop = False
+    assert np.abs(np.array(act(merged)) - expected).max() > 1e-3  # what would come of it without
+    edit = json.loads((tmp_path / "merged" / "config.json").read_text())
+    (tmp_path / "merged" / "config.json").write_text(json.dumps({**edit, "acting": [1]}))
+    with pytest.raises(ValueError, match="`acting` must hold prompt"):
+        load_policy(tmp_path / "merged")

@@ -10,10 +10,10 @@ import torch
 from infovla_peft.adapters import AdapterInfo, add_adapter, fingerprint, save_adapter
 from infovla_peft.config import InfoVLAConfig
 from infovla_peft.inference import Policy
-from infovla_peft.library import instruction_of
 from infovla_peft.models.openvla import build_tiny_openvla
 from infovla_peft.report import write_report
 from infovla_peft.results import Results, TaskEntry, Video
+from infovla_peft.task_names import instruction_of
 
 STATISTICS = {
     "libero_10": {

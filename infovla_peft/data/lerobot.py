@@ -9,7 +9,7 @@ videos/<camera>/chunk-000/file-000.mp4             one frame per row, episodes o
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ..reading import read_json
 from .rows import DemonstrationError, Episode, RowOptions, check_dimension
 from .sources import Columns, EpisodeEntry, Location, mapped
 
@@ -178,7 +179,7 @@ class LeRobotSource:
 
 def _read_info(path: Path) -> dict[str, Any]:
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = read_json(path, error=DemonstrationError, cure=f"it is damaged: {AGAIN}")
         version = str(info["codebase_version"])
         if not version.startswith("v3."):
             raise DemonstrationError(
@@ -187,11 +188,29 @@ def _read_info(path: Path) -> dict[str, Any]:
             )
         for name in ("features", "fps", "data_path", "total_episodes"):
             info[name]
-    except (ValueError, KeyError, TypeError) as error:
+        for name in ("data_path", "video_path"):
+            _check_pattern(path, name, info.get(name))
+        if not all(isinstance(feature, dict) for feature in info["features"].values()):
+            raise TypeError("a feature is no object")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, DemonstrationError):
             raise
         raise DemonstrationError(f"{path} is damaged ({type(error).__name__}: {error}): {AGAIN}") from error
     return dict(info)
+
+
+_FIELD = re.compile(r"\{(chunk_index|file_index)(:0?[1-9]d)?\}|\{video_key\}")
+
+
+def _check_pattern(path: Path, name: str, pattern: object) -> None:
+    """`str.format` looks into objects and makes texts of any length: only the format's own fields pass."""
+    if pattern is None and name == "video_path":  # a set without videos
+        return
+    if not isinstance(pattern, str) or len(pattern) > 500 or re.search("[{}]", _FIELD.sub("", pattern)):
+        raise DemonstrationError(
+            f"{path}: {name} is {pattern!r:.80}; it may hold {{chunk_index:03d}}, {{file_index:03d}}, {{video_key}} "
+            f"and no other braces: {AGAIN}"
+        )
 
 
 def _read_table(path: Path, columns: Sequence[str], filters: Any = None) -> pa.Table:

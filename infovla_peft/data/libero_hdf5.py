@@ -22,8 +22,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ..task_names import instruction_of
 from .rows import DemonstrationError, Episode, RowOptions, check_dimension
-from .sources import Columns, EpisodeEntry, Location, instruction_of, mapped
+from .sources import Columns, EpisodeEntry, Location, mapped
 
 PATTERNS = ("*.hdf5", "*.h5")
 COLUMNS: Columns = {

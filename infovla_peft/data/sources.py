@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..reading import is_inside
+from ..task_names import SCENE, instruction_of
 from .rows import DemonstrationError, Episode
 
 Columns = Mapping[str, str | Sequence[str] | None]
 """Our column -> the name it has there, several to be joined, or None to leave it out."""
-
-SCENE = r"^[A-Z_]+SCENE\d+_"
-"""The start of LIBERO's name of a task that is one of several scenes."""
 
 
 @dataclass(frozen=True)
@@ -279,7 +277,11 @@ def _by_instruction(entries: Sequence[EpisodeEntry], wanted: str, where: str) ->
     mine = [entry for entry in entries if entry.instruction.strip().lower() == text]
     candidates = list({entry.task.lower(): entry.task for entry in mine}.values())
     if " " not in wanted:
-        if others := [task for task in candidates if re.match(SCENE, task)]:  # the right scene would be the very name
+        # The right scene would be the very name; a set of LIBERO's own names has no scene where a suite has but one.
+        named = {entry.task for entry in mine if entry.suite and instruction_of(entry.task).lower() == text}
+        if others := [
+            task for task in candidates if re.match(SCENE, task) or (re.match(SCENE, wanted) and task in named)
+        ]:
             raise DemonstrationError(
                 f"{where} holds no demonstrations of {wanted!r}; the same instruction is that of {others} there, in "
                 "another scene: ask for one of these names, or add demonstrations of the right scene"
@@ -288,15 +290,6 @@ def _by_instruction(entries: Sequence[EpisodeEntry], wanted: str, where: str) ->
     if len(candidates) > 1:
         raise DemonstrationError(f"{where} holds several tasks that are {wanted!r}: ask for one of {candidates}")
     return mine
-
-
-def instruction_of(task: str) -> str:
-    """The instruction of a task given by LIBERO's name of it.
-
-    >>> instruction_of("KITCHEN_SCENE3_turn_on_the_stove")
-    'turn on the stove'
-    """
-    return re.sub(SCENE, "", task).replace("_", " ")
 
 
 def mapped(columns: Columns | None, defaults: Columns) -> dict[str, tuple[str, ...]]:

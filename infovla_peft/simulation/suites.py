@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..task_names import instruction_of
 from .headless import libero_folder
 from .start_states import read_states
 
@@ -70,8 +71,7 @@ def suite_tasks(suite: str) -> tuple[Task, ...]:
     )
     folder = libero_folder() / "bddl_files" / suite
     return tuple(
-        Task(suite, index, name, re.sub(r"^[A-Z_]+SCENE\d+_", "", name).replace("_", " "), folder / f"{name}.bddl")
-        for index, name in enumerate(names)
+        Task(suite, index, name, instruction_of(name), folder / f"{name}.bddl") for index, name in enumerate(names)
     )
 
 

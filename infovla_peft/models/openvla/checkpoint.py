@@ -70,7 +70,7 @@ def _fields_of_components(files: dict[str, Path]) -> dict[str, Any]:
 
 
 def find_components(path: str, kwargs: dict[str, Any]) -> dict[str, Path]:
-    """The files `<component>--<step>_checkpoint.pt` of a checkpoint, by component.
+    """The files `<component>--*.pt` of a checkpoint, by component.
 
     Raises:
         ValueError: several files of one component.
@@ -79,10 +79,10 @@ def find_components(path: str, kwargs: dict[str, Any]) -> dict[str, Path]:
     if not folder.is_dir():
         hub = _hub_arguments(kwargs)
         hub.pop("subfolder", None)
-        folder = Path(snapshot_download(path, allow_patterns=["*--*checkpoint.pt"], **hub))
+        folder = Path(snapshot_download(path, allow_patterns=["*--*.pt"], **hub))
     found: dict[str, Path] = {}
     for component in COMPONENTS:
-        files = sorted(folder.glob(f"{component}--*checkpoint.pt"))
+        files = sorted(folder.glob(f"{component}--*.pt"))
         if len(files) > 1:
             raise ValueError(
                 f"'{path}' holds several {component} files ({', '.join(file.name for file in files)}); keep one."
@@ -188,5 +188,5 @@ def read_statistics(path: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         return json.loads(Path(file).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"'{file}' is damaged ({error}); copy it again.") from error

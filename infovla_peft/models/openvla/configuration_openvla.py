@@ -56,6 +56,8 @@ class OpenVLAConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         norm_stats: statistics per data set, as in `dataset_statistics.json`.
         n_action_bins: bins of one action dimension, spread over the last `n_action_bins` ids of the text vocabulary.
         pad_to_multiple_of: rows that padding has added to the text vocabulary.
+        acting: what a policy does beyond the model: {"prompt", "center_crop", "cameras"}; `load_policy`
+            sets it, so that a checkpoint with a merged adapter acts as the adapter did.
         action_normalization: "bounds_q99" (1st to 99th percentile) or "bounds" (minimum to maximum; OFT on ALOHA).
         decoding: "autoregressive" (OpenVLA) or "parallel" (OpenVLA-OFT: bidirectional attention, one pass).
         action_head: "discrete" (256 bins through `lm_head`) or "l1" (regression, only with parallel decoding).
@@ -107,6 +109,7 @@ class OpenVLAConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     tie_word_embeddings: bool = False
 
     norm_stats: dict[str, Any] | None = None
+    acting: dict[str, Any] | None = None
     n_action_bins: int = 256
     action_normalization: str = "bounds_q99"
     decoding: str = "autoregressive"
@@ -151,6 +154,17 @@ class OpenVLAConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
                     raise ValueError(
                         f"`{field}={getattr(self, field)!r}` needs `decoding='parallel'`: only OpenVLA-OFT has it."
                     )
+        acting = {} if self.acting is None else self.acting
+        if not isinstance(acting, dict) or not (
+            isinstance(acting.get("prompt", ""), str)
+            and acting.get("center_crop") in (None, True, False)
+            and isinstance(cameras := acting.get("cameras", []), list)
+            and all(isinstance(camera, str) for camera in cameras)
+        ):
+            raise ValueError(
+                f"`acting` must hold prompt (a string), center_crop and cameras, got {self.acting!r:.80}; copy the "
+                "checkpoint's config.json again."
+            )
         for field in ("num_actions_chunk", "action_dim", "num_images_in_input"):
             if getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must be at least 1, got {getattr(self, field)}.")

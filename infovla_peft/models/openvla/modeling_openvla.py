@@ -144,7 +144,7 @@ class OpenVLAForActionPrediction(ActingModel):
     ) -> Any:
         """Load a checkpoint of OpenVLA, OpenVLA-OFT or this package, from a folder or the hub.
 
-        The separate files of an OpenVLA-OFT folder (`action_head--*_checkpoint.pt` …) switch on what they hold;
+        The separate files of an OpenVLA-OFT folder (`action_head--*.pt` …) switch on what they hold;
         fields of the configuration given as arguments (for example `use_film=False`) have the last word.
         `dataset_statistics.json` beside the weights replaces `config.norm_stats`.
 
