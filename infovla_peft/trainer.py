@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -440,13 +441,14 @@ class _AskTeachers(TrainerCallback):
     """Asks the teachers when the model lies where it is trained: on its devices, and sharded if it is to be."""
 
     def __init__(self, trainer: InfoVLATrainer) -> None:
-        self._trainer = trainer
+        self._trainer = weakref.ref(trainer)  # which owns this: else both, and the model, would outlive the stage
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        register_fsdp_forward_method(cast(nn.Module, self._trainer.model), "predict_action")
-        self._trainer.prepare_anchors()
+        if (trainer := self._trainer()) is not None:
+            register_fsdp_forward_method(cast(nn.Module, trainer.model), "predict_action")
+            trainer.prepare_anchors()
 
 
 class LossLog(TrainerCallback):
