@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from pathlib import Path
 
-from .files import fsync, fsync_tree
+from .files import fsync, fsync_tree, remove_folder
 from .integrity import DamagedFileError, check_files, checksums, files_below, read_sealed, write_sealed
 
 MANIFEST = "checkpoint.json"
@@ -26,7 +25,7 @@ def publish_checkpoint(staged: Path, target: Path) -> None:
     write_sealed(staged / MANIFEST, content, checksums(files_below(staged), staged))
     fsync_tree(staged)
     if target.exists():  # of the same step, by a training that was continued from an earlier one
-        shutil.rmtree(target)
+        remove_folder(target)
     staged.rename(target)
     fsync(target.parent)
 
@@ -84,4 +83,4 @@ def check_continuable(checkpoint: str | os.PathLike[str], *, sharded: bool) -> N
 def keep_newest(folder: Path, limit: int | None) -> None:
     """Remove all but the `limit` checkpoints of the highest steps; None or 0 keeps all. No clock decides."""
     for path in checkpoints(folder)[: -limit or None] if limit else []:
-        shutil.rmtree(path, ignore_errors=True)
+        remove_folder(path)

@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +53,18 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     make_folder(path.parent)
     descriptor, name = tempfile.mkstemp(prefix=_prefix(path.stem), suffix=f".tmp{path.suffix}", dir=path.parent)
-    os.close(descriptor)
     temporary = Path(name)
-    try:
-        yield temporary
-        fsync(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-        fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _in_use(descriptor):
+        try:
+            yield temporary
+            fsync(temporary)
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            temporary.replace(path)
+            fsync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -75,23 +75,40 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     killed in between leaves it moved aside, and `clean_up` puts it back.
     """
     path = Path(path)
-    make_folder(path.parent)
-    temporary = Path(tempfile.mkdtemp(prefix=_prefix(path.name), suffix=".tmp", dir=path.parent))
-    temporary.chmod(0o755)
-    try:
+    with scratch_folder(path.parent, path.name) as temporary:
+        temporary.chmod(0o755)
         yield temporary
         fsync_tree(temporary)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=_prefix(path.name), suffix=".old", dir=path.parent))
-            path.rename(old / path.name)
-            temporary.rename(path)
-            fsync(path.parent)
-            shutil.rmtree(old)
+            with _in_use(os.open(old, os.O_RDONLY)):
+                path.rename(old / path.name)
+                temporary.rename(path)
+                fsync(path.parent)
+                shutil.rmtree(old)
         else:
             temporary.rename(path)
         fsync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A folder for what is needed for a while, below `parent`; what a kill leaves of it, `clean_up` removes."""
+    make_folder(parent)
+    folder = Path(tempfile.mkdtemp(prefix=_prefix(name), suffix=".tmp", dir=parent))
+    with _in_use(os.open(folder, os.O_RDONLY)):
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder with all that is in it; a kill in between leaves it whole, or away from its name."""
+    aside = Path(tempfile.mkdtemp(prefix=_prefix(path.name), suffix=".tmp", dir=path.parent))
+    path.rename(aside)
+    fsync(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager
@@ -111,8 +128,9 @@ def locked(folder: Path, what: str) -> Iterator[None]:
 
 
 def clean_up(folder: str | os.PathLike[str]) -> list[Path]:
-    """Remove what killed processes of this machine have left half written below `folder`, at any depth.
+    """Remove what killed processes have left half written below `folder`, at any depth.
 
+    What a living process writes it holds locked, whichever container it is in, so that no process number is trusted.
     A folder that was moved aside and not replaced is put back.
 
     Returns:
@@ -120,11 +138,11 @@ def clean_up(folder: str | os.PathLike[str]) -> list[Path]:
     """
     restored = []
     for path in sorted(Path(folder).rglob(".*"), reverse=True):  # what lies deeper first
-        match = re.fullmatch(r"\.(.+)\.p(\d+)-[^.]+\.(tmp|old)(\.\w+)?", path.name)
-        if match is None or _is_alive(int(match[2])):
+        match = re.fullmatch(r"\.(.+)\.p\d+-[^.]+\.(tmp|old)(\.\w+)?", path.name)
+        if match is None or _is_in_use(path):
             continue
         target = path.parent / match[1]
-        if match[3] == "old" and (path / match[1]).exists() and not target.exists():
+        if match[2] == "old" and (path / match[1]).exists() and not target.exists():
             (path / match[1]).rename(target)
             fsync(path.parent)
             restored.append(target)
@@ -136,19 +154,33 @@ def clean_up(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def _prefix(name: str) -> str:
-    return f".{name}.p{os.getpid()}-"  # mkstemp's own letters follow, without a dot
+    return f".{name}.p{os.getpid()}-"  # mkstemp's own letters follow, without a dot; the number is for the reader
 
 
-def _is_alive(process: int) -> bool:
-    if process == os.getpid():
-        return False  # one of an earlier boot: this one has none open when it cleans up
+@contextmanager
+def _in_use(descriptor: int) -> Iterator[None]:
+    """Hold an open file or folder locked, as far as its file system knows locks, and close it."""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_in_use(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return True  # removed meanwhile
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        pass
-    return True
+        return True  # also where locks are not known: nobody can tell
+    else:
+        return False
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

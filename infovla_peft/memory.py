@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from .files import atomic_folder
+from .files import atomic_folder, scratch_folder
 from .integrity import DamagedFileError, check_files, checksums, files_below, read_sealed, write_sealed
 from .losses import CrossModalSummary
-from .tensor_files import load_tensors, save_tensors
+from .tensor_files import empty_tensor, load_tensors, save_tensors
 
 FORMAT_VERSION = 3  # 2 had no checksums of its manifest and its anchors: they are computed again
 
@@ -86,16 +86,34 @@ class Anchors:
         return Anchors(**tensors, spec={task: self.spec[task]})
 
     @classmethod
-    def join(cls, parts: Sequence[Anchors]) -> Anchors:
-        """The rows of several tables with equal numbers of views, one after another."""
+    def join(cls, parts: Sequence[Anchors], folder: str | os.PathLike[str] | None = None) -> Anchors:
+        """The rows of several tables with equal numbers of views, one after another.
+
+        Args:
+            folder: on a disk with room for them, where they are put as by `on_disk`, and never are in memory.
+                None: in memory.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        rows = sum(len(part) for part in parts)
         longest = max(part.affinity.shape[3] for part in parts)
-        tables = [
-            {**part.tensors(), "affinity": F.pad(part.affinity, (0, longest - part.affinity.shape[3]))}
-            for part in parts
-        ]
-        tensors = {
-            name: torch.cat([table[name] for table in tables], dim=0 if name == "words" else 1) for name in tables[0]
-        }
+        tensors = {}
+        with nullcontext() if folder is None else scratch_folder(Path(folder), "anchors") as scratch:
+            for name, like in parts[0].tensors().items():
+                shape = [rows] if name == "words" else [like.shape[0], rows, *like.shape[2:]]
+                shape[3:] = [longest] if name == "affinity" else shape[3:]
+                tensors[name] = whole = empty_tensor(shape, like.dtype, None if scratch is None else scratch / name)
+                first = 0
+                for part in parts:
+                    mine, place = part.tensors()[name], slice(first, first + len(part))
+                    first += len(part)
+                    if name == "affinity":
+                        whole[:, place, :, mine.shape[3] :] = 0
+                        whole[:, place, :, : mine.shape[3]] = mine
+                    elif name == "words":
+                        whole[place] = mine
+                    else:
+                        whole[:, place] = mine
         return cls(**tensors, spec={task: spec for part in parts for task, spec in part.spec.items()})
 
     def save(self, path: Path) -> None:
@@ -108,11 +126,9 @@ class Anchors:
         Args:
             folder: on a disk with room for them; the file is gone with the last of its tensors.
         """
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".anchors.", dir=path) as scratch:
-            self.save(Path(scratch) / "anchors.safetensors")
-            return Anchors.load(Path(scratch) / "anchors.safetensors")
+        with scratch_folder(Path(folder), "anchors") as scratch:
+            self.save(scratch / "anchors.safetensors")
+            return Anchors.load(scratch / "anchors.safetensors")
 
     @classmethod
     def load(cls, path: Path) -> Anchors:

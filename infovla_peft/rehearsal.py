@@ -135,7 +135,8 @@ class Rehearsal:
         """Ask the teachers: answers for the counterfactual frames, anchors for all; None where no term needs any.
 
         A memory task's anchors are those stored with it if they still fit, else they are computed (and stored) now.
-        The processes share the work, all get the whole, and the main one stores it.
+        The processes share the work, all get the whole, and the main one stores it. However many tasks are
+        remembered, the anchors of one are in memory at a time; the others' are mapped from the disk.
 
         Args:
             batch_size: of the teachers' forward passes.
@@ -144,6 +145,7 @@ class Rehearsal:
         if self.views is None:
             return None
         ask = _Asking(self._model, self._config, self._collator, self.teachers, batch_size, autocast, dtype)
+        folder = str(self._config.output_dir)
         parts: list[Anchors] = []
         first = 0
         for table in self.tables:
@@ -155,7 +157,7 @@ class Rehearsal:
                 imagined.answer(np.concatenate(list(_each_task(table, views, ask.answers))))
             if self.terms:
                 stored = self.memory.anchors if self.memory is not None and table is self.remembered else None
-                anchors = Anchors.join(list(_each_task(table, views, ask.anchors, stored)))
+                anchors = Anchors.join(list(_each_task(table, views, ask.anchors, stored)), folder)
                 parts.append(anchors)
                 if imagined is not None:
                     if self._kind == "actions":
@@ -164,7 +166,7 @@ class Rehearsal:
                     self.memory = self.memory.with_anchors(anchors, save=self._config.should_save)
         if not self.terms:
             return None
-        self.use(Anchors.join(parts))
+        self.anchors, self.negatives = Anchors.join(parts, folder), self._draw_negatives()
         return self.anchors
 
     def use(self, anchors: Anchors) -> None:
@@ -213,7 +215,7 @@ class _Asking:
         dtype: str,
     ) -> None:
         self._model, self._collator, self._teachers = model, collator, teachers
-        self._batch_size, self._autocast = batch_size, autocast
+        self._batch_size, self._autocast, self._folder = batch_size, autocast, str(config.output_dir)
         self._options: dict[str, Any] = {
             "tap_layer": config.tap_layer, "temperature": config.temperature, "dtype": dtype,
         }  # fmt: skip
@@ -232,10 +234,11 @@ class _Asking:
             spec = anchor_spec(self._model, table, rows, views, **options)
             if dict(stored.spec[task]) == spec:
                 return stored.of_task(task)
-        return compute_anchors(
+        computed = compute_anchors(
             self._model, table, self._collator, rows=rows, views=views, batch_size=self._batch_size,
             autocast=self._autocast, name=task, **options,
         )  # fmt: skip
+        return computed.on_disk(self._folder)
 
 
 def _each_task(table: FrameTable, views: Views, work: Callable[..., Part], *extra: Any) -> Iterator[Part]:

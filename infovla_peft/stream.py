@@ -38,7 +38,7 @@ from .data.demonstrations import CAMERA_COLUMNS, load_demonstrations, recipe_dem
 from .data.normalisation import Normaliser
 from .data.statistics import statistics_of
 from .distributed import whole_state
-from .files import atomic_folder
+from .files import atomic_folder, remove_folder
 from .hub import load_policy, relative_base
 from .inference import Policy
 from .integrity import DamagedFileError, read_sealed, write_sealed
@@ -605,8 +605,9 @@ class Stream:
     def _drop_checkpoints(self, stage: Stage) -> None:
         if self.run_folder.main_process:
             folder = self.run_folder.stage(stage.index)
-            for path in (*checkpoints(folder), folder / STAGING):
-                shutil.rmtree(path, ignore_errors=True)
+            for path in checkpoints(folder):
+                remove_folder(path)
+            shutil.rmtree(folder / STAGING, ignore_errors=True)
 
 
 def train_adapter(stream: Stream, stage: Stage) -> None:

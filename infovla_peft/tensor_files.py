@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +24,20 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     notes = dict(metadata or {})
     with atomic_file(path) as temporary:
         save_file(whole, temporary, {**notes, SUMS: _digest(whole, notes)})
+
+
+def empty_tensor(shape: Sequence[int], dtype: torch.dtype, file: Path | None = None) -> Tensor:
+    """A tensor to be filled, in memory or in a file, which may be removed while the tensor is in use.
+
+    Raises:
+        OSError: there is no room for it on the disk.
+    """
+    if file is None:
+        return torch.empty(tuple(shape), dtype=dtype)
+    with file.open("ab") as whole:  # now, for a mapped file that does not fit ends the process later
+        os.posix_fallocate(whole.fileno(), 0, max(math.prod(shape) * dtype.itemsize, 1))
+    mapped = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype)
+    return mapped.view(tuple(shape))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -191,6 +191,13 @@ class InfoVLATrainer(Trainer):
             dtype=self.accelerator.mixed_precision,
         )
 
+    def _keep_vision(self) -> None:
+        if self.args.cache_vision_features and self.rehearsal and self._vision is None:
+            self._vision = VisionCache(
+                cast(nn.Module, self.model), self.rehearsal.tables, self._collator, self.rehearsal.views,
+                str(self.args.output_dir), batch_size=self._train_batch_size, autocast=self.accelerator.autocast,
+            )  # fmt: skip
+
     # --- training ----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -208,13 +215,13 @@ class InfoVLATrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
         if resume_from_checkpoint:
             check_continuable(resume_from_checkpoint, sharded=self.is_fsdp_enabled)
-        if self.args.cache_vision_features and self.rehearsal:
-            self._vision = VisionCache(
-                cast(nn.Module, self.model), self.rehearsal.tables, self._collator, self.rehearsal.views,
-                str(self.args.output_dir), batch_size=self._train_batch_size, autocast=self.accelerator.autocast,
-            )  # fmt: skip
-        with deferred_stop():
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            self._keep_vision()  # a sharded tower cannot be called by itself
+        try:
+            with deferred_stop():
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._vision = None  # and with it what it takes of the disk
         if (number := requested_stop() or self._stop.number) is not None:
             raise Stopped(number, last_checkpoint(str(self.args.output_dir)))
         return output
@@ -449,6 +456,7 @@ class _AskTeachers(TrainerCallback):
         if (trainer := self._trainer()) is not None:
             register_fsdp_forward_method(cast(nn.Module, trainer.model), "predict_action")
             trainer.prepare_anchors()
+            trainer._keep_vision()
 
 
 class LossLog(TrainerCallback):

@@ -6,28 +6,27 @@ the tower is a tenth of a step, and a frame of a fused 7B model takes 1.1 MB in 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .adapters import base_model
+from .bars import progress_bar
 from .config import InfoVLAConfig
 from .data.chunks import FrameTable
 from .data.collator import VLACollator
 from .data.sampling import Augmentation, Views
+from .distributed import exchange, is_main, my_share
+from .files import fsync, scratch_folder
 from .methods import METHODS
 from .teacher import teacher_mode
+from .tensor_files import empty_tensor
 
 
 def check_cacheable(model: nn.Module, config: InfoVLAConfig, *, replayed_anew: bool) -> None:
@@ -57,8 +56,10 @@ def check_cacheable(model: nn.Module, config: InfoVLAConfig, *, replayed_anew: b
 class VisionCache:
     """Features of all rows of some tables, numbered one after another, in all their views.
 
+    The processes share the work: all call this together, see one file system, and map one file.
+
     Args:
-        model: with a frozen vision tower, see `check_cacheable`.
+        model: with a frozen vision tower, see `check_cacheable`, where it is trained.
         tables: the replayed frames.
         collator: makes the pixels that the model sees.
         views: of all rows; None = the frames themselves.
@@ -78,29 +79,23 @@ class VisionCache:
         batch_size: int,
         autocast: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        inner = base_model(model)
-        device = next(inner.parameters()).device
-        found: list[Tensor] = []
-        first = 0
-        for table in tables:
-            mine = Views.draw(table, 1, Augmentation(), 0)
-            if views is not None:
-                mine = views.rows(np.arange(first, first + len(table)))
-            first += len(table)
-            order = np.stack(np.meshgrid(np.arange(mine.count), np.arange(len(table)), indexing="ij"), -1)
-            batches = np.array_split(order.reshape(-1, 2), -(-order[..., 0].size // batch_size))
-            parts = []
-            with teacher_mode(model), tqdm(total=order[..., 0].size, desc="vision", unit="frame", delay=2) as bar:
-                for part in batches:
-                    view, row = part.T
-                    samples = replace(table.__getitems__(row), shifts=mine.shifts[view, row])
-                    pixels = collator.observations(samples)["pixel_values"].to(device)
-                    with autocast():
-                        parts.append(inner.vision_backbone(pixels).cpu())
-                    bar.update(len(row))
-            whole = torch.cat(parts)
-            found.append(whole.view(mine.count, len(table), *whole.shape[1:]))
-        self._features = _on_disk(torch.cat(found, dim=1), Path(folder))  # (V, N, patches, width)
+        views = views if views is not None else Views.join([Views.draw(each, 1, Augmentation(), 0) for each in tables])
+        begins = np.cumsum([0, *(len(table) for table in tables)])
+        batches = [
+            (table, view, rows, begin + rows)
+            for table, begin in zip(tables, begins, strict=False)
+            for view in range(views.count)
+            for rows in np.array_split(np.arange(len(table)), -(-len(table) // batch_size))
+        ]
+        with nullcontext() if not is_main() else scratch_folder(Path(folder), "vision") as scratch:
+            file = exchange(None if scratch is None else scratch / "features")[0]
+            assert file is not None
+            shape = views.count, int(begins[-1])
+            with teacher_mode(model):
+                self._features = _compute(model, batches, collator, views, autocast, file, shape)
+            fsync(file)
+            exchange(None)  # what all have found is there
+        # The file has no name any more, and is gone with the tensor.
 
     def __call__(self, rows: NDArray[np.int64]) -> Tensor:
         """(R, patches, width) of frames given as (view, row) (R, 2), on the CPU."""
@@ -108,11 +103,33 @@ class VisionCache:
         return self._features[view, row]
 
 
-def _on_disk(features: Tensor, folder: Path) -> Tensor:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".vision.", dir=folder) as scratch:
-        path = Path(scratch) / "features.safetensors"
-        save_file({"features": features.contiguous()}, path)
-        with safe_open(path, framework="pt") as file:
-            mapped: Any = file.get_tensor("features")
-    return mapped  # type: ignore[no-any-return]
+_Batch = tuple[FrameTable, int, NDArray[np.int64], NDArray[np.int64]]
+"""A table, a view, rows of the table, and the same rows numbered over all tables."""
+
+
+def _compute(
+    model: nn.Module,
+    batches: Sequence[_Batch],
+    collator: VLACollator,
+    views: Views,
+    autocast: Callable[[], AbstractContextManager[object]],
+    file: Path,
+    shape: tuple[int, int],
+) -> Tensor:
+    """Fill in this process's share of the features (V, N, patches, width), which all processes map from one file."""
+    inner = base_model(model)
+    device = next(inner.parameters()).device
+    whole: Tensor | None = None
+    for number in progress_bar(
+        my_share(len(batches)), desc="vision", unit="batch", delay=2, disable=None if is_main() else True
+    ):
+        table, view, rows, place = batches[number]
+        samples = replace(table.__getitems__(rows), shifts=views.shifts[view, place])
+        pixels = collator.observations(samples)["pixel_values"].to(device)
+        with autocast():
+            found = inner.vision_backbone(pixels).cpu()
+        if whole is None:
+            whole = empty_tensor([*shape, *found.shape[1:]], found.dtype, file)
+        whole[view, torch.from_numpy(place)] = found
+    assert whole is not None  # every process has a share
+    return whole

@@ -141,8 +141,9 @@ def test_a_sharded_model_has_the_adapter_the_base_and_the_teacher_of_a_whole_one
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_two_processes_give_loss_gradient_and_adapter_of_one_with_twice_the_batch(engine: str, tmp_path: Path) -> None:
     """Through `accelerate launch`, with an odd batch per process and unequal numbers of replay samples."""
-    launch_two(ROOT / "tests/two_processes.py", tmp_path / "two", *CASES, engine=engine)
-    for case in CASES:
+    cases = [case for case in CASES if engine == "ddp" or case != "vision"]  # kept vision features: tried on DDP alone
+    launch_two(ROOT / "tests/two_processes.py", tmp_path / "two", *cases, engine=engine)
+    for case in cases:
         one_step(case, tmp_path / "one")
         one, two = (json.loads((tmp_path / number / f"{case}.json").read_text()) for number in ("one", "two"))
         assert one == pytest.approx(two, rel=1e-5, abs=1e-6), case

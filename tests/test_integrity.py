@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from tiny_policy import tiny_policy
 from toy_demonstrations import TASKS, toy_demonstrations
 
 from infovla_peft.adapters import AdapterError, AdapterInfo, add_adapter, fingerprint, load_adapter, save_adapter
+from infovla_peft.checkpoints import checkpoints
 from infovla_peft.config import InfoVLAConfig
-from infovla_peft.files import atomic_file, atomic_folder, clean_up
+from infovla_peft.files import atomic_file, atomic_folder, clean_up, remove_folder, scratch_folder
 from infovla_peft.integrity import DamagedFileError, check_files, checksums, read_sealed, write_sealed
 from infovla_peft.memory import Anchors, ReplayMemory
 from infovla_peft.tensor_files import load_tensors, save_tensors
@@ -186,10 +189,12 @@ def test_what_a_killed_writer_leaves_is_removed_or_put_back(tmp_path: Path) -> N
     assert not (tmp_path / "memory").exists()
     with atomic_file(tmp_path / "mine.txt") as mine:
         (tmp_path / "stranger").mkdir()
-        stranger = tmp_path / f".x.p{os.getppid()}-abc.tmp"
-        stranger.touch()  # of a process that lives
-        assert clean_up(tmp_path) == [tmp_path / "memory"]
-        mine.touch()
+        stranger = tmp_path / ".x.p4194304999-abc.tmp"  # of a process that lives, known here by no number
+        (tmp_path / f".x.p{os.getppid()}-abc.tmp").touch()  # of one that died elsewhere; the number is another's here
+        with stranger.open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_SH)
+            assert clean_up(tmp_path) == [tmp_path / "memory"]
+        assert mine.exists()
     assert (tmp_path / "memory" / "kept").read_text() == "1"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         stranger.name, "deep", "memory", "mine.txt", "stranger"
@@ -214,3 +219,37 @@ def test_a_write_reaches_the_disk_before_it_counts(tmp_path: Path, monkeypatch: 
     with atomic_file(tmp_path / "new" / "a.txt") as temporary:
         temporary.write_text("x")
     assert order == [tmp_path.name, temporary.name, "rename a.txt", "new"]
+
+
+def test_a_folder_is_removed_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    for name in ("weights", "optimizer"):
+        (checkpoint / name).write_text("1")
+
+    def killed(folder: Path, **_options: Any) -> None:
+        next(folder.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_folder(checkpoint)
+    assert checkpoints(tmp_path) == []  # no torn one, which would be taken for damage
+    assert len(list(tmp_path.iterdir())) == 1
+    assert clean_up(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scratch_of_a_killed_process_is_removed(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        with scratch_folder(tmp_path / "stages", "anchors") as scratch:
+            (scratch / "action").write_text("1")
+            os._exit(9)
+    os.waitpid(child, 0)
+    with scratch_folder(tmp_path / "stages", "vision") as mine:
+        assert len(list((tmp_path / "stages").iterdir())) == 2
+        clean_up(tmp_path)
+        assert list((tmp_path / "stages").iterdir()) == [mine]
+    assert list((tmp_path / "stages").iterdir()) == []

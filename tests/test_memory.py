@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from tiny_policy import tiny_policy
 from toy_demonstrations import TASKS, toy_demonstrations
 
+from infovla_peft import rehearsal
+from infovla_peft.adapters import add_adapter
+from infovla_peft.config import InfoVLAConfig
 from infovla_peft.data.chunks import ChunkDataset
 from infovla_peft.data.counterfactual import CounterfactualDataset
 from infovla_peft.data.images import ImagePipeline
 from infovla_peft.data.sampling import Augmentation, Draw, ReplayMixture, StratifiedBatchSampler, Views
 from infovla_peft.memory import Anchors, ReplayMemory
 from infovla_peft.models.openvla import OpenVLAImageProcessor
+from infovla_peft.speed.opening import resident_bytes
 
 DRAWER, STOVE, BOWL = TASKS
 
@@ -147,6 +155,52 @@ def test_anchors_on_the_disk_are_the_same_and_leave_no_file(tmp_path: Path) -> N
     for name, tensor in anchors.tensors().items():
         assert torch.equal(getattr(mapped, name), tensor)
     assert mapped.spec == anchors.spec
+
+
+def test_memory_does_not_grow_with_the_anchors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a stage is prepared, the anchors of one task are in memory, however many there are."""
+    tasks, size = 5, 2**25  # bytes of one task's; as many are given back to the system when they are freed
+    frames = toy_demonstrations([DRAWER], episodes=1, frames=4).to_list()
+    rows = [{**frame, "task": f"task_{number}"} for number in range(tasks) for frame in frames]
+    source = toy_demonstrations([DRAWER], episodes=1, frames=4)
+    memory = ReplayMemory(datasets.Dataset.from_list(rows, features=source.features)).save(tmp_path / "memory")
+    policy = tiny_policy()
+    config = InfoVLAConfig(output_dir=str(tmp_path / "run"), use_cpu=True, counterfactual_share=0.0, report_to=[])
+    model = add_adapter(policy.model, "one", config)
+    current = policy.dataset.like(policy.task("put_the_bowl_on_the_plate"))
+
+    def large_anchors(*_arguments: Any, name: str, rows: Any, views: Any, **_options: Any) -> Anchors:
+        shape = (views.count, len(rows))
+        affinity = torch.ones(*shape, 16, size // (4 * 16 * shape[0] * shape[1]))
+        small = torch.ones(*shape, 4)
+        words, shifts = torch.ones(len(rows), dtype=torch.long), torch.zeros(*shape, 2, dtype=torch.long)
+        return Anchors(
+            small, affinity, small.clone(), small[..., None].clone(), words, shifts, {name: {"rows": str(len(rows))}}
+        )
+
+    monkeypatch.setattr(rehearsal, "compute_anchors", large_anchors)
+    prepared = rehearsal.Rehearsal(model, config, current, policy.collator, memory=memory)
+    highest = before = resident_bytes()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.wait(0.005):
+            highest = max(highest, resident_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        anchors = prepared.prepare(batch_size=4)
+    finally:
+        done.set()
+        watcher.join()
+    assert anchors is not None
+    assert anchors.affinity.nbytes == tasks * size
+    assert anchors.affinity.min() == 1
+    assert max(highest, resident_bytes()) - before < 3 * size
+    assert ReplayMemory.load(tmp_path / "memory").anchors is not None
+    assert not list((tmp_path / "run").iterdir())
 
 
 # --- stratified batches ---------------------------------------------------------------------------------------------

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from multiprocessing import Pipe
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from infovla_peft.simulation import (
     WorkerError,
     find_assets,
     find_task,
+    workers,
 )
 
 pytestmark = pytest.mark.libero
@@ -159,6 +163,17 @@ def test_a_lost_worker_is_replaced_and_its_episode_counts_once(
             assert batches == [2, 2, 2, 1, 1, 1]  # the policy was not asked again
             assert worker.process is not process
             assert process.returncode == (-signal.SIGKILL if number == signal.SIGSTOP else -number)
+
+
+@pytest.mark.parametrize("problem", [None, "gave no answer"])
+def test_a_worker_that_does_not_end_is_killed(problem: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_FAREWELL", 0.2)
+    worker = workers._Worker.__new__(workers._Worker)
+    worker.connection, theirs = Pipe()
+    theirs.close()  # as a worker whose simulator closed what it should not, and hangs
+    worker.process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    assert worker._bury(problem) == (problem or "died by SIGKILL (exit code -9)")
+    assert worker.process.poll() == -signal.SIGKILL
 
 
 def be_impatient(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_policy import tiny_policy
 
+from infovla_peft import vision_cache
 from infovla_peft.adapters import add_adapter, base_model
 from infovla_peft.config import InfoVLAConfig
 from infovla_peft.memory import ReplayMemory
@@ -69,6 +70,23 @@ def test_training_is_the_same_and_sees_the_current_images_alone(tmp_path: Path, 
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
     assert images == [[8] * 3, [4] * 3]
     assert not list(tmp_path.glob(".vision*"))
+
+
+def test_the_tower_runs_where_the_model_is_trained_and_nothing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = stage(tmp_path, cache_vision_features=True)
+    prepared: list[bool] = []
+    compute = vision_cache._compute
+
+    def note(*arguments: Any) -> torch.Tensor:
+        prepared.append(trainer.model_wrapped is not trainer.model or trainer.optimizer is not None)
+        return compute(*arguments)
+
+    monkeypatch.setattr(vision_cache, "_compute", note)
+    trainer.train()
+    assert prepared == [True]
+    assert trainer._vision is None
 
 
 @pytest.mark.parametrize(

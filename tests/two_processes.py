@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "paper": {"method": "infovla_paper"},
     "counterfactual": {"method": "infovla", "counterfactual_share": 0.9},
     "lwf": {"method": "lwf"},
+    "vision": {"method": "er", "image_shift": 0, "cache_vision_features": True, "lora_targets": "q_proj,v_proj"},
     "accumulated": {"method": "infovla", "gradient_accumulation_steps": 2, "activation_checkpointing": True},
 }
 
@@ -43,8 +44,8 @@ def one_step(case: str, folder: Path) -> None:
     config = InfoVLAConfig(
         output_dir=str(folder / case), use_cpu=True, max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0,
         lr_scheduler_type="constant", save_strategy="no", logging_steps=1, disable_tqdm=True, lora_r=4,
-        lora_alpha=16, image_shift=2, anchor_views=2, proprio_noise=0.05, replay_fraction=0.5,
-        **{"counterfactual_frames": 30, **options},
+        lora_alpha=16, anchor_views=2, proprio_noise=0.05, replay_fraction=0.5,
+        **{"image_shift": 2, "counterfactual_frames": 30, **options},
     )  # fmt: skip
     config.per_device_train_batch_size = BATCH // config.world_size
     model, dataset, memory = policy.model, policy.dataset, None

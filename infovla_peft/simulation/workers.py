@@ -41,6 +41,8 @@ Act = Callable[[list[Observation], list[Task]], Sequence[NDArray[Any]]]
 EPISODE_TIMEOUT = 600.0
 """Seconds. An episode of 520 steps takes about 15 on one core, building its environment 3; the rest is patience."""
 _MODELS_PER_WORKER = 4
+_FAREWELL = 10.0
+"""Seconds that a process gets to end."""
 _log = logging.getLogger(__name__)
 
 
@@ -208,16 +210,25 @@ class _Worker:
         self.connection.close()
         if problem is not None:
             self.process.kill()
-        code = self.process.wait()
+        code = self._end()
         return problem or exit_text(code)
 
     def close(self) -> None:
         self.connection.close()  # the worker ends when it reads this
-        try:
-            self.process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self._end()
+
+    def _end(self) -> int:
+        """Wait until the process has ended, and kill it if it does not; its exit code.
+
+        Even a killed process may stay, in a driver's call that nothing interrupts. Nobody waits for it then.
+        """
+        with suppress(subprocess.TimeoutExpired):
+            return self.process.wait(_FAREWELL)
+        self.process.kill()
+        with suppress(subprocess.TimeoutExpired):
+            return self.process.wait(_FAREWELL)
+        _log.warning("process %d of a simulation cannot be killed; it is left to itself", self.process.pid)
+        return -signal.SIGKILL
 
 
 class EnvironmentPool:
