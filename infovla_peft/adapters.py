@@ -45,6 +45,7 @@ WEIGHTS, PEFT_CONFIG, INFO, STATISTICS = (
 BASE = "__base__"
 """In a list of adapters: the base alone (PEFT's own word)."""
 _SAMPLE = 64  # values per tensor that enter a fingerprint
+_HIGHEST_RANK = 1 << 16  # memory, not mathematics
 _VOLATILE = {
     "transformers_version", "dtype", "torch_dtype", "use_cache", "norm_stats", "acting", "architectures", "auto_map",
     "quantization_config",
@@ -460,8 +461,37 @@ def read_statistics(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"{file} is missing; copy the whole folder of the adapter") from error
     check = Checker(str(file), AdapterError, cure)
     for key, described in check.typed(statistics, dict, "the content").items():
-        check.typed(described, dict, f"{key!r:.60}")
+        for part in ("action", "proprio"):
+            numbers = check.typed(check.typed(described, dict, f"{key!r:.60}").get(part, {}), dict, part)
+            for name in ("q01", "q99", "min", "max"):
+                values = check.typed(numbers.get(name, []), list, f"{part}, {name}")
+                if not all(type(value) in (int, float) for value in values):
+                    check.fail(f"{part}, {name}", "numbers", values)
     return statistics
+
+
+def read_lora(folder: str | os.PathLike[str]) -> LoraConfig:
+    """`adapter_config.json` of an adapter.
+
+    Raises:
+        FileNotFoundError, AdapterError: there is none; it is damaged, or configures something else than LoRA.
+    """
+    file = Path(folder) / PEFT_CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no adapter: {PEFT_CONFIG} is missing; copy the whole folder")
+    content = read_json(file, error=AdapterError, cure="copy or train the adapter again")
+    try:
+        if content["peft_type"] != "LORA":
+            raise ValueError(f"peft_type is {content['peft_type']!r:.80}")
+        lora = LoraConfig.from_pretrained(str(folder))
+        if type(lora.r) is not int or not 1 <= lora.r <= _HIGHEST_RANK:
+            raise ValueError(f"r is {lora.r!r:.80}")
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        problem = f"{type(error).__name__}: {error!s:.300}"
+        raise AdapterError(
+            f"{file} is no configuration of LoRA ({problem}); copy or train the adapter again"
+        ) from error
+    return lora
 
 
 def load_adapter(
@@ -483,9 +513,7 @@ def load_adapter(
     path = Path(folder)
     info = check_adapter(path)
     check_base(model, info, path, actual=base_fingerprint)
-    if not (path / PEFT_CONFIG).is_file():
-        raise FileNotFoundError(f"{path} holds no adapter: {PEFT_CONFIG} is missing")
-    lora = LoraConfig.from_pretrained(str(path))
+    lora = read_lora(path)
     peft_model = attach(model, name, lora, empty=True)
     read_adapter_weights(peft_model, name, path)
     activate(peft_model, name, trainable=trainable)

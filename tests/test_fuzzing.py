@@ -9,8 +9,11 @@ from __future__ import annotations
 import sys
 
 import pytest
+from fuzz_data_readers import DATA_READERS
 from fuzz_harness import Reader, fuzz, summary
-from fuzz_readers import READERS
+from fuzz_readers import READERS as FILE_READERS
+
+READERS = (*FILE_READERS, *DATA_READERS)
 
 FULL, SHORT, SEED = 900, 12, 20260101
 """Files of each reader."""

@@ -192,6 +192,10 @@ def _read_info(path: Path) -> dict[str, Any]:
             _check_pattern(path, name, info.get(name))
         if not all(isinstance(feature, dict) for feature in info["features"].values()):
             raise TypeError("a feature is no object")
+        for name, feature in info["features"].items():
+            shape = feature["shape"]
+            if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
+                raise TypeError(f"the shape of {name:.80} is {shape!r:.80}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, DemonstrationError):
             raise
@@ -272,7 +276,7 @@ def read_frames(path: Path, times: NDArray[np.float64], frames_per_second: float
                 found.append(frame.to_ndarray(format="rgb24"))
                 if len(found) == len(times):
                     return found
-    except (av.error.FFmpegError, IndexError) as error:
+    except (av.error.FFmpegError, IndexError, UnicodeDecodeError) as error:
         raise DemonstrationError(f"{path} is truncated or no video ({error}): {AGAIN}") from error
     raise DemonstrationError(
         f"{path} has no frame at {times[len(found)]:.3f} s, only {len(found)} of the {len(times)} frames from "

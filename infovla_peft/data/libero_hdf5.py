@@ -117,7 +117,8 @@ class LiberoHDF5Source:
         with _open(path) as file:
             if "data" not in file:
                 raise DemonstrationError(
-                    f"{path} has no group 'data', only {sorted(file)}: it is not of LIBERO's format"
+                    f"{path} has no group 'data' that can be read, only {sorted(file)!s:.300}: it is damaged "
+                    f"({AGAIN}), or not of LIBERO's format (leave it out)"
                 )
             task = re.sub(r"_demo$", "", path.stem)
             instruction = instruction_of(task)
