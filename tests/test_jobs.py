@@ -58,6 +58,11 @@ def test_an_error_is_given_as_it_is_and_ends_all(tmp_path: Path, monkeypatch: py
     assert [process.returncode is None for process in launched] == [False, False]
 
 
+def test_an_error_that_cannot_be_sent_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="OddError: as asked 7"):
+        run(tmp_path, "odd", workers=1)
+
+
 def test_a_recording_that_loses_its_processes_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def lose(_work: Any, jobs: Sequence[Any], **_options: Any) -> Iterator[Any]:
         yield from ()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -179,13 +179,16 @@ def _serve(descriptor: int) -> None:
             except (EOFError, ConnectionError):
                 raise
             except Exception as error:
-                answer = "failed", _picklable(error)
+                _send_error(connection, error)
+                continue
             connection.send(answer)
 
 
-def _picklable(error: Exception) -> Exception:
+def _send_error(connection: Connection[Any, Any], error: Exception) -> None:
+    """The error itself, or, where it cannot be made again from its arguments, its text."""
     try:
-        pickle.loads(pickle.dumps(error))  # its own class may need arguments that pickle does not know
+        connection.send(("failed", copy.copy(error)))
+    except ConnectionError:
+        raise
     except Exception:
-        return RuntimeError("".join(traceback.format_exception(error)))
-    return error
+        connection.send(("failed", RuntimeError("".join(traceback.format_exception(error)))))
