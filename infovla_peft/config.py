@@ -61,7 +61,8 @@ def _option(default: Any, help: str) -> Any:
 
 
 NOT_COMPILED = (
-    "{} is not supported: the terms tap a layer by a hook, which a compiled model leaves out; train without it"
+    "{} is not supported: a model compiled as a whole leaves out the hook that reads the tapped layer; set "
+    "torch_compile alone, which compiles block by block"
 )
 
 
@@ -132,6 +133,8 @@ class InfoVLAConfig(TrainingArguments):
         cache_vision_features: run the vision tower on the replayed frames once per stage and keep what it makes of
             them on the disk. Needs a tower without adapters (`lora_targets`), and replay samples that are not
             augmented anew.
+        torch_compile: compile the transformer blocks, one by one, while training (see `compilation.py`). Not with FSDP
+            or DeepSpeed; on a CPU it needs a C++ compiler.
 
     > Parameters that control the adapter
 
@@ -222,9 +225,12 @@ class InfoVLAConfig(TrainingArguments):
     remove_unused_columns: bool = _option(False, "Must stay False: batches carry more than the model's arguments.")
 
     def __post_init__(self) -> None:
-        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
-            raise ValueError(NOT_COMPILED.format("torch_compile"))  # before it is written into the environment
+        for name in ("torch_compile_backend", "torch_compile_mode"):
+            if getattr(self, name):
+                raise ValueError(NOT_COMPILED.format(name))  # before it is written into the environment
+        compile_blocks, self.torch_compile = self.torch_compile, False  # Trainer would compile the model as a whole
         super().__post_init__()  # type: ignore[no-untyped-call]
+        self.torch_compile = compile_blocks
         if self.method == "infovla_paper":
             self.teacher, self.cmi_mode, self.anchor_bank, self.near_duplicate_window = "previous", "paper", 0, 0
             self.rac_targets, self.rac_center = "hard", False

@@ -10,6 +10,7 @@ import shutil
 import signal
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from transformers.trainer_utils import TrainOutput
 
 from .adapters import base_model, freeze_unused, read_adapter_weights, write_adapter_weights
 from .checkpoints import STAGING, check_continuable, keep_newest, last_checkpoint, publish_checkpoint
+from .compilation import check_compilable, compiled_blocks
 from .config import NOT_COMPILED, InfoVLAConfig
 from .consolidation import Consolidation
 from .data.chunks import ChunkDataset, ReplayRows
@@ -139,6 +141,10 @@ class InfoVLATrainer(Trainer):
                 f"method={args.method!r} looks at single parameters, so each process must hold all of them; "
                 "launch with recipes/accelerate/ddp.yaml instead of FSDP or DeepSpeed"
             )
+        if args.torch_compile:
+            if sharded:
+                raise ValueError("torch_compile is not supported with FSDP or DeepSpeed: train without it")
+            check_compilable(args.device.type)
         self.loss_is_scaled_for_ga = False  # `compute_loss` gives the mean of its batch
         self._stop = _StopOnSignal(self)
         self.add_callback(self._stop)
@@ -217,8 +223,10 @@ class InfoVLATrainer(Trainer):
             check_continuable(resume_from_checkpoint, sharded=self.is_fsdp_enabled)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             self._keep_vision()  # a sharded tower cannot be called by itself
+        model = cast(nn.Module, self.model)
+        compiled = compiled_blocks(model, self.args.tap_layer) if self.args.torch_compile else nullcontext()
         try:
-            with deferred_stop():
+            with deferred_stop(), compiled:
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._vision = None  # and with it what it takes of the disk

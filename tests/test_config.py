@@ -33,8 +33,8 @@ def test_unknown_stream_notation_says_how_to_write_it(notation: str) -> None:
         ({"tap_layer": 0}, "tap_layer 0 is the embeddings"),
         ({"lora_r": 0}, "lora_r must be at least 1"),
         ({"remove_unused_columns": True}, "must stay False"),
-        ({"torch_compile": True}, "torch_compile is not supported: .* train without it"),
-        ({"torch_compile_backend": "eager"}, "torch_compile is not supported"),
+        ({"torch_compile_mode": "default"}, "torch_compile_mode is not supported: .* set torch_compile alone"),
+        ({"torch_compile_backend": "eager"}, "torch_compile_backend is not supported"),
     ],
 )
 def test_training_options_are_checked(tmp_path: Path, change: dict[str, object], message: str) -> None:
