@@ -252,7 +252,7 @@ def test_truncated_and_foreign_files(tmp_path: Path) -> None:
         load_demonstrations(tmp_path)
     with h5py.File(path, "w") as file:
         file["other"] = 1
-    with pytest.raises(DemonstrationError, match="no group 'data', only"):
+    with pytest.raises(DemonstrationError, match="no group 'data' that can be read, only"):
         load_demonstrations(tmp_path)
     with h5py.File(path, "w") as file:
         file.create_group("data")

@@ -43,7 +43,9 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Strea
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    """Contents of all files but those of caches."""
+    files = [file for file in folder.rglob("*") if file.is_file() and ".cache" not in file.parts]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def test_the_notation_becomes_stages() -> None:

@@ -30,7 +30,7 @@ def stream(folder: Path, source: Path, **options: Any) -> Stream:
 def _no_simulator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     real = load_demonstrations
     install_fakes(monkeypatch, tmp_path)
-    for module in ("stream", "analysis"):
+    for module in ("stream", "probe"):
         monkeypatch.setattr(f"infovla_peft.{module}.load_demonstrations", real)
 
     def never(*_arguments: Any, **_options: Any) -> None:
