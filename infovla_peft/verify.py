@@ -122,18 +122,22 @@ def verify_run(path: str | os.PathLike[str]) -> Verification:
     return found
 
 
+_OF_EVERY_RUN = frozenset({"suite", "stream", "method", "seed", "base_model"})
+
+
 def _configuration(run: RunFolder, found: Verification) -> dict[str, Any]:
     file = run / "config.yaml"
 
     def read() -> dict[str, Any]:
-        if config_is_sealed(file) is False:
+        sealed = config_is_sealed(file)
+        if sealed is False:
             raise DamagedFileError("its content does not match its checksum")
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise DamagedFileError(f"{file} is no YAML") from error
-        if not isinstance(content, dict):
-            raise DamagedFileError("it holds no configuration")
+        if not isinstance(content, dict) or not (sealed or set(content) >= _OF_EVERY_RUN):  # JSON is YAML too
+            raise DamagedFileError("it holds no configuration of a run")
         return content
 
     return found.attempt(file, read) or {}

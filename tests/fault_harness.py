@@ -343,6 +343,7 @@ def main(options: argparse.Namespace) -> int:
         faults = Faults(folder, short=options.short)
         known = faults.all()
         counts = [each.short if options.short else max(1, round(options.share * each.cases)) for each in known]
+        counts = [count if options.only in each.name else 0 for each, count in zip(known, counts, strict=True)]
         table = Table(Path(options.output), known, counts)
         cases = [(fault, number) for fault, count in zip(known, counts, strict=True) for number in range(count)]
         todo = [(fault, number) for fault, number in cases if (fault.name, number) not in table.done()]
@@ -374,5 +375,6 @@ if __name__ == "__main__":
     parser.add_argument("output", help="JSON of the table")
     parser.add_argument("--short", action="store_true", help="a few faults only, in a smaller stream")
     parser.add_argument("--share", type=float, default=1.0, help="part of the full numbers")
+    parser.add_argument("--only", default="", metavar="TEXT", help="the faults whose name has this in it")
     parser.add_argument("--lanes", type=int, default=0, help="cases at once; two if not given (short: one)")
     sys.exit(main(parser.parse_args()))

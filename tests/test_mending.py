@@ -92,6 +92,12 @@ def finish(runs: Runs, run: Path) -> None:
     assert [name for name in {**expected, **found} if expected.get(name) != found.get(name)] == []
 
 
+def test_another_file_is_no_configuration(runs: Runs, tmp_path: Path) -> None:
+    run = copy(runs.begun, tmp_path)
+    (run / "config.yaml").write_bytes((run / "state.json").read_bytes())  # JSON is YAML, and this has no checksum line
+    assert run / "config.yaml" in verify_run(run).damage
+
+
 def test_exchanged_rollouts_are_found_and_measured_again(runs: Runs, tmp_path: Path) -> None:
     run = copy(runs.begun, tmp_path)
     first, second = sorted(run.glob("stages/stage_0[01]/rollouts/*.json"), key=lambda file: (file.stem, str(file)))[:2]
