@@ -58,7 +58,23 @@ def test_the_whole_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     file = tmp_path / "data.json"
     sizes = ["--image_size", "16", "--input_size", "32", "--batch_size", "4", "--repetitions", "1"]
     assert (
-        main(["bench", "data", "--json", str(file), *sizes, "--tasks", "1", "--episodes", "2", "--frames", "3"]) == 0
+        main(
+            [
+                "bench",
+                "data",
+                "--json",
+                str(file),
+                *sizes,
+                "--tasks",
+                "1",
+                "--episodes",
+                "2",
+                "--frames",
+                "3",
+                "--unprepared",
+            ]
+        )
+        == 0
     )
     assert "samples_per_second_ratio_training" in capsys.readouterr().out
     found = json.loads(file.read_text())
