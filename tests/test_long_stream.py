@@ -24,6 +24,7 @@ from infovla_peft.stream import Stream
 pytestmark = pytest.mark.libero
 STAGES, SETTLED, WINDOW = 50, 5, 5
 CHECKPOINTS = 3
+LINE_PER_TASK = 400  # bytes
 COMMAND = "import sys; sys.path.insert(0, sys.argv[1]); import test_long_stream; test_long_stream.main(sys.argv[2])"
 
 
@@ -48,7 +49,7 @@ def watch(folder: Path) -> list[dict[str, float]]:
     config = StreamConfig(**{**STREAM, "demonstrations": 1, "stage_steps": 8, "base_steps": 2})
     training = InfoVLAConfig(
         **{**TRAINING, "output_dir": str(folder / "run"), "save_total_limit": CHECKPOINTS, "save_steps": 1},
-        counterfactual_frames=6,
+        counterfactual_frames=STAGES + 1,  # one per past task at least
     )
     seconds: list[float] = []
     step: Callable[..., Any] = InfoVLATrainer.training_step
@@ -72,14 +73,16 @@ def watch(folder: Path) -> list[dict[str, float]]:
             stream.learn(stage)
             stream.remember(stage)
             gc.collect()
-            size = sum(file.stat().st_size for file in (folder / "run" / "adapters" / stage.name).iterdir())
+            sizes = {file.name: file.stat().st_size for file in (folder / "run" / "adapters" / stage.name).iterdir()}
+            info = sizes.pop("infovla.json")  # lists the tasks learned so far
             notes.append(
                 {
                     "bytes": resident_bytes(),
                     "handles": len(os.listdir("/proc/self/fd")),
                     "threads": len(os.listdir("/proc/self/task")),
                     "step": statistics.median(seconds),
-                    "adapter": size,
+                    "adapter": sum(sizes.values()),
+                    "info": info,
                     "stage": sum(file.stat().st_size for file in stream.run_folder.stage(stage.index).rglob("*")),
                 }
             )
@@ -94,7 +97,9 @@ def main(folder: str) -> None:
     ratios = {
         name: statistics.median(note[name] for note in late) / statistics.median(note[name] for note in early)
         for name in notes[0]
+        if name != "info"
     }
+    assert (notes[-1]["info"] - notes[0]["info"]) / (STAGES - 1) <= LINE_PER_TASK
     print(" ".join(f"{name}={ratio:.3f}" for name, ratio in ratios.items()))
 
 
