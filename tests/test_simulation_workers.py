@@ -25,6 +25,7 @@ from infovla_peft.simulation import (
     WorkerError,
     find_assets,
     find_task,
+    jobs,
     workers,
 )
 
@@ -167,7 +168,7 @@ def test_a_lost_worker_is_replaced_and_its_episode_counts_once(
 
 @pytest.mark.parametrize("problem", [None, "gave no answer"])
 def test_a_worker_that_does_not_end_is_killed(problem: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "_FAREWELL", 0.2)
+    monkeypatch.setattr(jobs, "_FAREWELL", 0.2)
     worker = workers._Worker.__new__(workers._Worker)
     worker.connection, theirs = Pipe()
     theirs.close()  # as a worker whose simulator closed what it should not, and hangs

@@ -24,6 +24,8 @@ Result = TypeVar("Result")
 
 MAX_REPLACEMENTS = 2
 """Processes that one job may cost; a third that is lost with it says that it is the job's fault."""
+_FAREWELL = 10.0
+"""Seconds that a process may take to end."""
 _log = logging.getLogger(__name__)
 
 
@@ -45,6 +47,20 @@ def fresh_interpreter(command: str, inherited: Sequence[int]) -> subprocess.Pope
     return subprocess.Popen(
         [sys.executable, "-c", command], env=environment, stdin=subprocess.DEVNULL, pass_fds=inherited
     )
+
+
+def end_process(process: subprocess.Popen[bytes]) -> int:
+    """Wait until a simulation's process has ended, and kill it if it does not; its exit code.
+
+    Even a killed process may stay, in a driver's call that nothing interrupts. Nobody waits for it then.
+    """
+    with suppress(subprocess.TimeoutExpired):
+        return process.wait(_FAREWELL)
+    process.kill()
+    with suppress(subprocess.TimeoutExpired):
+        return process.wait(_FAREWELL)
+    _log.warning("process %d of a simulation cannot be killed; it is left to itself", process.pid)
+    return -signal.SIGKILL
 
 
 def exit_text(code: int) -> str:
@@ -149,8 +165,8 @@ class _Process:
         self.connection.close()
         if problem is not None:
             self.process.kill()
-        problem = problem or exit_text(self.process.wait())
-        self.process.wait()
+        code = end_process(self.process)
+        problem = problem or exit_text(code)
         self._lost += 1
         if self._lost > MAX_REPLACEMENTS:
             raise LostJobError(
@@ -164,7 +180,7 @@ class _Process:
         """End the process, whatever it does: what it has not sent is worth nothing."""
         self.connection.close()
         self.process.kill()
-        self.process.wait()
+        end_process(self.process)
 
 
 def _serve(descriptor: int) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import signal
 import socket
-import subprocess
 import time
 import traceback
 from collections import OrderedDict, deque
@@ -32,7 +31,7 @@ from .assets import AssetSet
 from .environment import LiberoEnvironment, Observation
 from .frames import SharedFrames
 from .headless import choose_gl, libero_folder
-from .jobs import MAX_REPLACEMENTS, exit_text, fresh_interpreter
+from .jobs import MAX_REPLACEMENTS, end_process, exit_text, fresh_interpreter
 from .suites import Task
 
 Act = Callable[[list[Observation], list[Task]], Sequence[NDArray[Any]]]
@@ -41,8 +40,6 @@ Act = Callable[[list[Observation], list[Task]], Sequence[NDArray[Any]]]
 EPISODE_TIMEOUT = 600.0
 """Seconds. An episode of 520 steps takes about 15 on one core, building its environment 3; the rest is patience."""
 _MODELS_PER_WORKER = 4
-_FAREWELL = 10.0
-"""Seconds that a process gets to end."""
 _log = logging.getLogger(__name__)
 
 
@@ -210,25 +207,12 @@ class _Worker:
         self.connection.close()
         if problem is not None:
             self.process.kill()
-        code = self._end()
+        code = end_process(self.process)
         return problem or exit_text(code)
 
     def close(self) -> None:
         self.connection.close()  # the worker ends when it reads this
-        self._end()
-
-    def _end(self) -> int:
-        """Wait until the process has ended, and kill it if it does not; its exit code.
-
-        Even a killed process may stay, in a driver's call that nothing interrupts. Nobody waits for it then.
-        """
-        with suppress(subprocess.TimeoutExpired):
-            return self.process.wait(_FAREWELL)
-        self.process.kill()
-        with suppress(subprocess.TimeoutExpired):
-            return self.process.wait(_FAREWELL)
-        _log.warning("process %d of a simulation cannot be killed; it is left to itself", self.process.pid)
-        return -signal.SIGKILL
+        end_process(self.process)
 
 
 class EnvironmentPool:
