@@ -16,6 +16,7 @@ from infovla_peft.data.chunks import ChunkDataset, concatenate
 from infovla_peft.data.collator import IGNORE_INDEX, VLACollator
 from infovla_peft.data.images import ImagePipeline, central_crop, random_shift
 from infovla_peft.data.normalisation import Normaliser, compute_statistics
+from infovla_peft.data.rows import DemonstrationError
 from infovla_peft.inference import Policy
 from infovla_peft.models.openvla import OpenVLAImageProcessor, build_prompt, build_tiny_openvla
 from infovla_peft.models.openvla.action_tokenizer import ActionBins
@@ -52,6 +53,16 @@ def test_a_chunk_repeats_the_last_action_and_never_enters_the_next_episode(datas
     np.testing.assert_array_equal(samples.actions[2, :, :6], dataset.env_actions[[11] * 5, :6])
     assert samples.actions[2, :, 6].tolist() == [0.0] * 5  # LIBERO's closed (+1) is the model's 0
     np.testing.assert_array_equal(samples.states, dataset.states[[0, 9, 11]])
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_damaged_picture_is_named(pipeline: ImagePipeline, cached: bool) -> None:
+    frames = toy_demonstrations()
+    pictures = frames.cast_column("image", datasets.Image(decode=False))["image"][:]
+    pictures[3] = {"bytes": pictures[3]["bytes"][:40], "path": None}
+    broken = frames.remove_columns("image").add_column("image", pictures).cast_column("image", datasets.Image())
+    with pytest.raises(DemonstrationError, match=r"cannot be decoded .*: record or copy them again"):
+        ChunkDataset(broken, pipeline, cache_images=cached).__getitems__([2, 3])
 
 
 def test_bookkeeping(dataset: ChunkDataset) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from infovla_peft.config import InfoVLAConfig, StreamConfig, load_recipe, parse_stream, resolved_config
 
@@ -134,3 +137,33 @@ def test_a_resolved_configuration_is_plain_data_and_reads_back(tmp_path: Path) -
     values = resolved_config(stream, training)
     assert json.loads(json.dumps(values)) == values == yaml.safe_load(yaml.safe_dump(values))
     assert (values["lora_r"], values["tasks"]) == (4, ["a", "b", "c", "d", "e"])
+
+
+WEIGHTS = st.floats(0, 10)
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "lambda_rac": WEIGHTS,
+        "lambda_output": WEIGHTS,
+        "temperature": st.floats(1e-6, 100),
+        "counterfactual_share": st.floats(0, 1),
+        "counterfactual_frames": st.integers(1, 10**6),
+        "teacher": st.sampled_from(["base", "auto", "previous"]),
+        "rac_center": st.booleans(),
+        "lora_r": st.integers(1, 512),
+        "learning_rate": st.floats(1e-12, 1),
+        "seed": st.integers(0, 2**31 - 1),
+        "demonstrations": st.integers(1, 1000),
+        "tasks": st.lists(st.text("abz_019", min_size=1, max_size=8), min_size=2, max_size=2, unique=True),
+        "demonstrations_folder": st.none() | st.text("ab ./é#:'-", min_size=1, max_size=12).filter(str.strip),
+    },
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(OPTIONS)
+def test_what_a_recipe_says_is_what_is_read(options: dict[str, Any]) -> None:
+    text = yaml.safe_dump(options)
+    read = resolved_config(*load_recipe({"stream": "B1-1N1", **yaml.safe_load(text)}))
+    assert {name: read[name] for name in options} == options
+    json.dumps(read, allow_nan=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from PIL import Image
 from ..bars import progress_bar
 from .images import ImagePipeline
 from .normalisation import to_model_action
+from .rows import DemonstrationError
 
 IMAGE_CACHE_LIMIT = 2**30
 """Bytes of decoded images that are kept. Decoding 32 frames of 112 pixels anew takes about 25 ms of one core, a few
@@ -171,12 +173,16 @@ class ChunkDataset(torch.utils.data.Dataset[Samples]):
         )
 
     def _decode(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return self._resize(self.frames.select_columns(list(self.cameras))[index.tolist()])
+        with _named_pictures():
+            return self._resize(self.frames.select_columns(list(self.cameras))[index.tolist()])
 
     def _decode_all(self) -> NDArray[np.uint8]:
         images = np.empty((len(self), len(self.cameras), 3, self.pipeline.side, self.pipeline.side), dtype=np.uint8)
         batches = self.frames.select_columns(list(self.cameras)).iter(batch_size=256)
-        with progress_bar(total=len(self), desc="decoding frames", unit="frame", delay=2, leave=False) as bar:
+        with (
+            _named_pictures(),
+            progress_bar(total=len(self), desc="decoding frames", unit="frame", delay=2, leave=False) as bar,
+        ):
             first = 0  # not the bar's count, which stands still where nobody watches it
             for batch in batches:
                 decoded = self._resize(batch)
@@ -198,6 +204,17 @@ def concatenate(first: Samples, second: Samples) -> Samples:
         actions=np.concatenate((first.actions, second.actions)),
         instructions=first.instructions + second.instructions,
     )
+
+
+@contextmanager
+def _named_pictures() -> Iterator[None]:
+    """Pillow says what is wrong with a picture, but not of what it is nor what helps."""
+    try:
+        yield
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DemonstrationError(
+            f"a picture of the demonstrations cannot be decoded ({error!s:.200}): record or copy them again"
+        ) from error
 
 
 def _image(value: Any) -> Image.Image:
