@@ -63,6 +63,7 @@ ADAPTER_OPTIONS = frozenset(
         "anchor_bank",
         "near_duplicate_window",
         "replay_fraction",
+        "replay_balance",
         "anchor_views",
         "adapter_init",
         "lora_r",

@@ -115,6 +115,9 @@ class InfoVLAConfig(TrainingArguments):
 
     Args:
         replay_fraction: share of each batch drawn from the memory, in [0, 1). Unverified.
+        replay_balance: how replay samples are spread over past tasks. `task`: evenly. `stage`: evenly over the stages
+            that learned them, the base being one, so that what was learned in few steps is replayed more often than
+            what the base holds fast. `auto`: `stage` for `infovla`, `task` for the others.
         anchor_views: augmented views of each replayed frame for which anchors are kept, ≥ 1. The first of a memory
             frame is the frame itself, so 1 means that memory samples are not augmented while anchors are in use.
 
@@ -188,6 +191,9 @@ class InfoVLAConfig(TrainingArguments):
     )
 
     replay_fraction: float = _option(0.5, "Share of each batch drawn from the memory, in [0, 1).")
+    replay_balance: Literal["auto", "task", "stage"] = _option(
+        "auto", "Replay samples are spread evenly over past tasks (task) or stages (stage); auto: by the method."
+    )
     anchor_views: int = _option(
         1, "Views of each memory frame that have anchors: the frame itself and anchor_views - 1 shifted ones."
     )

@@ -67,6 +67,7 @@ class Method(NamedTuple):
         replay: memory samples are part of each batch.
         counterfactual: frames of the current task under old instructions are.
         terms: names of the terms it may add.
+        balance: replay samples are spread evenly over past tasks, or over the stages that learned them.
         retrieves: replay samples are chosen by interference.
         consolidates: moving parameters that past tasks depend on is penalised.
         keeps_all: the memory holds every trajectory.
@@ -76,6 +77,7 @@ class Method(NamedTuple):
     replay: bool
     counterfactual: bool = False
     terms: tuple[str, ...] = ()
+    balance: Literal["task", "stage"] = "task"
     retrieves: bool = False
     consolidates: bool = False
     keeps_all: bool = False
@@ -89,7 +91,7 @@ class Method(NamedTuple):
 METHODS: dict[str, Method] = {
     "sequential": Method(replay=False),
     "er": Method(replay=True),
-    "infovla": Method(replay=True, counterfactual=True, terms=("rac", "cmi", "output")),
+    "infovla": Method(replay=True, counterfactual=True, terms=("rac", "cmi", "output"), balance="stage"),
     "infovla_paper": Method(replay=True, terms=("rac", "cmi")),
     "der++": Method(replay=True, terms=("output",)),
     "mir": Method(replay=True, retrieves=True),

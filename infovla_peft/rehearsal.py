@@ -63,6 +63,8 @@ class Rehearsal:
     ) -> None:
         method = METHODS[config.method]
         self._model, self._config, self._current, self._collator = model, config, current, collator
+        balance = method.balance if config.replay_balance == "auto" else config.replay_balance
+        self._stages = dict(learned_by or {}) if balance == "stage" else None
         self._seed = config.seed if config.data_seed is None else config.data_seed
         if past_tasks is None:
             past_tasks = memory.instructions if memory is not None else {}
@@ -123,6 +125,7 @@ class Rehearsal:
             counterfactual_share=config.counterfactual_share,
             views=self.views,
             candidates=config.mir_candidates if METHODS[config.method].retrieves else 1,
+            stages=self._stages,
         )
 
     def prepare(

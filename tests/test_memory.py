@@ -375,3 +375,23 @@ def test_a_mixture_puts_replay_last(current: ChunkDataset, memory: ChunkDataset)
     assert samples.instructions[:3] == [TASKS[BOWL]] * 3
     assert samples.replay is draw.replay
     assert samples.shifts is None
+
+
+def test_stages_take_turns_and_within_each_its_tasks(current: ChunkDataset) -> None:
+    memory = current.like(toy_demonstrations([BOWL, DRAWER, STOVE], episodes=1))
+
+    def counts(batch_size: int, stages: dict[str, str | None] | None) -> list[list[int]]:
+        sampler = StratifiedBatchSampler(
+            current, memory, batch_size=batch_size, replay_fraction=0.5, batches=40, seed=0, stages=stages
+        )
+        return [np.bincount(memory.task[draw.replay.own[:, 1]], minlength=3).tolist() for draw in sampler]
+
+    late = memory.tasks[2]
+    by_stage = counts(16, {late: "stage_01"})
+    assert all(row[2] == 4 and sorted(row[:2]) == [2, 2] for row in by_stage)  # the base's two tasks share one half
+    by_task = counts(16, None)
+    assert all(sorted(row) == [2, 3, 3] for row in by_task)
+    assert all(sorted(row) == [2, 3, 3] for row in counts(16, {}))  # one stage alone: its tasks take turns
+    few = counts(4, {late: "stage_01"})
+    assert all(row[2] == 1 and sum(row) == 2 for row in few)
+    assert {tuple(row) for row in few} == {(1, 0, 1), (0, 1, 1)}

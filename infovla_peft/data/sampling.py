@@ -7,7 +7,7 @@ drawn, and two processes with batches of B draw together what one process draws 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from .chunks import FrameTable, ReplayRows, Samples, concatenate
 
 _PERMUTATION, _BATCH, _VIEWS = 0, 1, 2  # streams of random numbers under one seed
+
+Turns = list[list[NDArray[np.int64]]]
+"""What takes turns in a batch: of each turn its tasks, of each task its rows."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,10 @@ class StratifiedBatchSampler(torch.utils.data.Sampler[Draw]):
     """Draws batches with a fixed share of replay, spread evenly over the past tasks.
 
     Of a batch (over all processes), round(replay_fraction · size) samples are replay, at least one, and at least two
-    from two tasks where there are two. Tasks take turns in random order; within a task, frames are drawn uniformly.
-    Of the replay samples, round(counterfactual_share · replay) are counterfactual, all where there is no memory. The
-    current task's samples come from one random order after another, so each is used equally often.
+    from two tasks where there are two. Tasks take turns in random order, or stages and within each its tasks
+    (`stages`); within a task, frames are drawn uniformly. Of the replay samples, round(counterfactual_share · replay)
+    are counterfactual, all where there is no memory. The current task's samples come from one random order after
+    another, so each is used equally often.
 
     Args:
         current: data of the task being learned.
@@ -117,6 +121,8 @@ class StratifiedBatchSampler(torch.utils.data.Sampler[Draw]):
         counterfactual_share: of the replay samples, in [0, 1].
         views: of all rows, memory and counterfactual, for which anchors are kept.
         candidates: that many times as many replay samples are drawn as the batch has places for; the trainer chooses.
+        stages: past task → what learned it; those of one stage, and those that are not named, share one turn. None:
+            each task has its own.
 
     Raises:
         ValueError: a batch too small to hold both kinds.
@@ -138,15 +144,17 @@ class StratifiedBatchSampler(torch.utils.data.Sampler[Draw]):
         counterfactual_share: float = 0.0,
         views: Views | None = None,
         candidates: int = 1,
+        stages: Mapping[str, str | None] | None = None,
     ) -> None:
         self._batches, self._seed, self._rank, self._processes = batches, seed, rank, processes
         self._augmentation, self._views = augmentation, views
         self._current, self._width = len(current), current.states.shape[1]
         self._size = batch_size * processes
-        remembered, imagined = _rows_by_task(memory, 0), _rows_by_task(counterfactual, len(memory or ()))
+        remembered = _rows_by_turn(memory, 0, stages)
+        imagined = _rows_by_turn(counterfactual, len(memory or ()), stages)
         replay = 0
         if (remembered or imagined) and replay_fraction > 0:
-            replay = max(round(replay_fraction * self._size), min(2, len(remembered or imagined)))
+            replay = max(round(replay_fraction * self._size), min(2, sum(map(len, remembered or imagined))))
         if replay >= self._size:
             raise ValueError(
                 f"a batch of {self._size} cannot hold {replay} replay samples and one of the current task; "
@@ -201,22 +209,30 @@ class StratifiedBatchSampler(torch.utils.data.Sampler[Draw]):
     def _draw_order(self, turn: int) -> NDArray[np.int64]:
         return np.random.default_rng((self._seed, _PERMUTATION, turn)).permutation(self._current)
 
-    def _draw_replay(
-        self, random: np.random.Generator, by_task: list[NDArray[np.int64]], count: int
-    ) -> NDArray[np.int64]:
+    def _draw_replay(self, random: np.random.Generator, by_turn: Turns, count: int) -> NDArray[np.int64]:
         """(count, 2), (view, row)."""
         if not count:
             return np.empty((0, 2), dtype=np.int64)
-        turns = random.permutation(len(by_task))
-        tasks = turns[np.arange(count) % len(turns)]
-        picks = random.integers(0, np.array([len(rows) for rows in by_task])[tasks])
-        rows = np.array([by_task[task][pick] for task, pick in zip(tasks, picks, strict=True)])
+        turns = random.permutation(len(by_turn))
+        orders = [random.permutation(len(tasks)) for tasks in by_turn]
+        chosen = []
+        for number in range(count):
+            turn, nth = turns[number % len(turns)], number // len(turns)
+            chosen.append(by_turn[turn][orders[turn][nth % len(orders[turn])]])
+        picks = random.integers(0, np.array([len(rows) for rows in chosen]))
+        rows = np.array([rows[pick] for rows, pick in zip(chosen, picks, strict=True)])
         views = np.zeros_like(rows) if self._views is None else random.integers(0, self._views.count, len(rows))
         return np.stack((views, rows), axis=1)
 
 
-def _rows_by_task(data: FrameTable | None, offset: int) -> list[NDArray[np.int64]]:
-    return [] if data is None else [offset + np.flatnonzero(data.task == k) for k in range(len(data.tasks))]
+def _rows_by_turn(data: FrameTable | None, offset: int, stages: Mapping[str, str | None] | None) -> Turns:
+    if data is None:
+        return []
+    turns: dict[object, list[NDArray[np.int64]]] = {}
+    for number, task in enumerate(data.tasks):
+        rows = offset + np.flatnonzero(data.task == number)
+        turns.setdefault(number if stages is None else stages.get(task), []).append(rows)
+    return list(turns.values())
 
 
 class ReplayMixture(torch.utils.data.Dataset[Samples]):
