@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from infovla_peft.adapters import activate, adapter_parameters, add_adapter, base_model
 from infovla_peft.config import InfoVLAConfig
+from infovla_peft.consolidation import Consolidation
 from infovla_peft.memory import Anchors, ReplayMemory
 from infovla_peft.teacher import compute_anchors, teacher_mode
 from infovla_peft.trainer import InfoVLATrainer, LossLog, last_checkpoint
@@ -557,3 +558,26 @@ def test_terms_of_weight_0_are_as_if_they_were_not_there(tmp_path: Path) -> None
     for method in ("infovla", "der++"):
         assert weights[method].keys() == weights["er"].keys()
         assert all(torch.equal(tensor, weights["er"][name]) for name, tensor in weights[method].items()), method
+
+
+def test_a_penalty_of_weight_0_is_as_if_it_were_not_there(tmp_path: Path) -> None:
+    weights: dict[float | None, dict[str, Tensor]] = {}
+    for weight in (None, 0.0, 1e3):
+        options = {"method": "sequential"} if weight is None else {"method": "ewc", "lambda_ewc": weight}
+        trainer = adapter_stage(tmp_path / str(weight), max_steps=2, lora_dropout=0.1, **options)
+        model = cast(Any, trainer.model)
+        if weight is not None:
+            reference = {
+                key.replace(".one.", "."): parameter.detach().clone()
+                for key, parameter in adapter_parameters(model, "one")
+            }
+            trainer._consolidation = Consolidation(
+                {key: torch.ones_like(v) for key, v in reference.items()}, reference
+            )
+        trainer.train()
+        weights[weight] = snapshot(model)
+    same = {
+        weight: all(torch.equal(tensor, weights[None][name]) for name, tensor in found.items())
+        for weight, found in weights.items()
+    }
+    assert same == {None: True, 0.0: True, 1e3: False}
