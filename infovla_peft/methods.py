@@ -14,8 +14,9 @@
 | single_task   | - (a fresh adapter per task)  | -                                           | -                  |
 | merge         | - (fresh adapters, merged)    | -                                           | -                  |
 
-L = L_policy(current + replay) + λ1 · L_RAC + λ2 · L_CMI (paper, Eq. 7) + λ3 · L_output; the terms see replay samples
-only.
+L = L_policy(current + replay) + λ1 · L_RAC + λ2 · L_CMI (paper, Eq. 7) + λ3 · L_output. RAC and CMI see the samples of
+the memory, L_output all replay samples: features of the new task's frames that had to stay the teacher's would have no
+room for what is new in them (recipes/README.md).
 
 - **er**: Experience Replay (Chaudhry et al., 1902.10486).
 - **der++**: Dark Experience Replay++ (Buzzega et al., 2004.07211): replayed labels, and the outputs the network gave
@@ -231,15 +232,22 @@ class Term(Protocol):
     Attributes:
         name: under which its curve is logged.
         weight: λ.
+        counterfactual: whether it sees counterfactual frames too, or memory samples alone.
         network: trained along with the adapter and thrown away after the stage; None for most.
     """
 
     name: str
     weight: float
+    counterfactual: bool
     network: nn.Module | None
 
     def __call__(self, student: Features, contrast: Contrast) -> Tensor | None:
-        """Mean over this process's replay samples; None where they carry no information."""
+        """Mean over this process's samples; None where they carry no information.
+
+        Args:
+            student: hidden states of memory samples, `output` of all replay samples.
+            contrast: `own` are those that the term sees.
+        """
         ...
 
 
@@ -247,6 +255,7 @@ class ReplayAnchorContrast:
     """RAC, Eq. 1: the pooled action feature of a replay sample stays closest to its own anchor."""
 
     name = "rac"
+    counterfactual = False
     network: nn.Module | None = None
 
     def __init__(self, config: InfoVLAConfig) -> None:
@@ -274,6 +283,7 @@ class CrossModalInformation:
     """CMI, Eq. 2-5, by the estimator that `config.cmi_mode` names."""
 
     name = "cmi"
+    counterfactual = False
 
     def __init__(self, config: InfoVLAConfig) -> None:
         self.weight = config.lambda_cmi
@@ -307,6 +317,7 @@ class OutputDistillation:
     """The policy's answer on a replay sample stays the teacher's."""
 
     name = "output"
+    counterfactual = True
     network: nn.Module | None = None
 
     def __init__(self, config: InfoVLAConfig, kind: Literal["actions", "logits"]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from .adapters import base_model
 from .config import InfoVLAConfig
@@ -94,6 +94,10 @@ class Rehearsal:
     def __bool__(self) -> bool:
         """Whether anything is replayed."""
         return bool(self.tables)
+
+    def are_remembered(self, replayed: Tensor) -> Tensor:
+        """(R,) bool, which replayed frames, given as (view, row) (R, 2), are of the memory and not counterfactual."""
+        return replayed[:, 1] < len(self.remembered or ())
 
     @property
     def regresses_answers(self) -> bool:
@@ -193,11 +197,11 @@ class Rehearsal:
         )
 
     def _draw_negatives(self) -> Negatives:
-        offsets = np.cumsum([0, *(int(table.trajectory.max()) + 1 for table in self.tables)])
-        trajectory = [table.trajectory + offset for table, offset in zip(self.tables, offsets, strict=False)]
+        table = self.remembered if self.remembered is not None else self.tables[0]
+        count = len(self.remembered or ())
         return Negatives(
-            torch.from_numpy(np.concatenate(trajectory)),
-            torch.from_numpy(np.concatenate([table.frame for table in self.tables])),
+            torch.from_numpy(table.trajectory[:count]),
+            torch.from_numpy(table.frame[:count]),
             bank_size=self._config.anchor_bank,
             window=self._config.near_duplicate_window,
             seed=self._seed,

@@ -11,6 +11,7 @@ import signal
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -307,15 +308,19 @@ class InfoVLATrainer(Trainer):
         if anchors is None or negatives is None:
             raise RuntimeError("no anchors: call `train`, or `prepare_anchors` before `compute_loss`")
         own, peers = torch.from_numpy(replay.own), torch.from_numpy(replay.peers)
-        # The mean over processes shall be the mean over all replay samples, however they are spread.
-        share = len(own) * self.args.world_size / (len(own) + len(peers))
+        kept, others = (part[self.rehearsal.are_remembered(part)] for part in (own, peers))
         total = hidden.new_zeros((), dtype=torch.float32)
-        rows = slice(len(hidden) - len(own), None)
-        contrast = negatives(anchors, own, peers, hidden.device)
+        first = len(hidden) - len(own)  # replay samples come last, those of the memory before counterfactual ones
+        contrast = negatives(anchors, kept, others, hidden.device)
+        rows = slice(first, first + len(kept))
         features = extract_features(hidden, outputs.token_roles, rows, longest=contrast.words)
-        features = features._replace(output=policy_output(outputs, rows))
+        features = features._replace(output=policy_output(outputs, slice(first, None)))
         for term in self.terms:
-            value = term(features, contrast) if len(own) else total
+            mine, theirs = (own, peers) if term.counterfactual else (kept, others)
+            # The mean over processes shall be the mean over all samples, however they are spread.
+            share = len(mine) * self.args.world_size / max(len(mine) + len(theirs), 1)
+            nothing = not len(mine) and len(theirs)
+            value = total if nothing else term(features, replace(contrast, own=mine))
             if value is None:
                 self._counts[f"{term.name}_skipped"] = self._counts.get(f"{term.name}_skipped", 0) + 1
             else:

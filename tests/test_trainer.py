@@ -581,3 +581,35 @@ def test_a_penalty_of_weight_0_is_as_if_it_were_not_there(tmp_path: Path) -> Non
         for weight, found in weights.items()
     }
     assert same == {None: True, 0.0: True, 1e3: False}
+
+
+def test_features_are_held_on_memory_samples_alone_and_answers_on_all(tmp_path: Path) -> None:
+    seen: dict[str, list[Tensor]] = {}
+
+    class Watched:
+        def __init__(self, term: Any) -> None:
+            self.term = term
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.term, name)
+
+        def __call__(self, student: Any, contrast: Any) -> Any:
+            seen.setdefault(self.term.name, []).append(contrast.own)
+            return self.term(student, contrast)
+
+    trainer = adapter_stage(tmp_path, counterfactual_share=0.5, lambda_output=1.0, max_steps=2)
+    trainer.rehearsal.terms = [Watched(term) for term in trainer.terms]
+    trainer.train()
+    kept = len(old_tasks(tiny_policy()))
+    for name in ("rac", "cmi"):
+        assert [len(rows) for rows in seen[name]] == [2, 2]  # of four replay samples
+        assert all((rows[:, 1] < kept).all() for rows in seen[name])
+    assert [len(rows) for rows in seen["output"]] == [4, 4]
+    assert all((rows[2:, 1] >= kept).all() for rows in seen["output"])
+    negatives = trainer.rehearsal.negatives
+    assert negatives is not None
+    assert (negatives._chosen[:, 1] < kept).all()
+    alone = adapter_stage(tmp_path / "alone", counterfactual_share=1.0, lambda_output=1.0, max_steps=1)
+    alone.train()
+    assert losses(alone, "rac_skipped") == losses(alone, "cmi_skipped") == [1]  # no memory sample in the batch
+    assert losses(alone, "output")
