@@ -170,13 +170,13 @@ class InfoVLAConfig(TrainingArguments):
         "frames, RAC, CMI, output), infovla_paper (as in the paper), der++, mir, ewc, lwf, multitask (upper bound), "
         "single_task (an adapter per task, chosen by the task), merge (those merged).",
     )
-    lambda_rac: float = _option(0.1, "Weight of the replay-anchor contrastive term; 0 leaves it out.")
-    lambda_cmi: float = _option(0.1, "Weight of the cross-modal mutual information term; 0 leaves it out.")
-    lambda_output: float = _option(1.0, "Weight of the distance to the teacher's answers; 0 leaves it out.")
+    lambda_rac: float = _option(0.02, "Weight of the replay-anchor contrastive term; 0 leaves it out.")
+    lambda_cmi: float = _option(0.02, "Weight of the cross-modal mutual information term; 0 leaves it out.")
+    lambda_output: float = _option(0.3, "Weight of the distance to the teacher's answers; 0 leaves it out.")
     rac_targets: Literal["hard", "soft"] = _option(
-        "hard", "What RAC contrasts for: hard = the sample's own anchor (Eq. 1), soft = the teacher's similarities."
+        "soft", "What RAC contrasts for: hard = the sample's own anchor (Eq. 1), soft = the teacher's similarities."
     )
-    rac_center: bool = _option(False, "Subtract the mean of the negatives' anchors from the features of RAC.")
+    rac_center: bool = _option(True, "Subtract the mean of the negatives' anchors from the features of RAC.")
     cmi_mode: Literal["infonce", "relational", "paper"] = _option("relational", "Estimator of the cross-modal term.")
     temperature: float = _option(0.1, "Temperature of both terms.")
     teacher: Literal["base", "auto", "previous"] = _option(
