@@ -29,6 +29,7 @@ def config(folder: Path, **options: Any) -> InfoVLAConfig:
         "use_cpu": True, "max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "lora_r": 4,
         "lora_alpha": 8, "image_shift": 2, "counterfactual_share": 0.0, "lambda_output": 0.0,
         "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True,
+        "rac_targets": "hard", "rac_center": False, "lambda_rac": 0.1, "lambda_cmi": 0.1,
     }  # fmt: skip
     return InfoVLAConfig(**{"output_dir": str(folder), **plain, **options})
 
