@@ -181,9 +181,18 @@ def test_bench_s_is_what_it_says() -> None:
         found = {(key.seed, key.order) for key in keys if key[:2] == ("libero_goal", method) and key.memory == 1}
         assert found == {(seed, order) for seed in range(3) for order in "AB"}
         assert {key.memory for key in keys if key.method == method} == {0, 1, 5}
-    for method in ("der++", "mir", "multitask", "infovla_paper", "infovla_rac_only", "infovla_cmi_only"):
+    for method in (
+        "der++",
+        "mir",
+        "multitask",
+        "infovla_paper",
+        "infovla_rac_only",
+        "infovla_cmi_only",
+        "infovla_output_only",
+        "er_by_stage",
+    ):
         assert {key.seed for key in keys if key.method == method} == {0, 1, 2}
-    assert len(keys) == len(set(keys)) == 12 + 18 + 10 + 8 + 6
+    assert len(keys) == len(set(keys)) == 12 + 24 + 10 + 8 + 6
 
 
 def test_runs_are_ordered_named_and_not_doubled(benchmark: Benchmark) -> None:
