@@ -268,7 +268,9 @@ class InfoVLAConfig(TrainingArguments):
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be > 0, got {self.temperature}")
         if self.rac_center and not self.anchor_bank:
-            raise ValueError("rac_center needs stored anchors whose mean it subtracts: set anchor_bank above 0")
+            raise ValueError(
+                "rac_center subtracts the mean of stored anchors: set anchor_bank above 0, or rac_center to false"
+            )
         for name in ("replay_fraction", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")

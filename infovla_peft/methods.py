@@ -16,7 +16,8 @@
 
 L = L_policy(current + replay) + λ1 · L_RAC + λ2 · L_CMI (paper, Eq. 7) + λ3 · L_output. RAC and CMI see the samples of
 the memory, L_output all replay samples: features of the new task's frames that had to stay the teacher's would have no
-room for what is new in them (recipes/README.md).
+room for what is new in them. Replay samples are spread evenly over past tasks, of `infovla` over the stages that
+learned them (`replay_balance`).
 
 - **er**: Experience Replay (Chaudhry et al., 1902.10486).
 - **der++**: Dark Experience Replay++ (Buzzega et al., 2004.07211): replayed labels, and the outputs the network gave

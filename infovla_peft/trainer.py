@@ -315,12 +315,13 @@ class InfoVLATrainer(Trainer):
         rows = slice(first, first + len(kept))
         features = extract_features(hidden, outputs.token_roles, rows, longest=contrast.words)
         features = features._replace(output=policy_output(outputs, slice(first, None)))
+        whole = replace(contrast, own=own)
         for term in self.terms:
             mine, theirs = (own, peers) if term.counterfactual else (kept, others)
             # The mean over processes shall be the mean over all samples, however they are spread.
             share = len(mine) * self.args.world_size / max(len(mine) + len(theirs), 1)
             nothing = not len(mine) and len(theirs)
-            value = total if nothing else term(features, replace(contrast, own=mine))
+            value = total if nothing else term(features, whole if term.counterfactual else contrast)
             if value is None:
                 self._counts[f"{term.name}_skipped"] = self._counts.get(f"{term.name}_skipped", 0) + 1
             else:

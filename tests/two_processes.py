@@ -28,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "base": {},
     "er": {"method": "er"},
     "bank": {"method": "infovla", "cmi_mode": "infonce"},
-    "batch": {"method": "infovla", "cmi_mode": "relational", "anchor_bank": 0},
+    "batch": {"method": "infovla", "cmi_mode": "relational", "anchor_bank": 0, "rac_center": False},
     "paper": {"method": "infovla_paper"},
     "counterfactual": {"method": "infovla", "counterfactual_share": 0.9},
     "lwf": {"method": "lwf"},
@@ -45,7 +45,7 @@ def one_step(case: str, folder: Path) -> None:
         output_dir=str(folder / case), use_cpu=True, max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0,
         lr_scheduler_type="constant", save_strategy="no", logging_steps=1, disable_tqdm=True, lora_r=4,
         lora_alpha=16, anchor_views=2, proprio_noise=0.05, replay_fraction=0.5,
-        **{"image_shift": 2, "counterfactual_frames": 30, **options},
+        **{"image_shift": 2, "counterfactual_frames": 30, "lambda_rac": 0.1, "lambda_cmi": 0.1, **options},
     )  # fmt: skip
     config.per_device_train_batch_size = BATCH // config.world_size
     model, dataset, memory = policy.model, policy.dataset, None
