@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 
 from .config import InfoVLAConfig, StreamConfig, load_recipe, parse_stream, resolved_config
 from .measurement import read_cell, write_cell
+from .methods import unread_options
 from .reading import read_yaml
 from .results import Results, ResultsError
 from .run_folder import RunError, RunFolder, changed_keys
@@ -360,7 +361,8 @@ def _comparable(recipe: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[st
 
 
 def _ignored(recipe: Mapping[str, Any]) -> frozenset[str]:
-    return BOOKKEEPING | ({"assets"} if recipe.get("assets", "auto") == "auto" else set())
+    chosen = frozenset({"assets"} if recipe.get("assets", "auto") == "auto" else ())
+    return BOOKKEEPING | chosen | unread_options(str(recipe.get("method", InfoVLAConfig.method)))
 
 
 @cache

@@ -105,6 +105,27 @@ METHODS: dict[str, Method] = {
 }
 
 
+_READ_BY = {
+    "rac": {"lambda_rac", "rac_targets", "rac_center"},
+    "cmi": {"lambda_cmi", "cmi_mode"},
+    "output": {"lambda_output"},
+}
+"""Options that one term alone reads."""
+
+
+def unread_options(method: str) -> frozenset[str]:
+    """Options of `InfoVLAConfig` that change nothing in runs of a method, because it lacks what reads them.
+
+    >>> sorted(unread_options("der++"))
+    ['cmi_mode', 'counterfactual_frames', 'counterfactual_share', 'lambda_cmi', 'lambda_rac', 'rac_center', \
+'rac_targets']
+    """
+    row = METHODS[method]
+    unread = [options for term, options in _READ_BY.items() if term not in row.terms]
+    unread += [] if row.counterfactual else [{"counterfactual_share", "counterfactual_frames"}]
+    return frozenset().union(*unread)
+
+
 @dataclass(frozen=True)
 class Bank:
     """Anchors of negatives, on the student's device.

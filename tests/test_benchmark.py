@@ -470,6 +470,18 @@ def test_a_run_that_was_made_otherwise_does_not_count(benchmark: Benchmark, tmp_
     assert [failure.job.name for failure in outcome.failed] == [benchmark.jobs[1].name]
 
 
+def test_what_a_method_does_not_read_may_differ(benchmark: Benchmark) -> None:
+    er, rac_only = benchmark.jobs[1:3]
+    for job in (er, rac_only):
+        finish(job, lambda results: results.config.update(lambda_rac=7.0, rac_targets="hard"))
+    assert (er.recipe["method"], progress(er).problem) == ("er", None)
+    assert "lambda_rac 7.0" in str(progress(rac_only).problem)
+    results = Results.load(er.folder / "results.json")
+    results.config["replay_fraction"] = 0.25  # which it does read
+    results.save(er.folder / "results.json")
+    assert "replay_fraction" in str(progress(er).problem)
+
+
 def test_what_changes_no_number_may_differ(benchmark: Benchmark) -> None:
     finish(benchmark.jobs[1], lambda results: results.config.update(eval_workers=7, processes=2, save_steps=9))
     finish(benchmark.jobs[2], lambda results: results.config.pop("anchor_views"))  # of a version without it
