@@ -25,9 +25,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -41,7 +40,6 @@ from .results import Results, ResultsError
 from .run_folder import RunError, RunFolder, changed_keys
 from .stream import HARMLESS, Stream
 
-AGGREGATE_VERSION = 1
 BASE_SEED = 0
 ADAPTER_OPTIONS = frozenset(
     {
@@ -169,20 +167,22 @@ class Benchmark:
     cores_per_run: int
     workers: int | None
 
-    def select(self, methods: Iterable[str] | None = None) -> list[Job]:
+    def select(self, methods: Iterable[str] | None = None, *, held: Container[RunKey] = ()) -> list[Job]:
         """The runs of some methods, and the bases they need; all if None.
+
+        Args:
+            held: runs to leave out, as another machine has finished them.
 
         Raises:
             ValueError: no run has one of the methods.
         """
-        if methods is None:
-            return list(self.jobs)
-        wanted, known = set(methods), {job.key.method for job in self.jobs if job.key}
+        known = {job.key.method for job in self.jobs if job.key}
+        wanted = known if methods is None else set(methods)
         if wanted - known:
             raise ValueError(f"no run of {', '.join(sorted(wanted - known))}; there are {', '.join(sorted(known))}")
-        chosen = [job for job in self.jobs if job.key and job.key.method in wanted]
-        needed = {job.base.name for job in chosen if job.base}
-        return [job for job in self.jobs if job.name in needed or (job.key and job.key.method in wanted)]
+        chosen = {job.name for job in self.jobs if job.key and job.key.method in wanted and job.key not in held}
+        chosen |= {job.base.name for job in self.jobs if job.base and job.name in chosen}
+        return [job for job in self.jobs if job.name in chosen]
 
     def check(self, jobs: Iterable[Job] | None = None) -> None:
         """Parse the recipe of every run, or of some, so that a wrong option is found before the first one starts.
@@ -192,7 +192,7 @@ class Benchmark:
         """
         for job in self.jobs if jobs is None else jobs:
             try:
-                _resolved(json.dumps(job.recipe))
+                resolved_recipe(job.recipe)
             except ValueError as error:
                 raise ValueError(f"{job.name}: {error}") from error
 
@@ -346,7 +346,7 @@ def progress(job: Job) -> Progress:
         results = Results.load(folder.results)
     except (RunError, ResultsError, OSError, KeyError, TypeError, ValueError) as error:
         return Progress(0, planned, 0.0, str(error))
-    changed = changed_keys(results.config, _comparable(job.recipe, results.config), ignore=_ignored(job.recipe))
+    changed = changed_keys(results.config, _comparable(job.recipe, results.config), ignore=unimportant(job.recipe))
     problem = None
     if changed:
         listed = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())
@@ -356,84 +356,25 @@ def progress(job: Job) -> Progress:
 
 def _comparable(recipe: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
     """What the benchmark asks for; an option that the run did not know yet is taken to have had its default."""
-    wanted = _resolved(json.dumps(recipe))
+    wanted = resolved_recipe(recipe)
     return {**stored, **{name: value for name, value in wanted.items() if name in stored}}
 
 
-def _ignored(recipe: Mapping[str, Any]) -> frozenset[str]:
+def unimportant(recipe: Mapping[str, Any]) -> frozenset[str]:
+    """The options in which a run may differ from its recipe and still count."""
     chosen = frozenset({"assets"} if recipe.get("assets", "auto") == "auto" else ())
     return BOOKKEEPING | chosen | unread_options(str(recipe.get("method", InfoVLAConfig.method)))
+
+
+def resolved_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option of a recipe, defaults included."""
+    return dict(_resolved(json.dumps(recipe)))
 
 
 @cache
 def _resolved(recipe: str) -> dict[str, Any]:
     # The queue itself needs no GPU: what a recipe wants of one is checked by the run.
     return resolved_config(*load_recipe(json.loads(recipe), ["--use_cpu=true", "--bf16=false", "--fp16=false"]))
-
-
-# --- the aggregate -----------------------------------------------------------------------------------------------
-
-
-def aggregate(benchmark: Benchmark) -> tuple[dict[str, Any], list[str]]:
-    """All finished runs as one JSON-compatible object (see `comparison`), and the names of those that are missing.
-
-    Raises:
-        ValueError: a run was made with another configuration than the benchmark's, or is damaged.
-    """
-    runs, missing = [], []
-    for job in benchmark.jobs:
-        if job.key is None:
-            continue
-        found = progress(job)
-        if found.problem:
-            raise ValueError(found.problem)
-        if not found.done:
-            missing.append(job.name)
-            continue
-        runs.append(_aggregate_run(job.key, Results.load(RunFolder(job.folder).results), benchmark))
-    return {"format_version": AGGREGATE_VERSION, "protocol": _protocol(benchmark), "runs": runs}, missing
-
-
-def _aggregate_run(key: RunKey, results: Results, benchmark: Benchmark) -> dict[str, Any]:
-    common = _resolved(json.dumps(dict(benchmark.common[key.suite])))
-    differing = changed_keys(common, results.config, ignore=_ignored(benchmark.common[key.suite]) | _PLACE)
-    timings = results.timings[1:]  # the base is shared
-    return {
-        **key._asdict(),
-        "tasks": [task.name for task in results.tasks],
-        "learned_at": [task.learned_at for task in results.tasks],
-        "success": [[None if math.isnan(rate) else rate for rate in row] for row in results.success.tolist()],
-        "episodes": results.episodes,
-        "assets": results.assets,
-        "renderer": results.renderer,
-        "step_cap": results.step_cap,
-        "commit": results.commit,
-        "versions": results.versions,
-        "train_seconds": round(sum(stage.get("train", 0.0) for stage in timings), 1),
-        "evaluate_seconds": round(sum(stage.get("evaluate", 0.0) for stage in timings), 1),
-        "config": {
-            "method": results.method,
-            **{name: new for name, (_, new) in differing.items() if name in results.config},
-        },
-    }
-
-
-_PLACE = frozenset({"output_dir", "seed", "tasks", "memory_trajectories", "base_model"})
-_PATHS = frozenset({"demonstrations_folder", "assets_folder"})
-
-
-def _protocol(benchmark: Benchmark) -> dict[str, Any]:
-    return {
-        "name": benchmark.name,
-        "seconds": "of the stages after the base, which all runs share",
-        "suites": {
-            suite: {
-                "orders": {order: list(tasks) for order, tasks in benchmark.orders[suite].items()},
-                "recipe": {name: value for name, value in common.items() if name not in _PATHS | HARMLESS},
-            }
-            for suite, common in benchmark.common.items()
-        },
-    }
 
 
 # --- checks ------------------------------------------------------------------------------------------------------

@@ -259,9 +259,13 @@ def estimates(runs: Iterable[ComparedRun]) -> dict[str, dict[str, Estimate]]:
 def differences(runs: Sequence[ComparedRun], against: str) -> dict[str, dict[str, Estimate]]:
     """Method -> metric -> paired difference to the method `against`, over their common seeds and orders.
 
-    The runs must be of one suite and memory size. Empty if `against` was not run there.
+    The runs must be of one suite and memory size. Empty if `against` was not run there. Two runs whose base columns
+    differ started from different bases, trained on two machines, and are no pair.
     """
-    values = {method: {(run.seed, run.order): run.metrics() for run in own} for method, own in by_method(runs).items()}
+    values = {
+        method: {(run.seed, run.order, tuple(row[0] for row in run.success)): run.metrics() for run in own}
+        for method, own in by_method(runs).items()
+    }
     if against not in values:
         return {}
     reference = values.pop(against)

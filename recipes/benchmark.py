@@ -7,7 +7,7 @@
 
 The YAML says which methods, seeds, task orders and memory sizes (see `infovla_peft.benchmark`). Each run is
 `recipes/continual.py` in a process and a folder of its own; runs with the same base tasks share their base and its
-rollouts. `tables` needs the aggregate alone.
+rollouts. `tables` needs the aggregate alone. Several machines share the work with `--held`, which names aggregates.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from infovla_peft.benchmark import Job, aggregate, learn_base, load_benchmark
+from infovla_peft.aggregation import aggregate, load_held
+from infovla_peft.benchmark import Job, learn_base, load_benchmark
 from infovla_peft.cli import run_command
 from infovla_peft.comparison import load_comparison
 from infovla_peft.comparison_figures import draw_comparison
@@ -36,10 +38,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    held: dict[str, Any] = {"nargs": "+", "metavar": "JSON", "type": Path, "default": []}
     run = commands.add_parser("run", help="work the runs off; what is finished is not repeated")
     run.add_argument("config", type=Path, help="YAML of a benchmark")
     run.add_argument("--workers", type=int, help="runs at once; default: the YAML's, else as many as cores allow")
     run.add_argument("--only", nargs="+", metavar="METHOD", help="the runs of these methods, and their bases")
+    run.add_argument("--held", **held, help="aggregates of other machines: what they hold is not run here")
     run.add_argument("--dry-run", action="store_true", help="check every recipe and show what would be run, in order")
     run.set_defaults(handler=run_queue)
 
@@ -50,6 +54,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     gather = commands.add_parser("aggregate", help="all finished runs in one JSON file")
     gather.add_argument("config", type=Path, help="YAML of a benchmark")
     gather.add_argument("--output", type=Path, help="default: recipes/results/<name of the YAML>.json")
+    gather.add_argument("--held", **held, help="aggregates of other machines to take in; may be the output itself")
     gather.set_defaults(handler=write_aggregate)
 
     tables = commands.add_parser("tables", help="Markdown, CSV, LaTeX and figures from an aggregate")
@@ -67,7 +72,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run_queue(options: argparse.Namespace) -> int:
     """Work the queue off; 1 if a run failed."""
     benchmark = load_benchmark(options.config)
-    jobs = benchmark.select(options.only)
+    jobs = benchmark.select(options.only, held=load_held(benchmark, options.held))
     benchmark.check(jobs)  # every option of every run, before the first one starts
     at_once = options.workers or benchmark.workers or max(cores(0) // benchmark.cores_per_run, 1)
     if options.dry_run:
@@ -115,7 +120,7 @@ def show_status(options: argparse.Namespace) -> None:
 def write_aggregate(options: argparse.Namespace) -> None:
     """All finished runs in one file, which is read again to be sure of it."""
     benchmark = load_benchmark(options.config)
-    content, missing = aggregate(benchmark)
+    content, missing = aggregate(benchmark, load_held(benchmark, options.held))
     if not content["runs"]:
         raise ValueError(f"no run of {options.config} is finished yet; see `status`")
     output = options.output or RECIPES / "results" / f"{benchmark.name}.json"

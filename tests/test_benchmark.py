@@ -8,6 +8,7 @@ from __future__ import annotations
 import doctest
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,8 @@ from stream_fakes import STREAM, TRAINING, FakePool, install_fakes
 from test_recipes import script
 
 from infovla_peft import benchmark as module
-from infovla_peft.benchmark import Benchmark, Job, aggregate, learn_base, load_benchmark, progress, take_over_base
+from infovla_peft.aggregation import aggregate, load_held
+from infovla_peft.benchmark import Benchmark, Job, learn_base, load_benchmark, progress, take_over_base
 from infovla_peft.comparison import read_comparison
 from infovla_peft.config import load_recipe
 from infovla_peft.evaluation import TaskResult
@@ -513,6 +515,58 @@ def test_an_aggregate_holds_the_finished_runs(benchmark: Benchmark) -> None:
     assert str(benchmark.output_dir) not in json.dumps(content)
 
 
+def other_machine(
+    benchmark: Benchmark, tmp_path: Path, change: Callable[[dict[str, Any]], None] = lambda _: None
+) -> Path:
+    """The aggregate of the first two runs, which this machine then lacks."""
+    for job in benchmark.jobs[1:3]:
+        finish(job)
+    content, _ = aggregate(benchmark)
+    change(content)
+    for job in benchmark.jobs[1:3]:
+        shutil.rmtree(job.folder)
+    (tmp_path / "other.json").write_text(json.dumps(content), encoding="utf-8")
+    return tmp_path / "other.json"
+
+
+def test_machines_share_a_benchmark(benchmark: Benchmark, tmp_path: Path) -> None:
+    other = other_machine(benchmark, tmp_path)
+    held = load_held(benchmark, [other, other])
+    taken = [job.key for job in benchmark.jobs[1:3]]
+    assert list(held) == taken
+    left = benchmark.select(held=held)
+    assert [job.key for job in benchmark.jobs if job not in left] == taken
+    assert benchmark.select(["er"], held=[job.key for job in benchmark.jobs if job.key]) == []  # nor a base for nobody
+
+    for job in benchmark.jobs[3:5]:
+        finish(job)
+    content, missing = aggregate(benchmark, held)
+    keys = [
+        module.RunKey(run.suite, run.method, run.seed, run.order, run.memory) for run in read_comparison(content).runs
+    ]
+    assert keys == [job.key for job in benchmark.jobs[1:5]]
+    assert len(missing) == len(names(benchmark)) - 4
+    own = aggregate(benchmark)[0]["runs"]
+    assert [run for run in content["runs"] if run in own] == own
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["runs"][0].update(seed=9), "holds a run that bench has not"),
+        (lambda c: c["protocol"]["suites"]["libero_goal"]["recipe"].update(eval_episodes=3), "is not run there as in"),
+        (lambda c: c["protocol"].pop("suites"), "is not run there as in"),
+        (lambda c: c["runs"][1]["config"].pop("lambda_cmi"), "rac_only_A_m1_s0 was run with another lambda_cmi"),
+        (lambda c: c["runs"][0]["success"].pop(), "tables of 4 rows"),
+    ],
+)
+def test_a_run_of_another_benchmark_is_refused(
+    benchmark: Benchmark, tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_held(benchmark, [other_machine(benchmark, tmp_path, change)])
+
+
 # --- the script --------------------------------------------------------------------------------------------------
 
 
@@ -552,6 +606,11 @@ def test_the_script_from_the_queue_to_the_tables(tmp_path: Path, capsys: pytest.
     _, text = call("aggregate", str(config), "--output", str(aggregated))
     assert "5 runs, 4 missing" in text
     assert "missing: libero_goal/rac_only_A_m1_s0" in text
+    _, text = call("run", str(config), "--dry-run", "--held", str(aggregated))
+    assert "er_A_m1_s0" not in text
+    assert "rac_only_A_m1_s0" in text
+    _, text = call("aggregate", str(config), "--held", str(aggregated), "--output", str(aggregated))
+    assert "5 runs, 4 missing" in text
     _, text = call("tables", str(aggregated))
     assert (tmp_path / "bench_x_tables" / "tables.md").exists()
     assert "matrices_libero_goal_m1_A.png" in text

@@ -163,6 +163,12 @@ def test_estimates_and_differences() -> None:
     assert differences(runs, "ewc") == {}
 
 
+def test_runs_from_different_bases_are_no_pair() -> None:
+    other_base = run("infovla", 1, success=[[0.8, 0.6, 0.5], *run("er")["success"][1:]])
+    found = differences(compare(run("er", 0), run("er", 1), run("infovla", 0), other_base).runs, "er")
+    assert found["infovla"]["final_average"].n == 1
+
+
 def test_an_unmeasured_cell_is_no_number(tmp_path: Path) -> None:
     content = run("er")
     content["success"] = [[None] * 3 for _ in range(4)]

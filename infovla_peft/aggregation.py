@@ -1,0 +1,122 @@
+"""The finished runs of a benchmark as one file of numbers, from one machine or from several.
+
+The format is that of `comparison`. An aggregate is also how machines share the work: the runs that it holds need not
+be run on another machine, whose own aggregate takes them in.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from .benchmark import Benchmark, RunKey, progress, resolved_recipe, unimportant
+from .comparison import FORMAT_VERSION, ComparedRun, load_comparison
+from .results import Results
+from .run_folder import RunFolder, changed_keys
+from .stream import HARMLESS
+
+Held = Mapping[RunKey, ComparedRun]
+"""Finished runs of other machines."""
+
+_PLACE = frozenset({"output_dir", "seed", "tasks", "memory_trajectories", "base_model"})
+_PATHS = frozenset({"demonstrations_folder", "assets_folder"})
+
+
+def aggregate(benchmark: Benchmark, held: Held | None = None) -> tuple[dict[str, Any], list[str]]:
+    """All finished runs as one JSON-compatible object (see `comparison`), and the names of those that are missing.
+
+    Args:
+        held: runs of other machines, from `load_held`; one that this machine has finished too counts as this one's.
+
+    Raises:
+        ValueError: a run was made with another configuration than the benchmark's, or is damaged.
+    """
+    runs, missing = [], []
+    for job in benchmark.jobs:
+        if job.key is None:
+            continue
+        found = progress(job)
+        if found.problem:
+            raise ValueError(found.problem)
+        if found.done:
+            runs.append(_aggregate_run(job.key, Results.load(RunFolder(job.folder).results), benchmark))
+        elif held and job.key in held:
+            runs.append(asdict(held[job.key]))
+        else:
+            missing.append(job.name)
+    return {"format_version": FORMAT_VERSION, "protocol": _protocol(benchmark), "runs": runs}, missing
+
+
+def load_held(benchmark: Benchmark, aggregates: Iterable[str | os.PathLike[str]]) -> dict[RunKey, ComparedRun]:
+    """The runs that other machines have finished, from their aggregates; of a run in several, the first counts.
+
+    Raises:
+        FileNotFoundError: no such aggregate.
+        ValueError: it is damaged, or holds a run that is none of the benchmark's, or was run otherwise.
+    """
+    ours = _protocol(benchmark)["suites"]
+    jobs = {job.key: job for job in benchmark.jobs if job.key}
+    held: dict[RunKey, ComparedRun] = {}
+    for path in aggregates:
+        comparison = load_comparison(path)
+        theirs = comparison.protocol.get("suites")
+        for run in comparison.runs:
+            key = RunKey(run.suite, run.method, run.seed, run.order, run.memory)
+            job = jobs.get(key)
+            if job is None:
+                raise ValueError(f"{path} holds a run that {benchmark.name} has not, {key}; leave the file out")
+            if not isinstance(theirs, dict) or theirs.get(run.suite) != ours[run.suite]:
+                raise ValueError(f"{path}: {run.suite} is not run there as in {benchmark.name}; leave the file out")
+            wanted = _own_options(key, resolved_recipe(job.recipe), benchmark)
+            differing = changed_keys({name: run.config.get(name) for name in wanted}, wanted)
+            if differing:
+                raise ValueError(
+                    f"{path}: {job.name} was run with another {', '.join(differing)} than {benchmark.name}'s; leave "
+                    "the file out, or undo the change"
+                )
+            held.setdefault(key, run)
+    return held
+
+
+def _aggregate_run(key: RunKey, results: Results, benchmark: Benchmark) -> dict[str, Any]:
+    timings = results.timings[1:]  # the base is shared
+    return {
+        **key._asdict(),
+        "tasks": [task.name for task in results.tasks],
+        "learned_at": [task.learned_at for task in results.tasks],
+        "success": [[None if math.isnan(rate) else rate for rate in row] for row in results.success.tolist()],
+        "episodes": results.episodes,
+        "assets": results.assets,
+        "renderer": results.renderer,
+        "step_cap": results.step_cap,
+        "commit": results.commit,
+        "versions": results.versions,
+        "train_seconds": round(sum(stage.get("train", 0.0) for stage in timings), 1),
+        "evaluate_seconds": round(sum(stage.get("evaluate", 0.0) for stage in timings), 1),
+        "config": _own_options(key, results.config, benchmark),
+    }
+
+
+def _own_options(key: RunKey, config: Mapping[str, Any], benchmark: Benchmark) -> dict[str, Any]:
+    """In what a run with this configuration differs from the protocol, of what its method reads."""
+    common, method = benchmark.common[key.suite], {"method": config["method"]}
+    ignored = unimportant(common) | unimportant({**common, **method}) | _PLACE | {"method"}
+    differing = changed_keys(resolved_recipe(common), config, ignore=ignored)
+    return {**method, **{name: new for name, (_, new) in differing.items() if name in config}}
+
+
+def _protocol(benchmark: Benchmark) -> dict[str, Any]:
+    return {
+        "name": benchmark.name,
+        "seconds": "of the stages after the base, which all runs share",
+        "suites": {
+            suite: {
+                "orders": {order: list(tasks) for order, tasks in benchmark.orders[suite].items()},
+                "recipe": {name: value for name, value in common.items() if name not in _PATHS | HARMLESS},
+            }
+            for suite, common in benchmark.common.items()
+        },
+    }
