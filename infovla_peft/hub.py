@@ -270,7 +270,12 @@ def _read_files(folder: Path) -> list[str]:
     if not any(folder.glob(f"stage_*/{INFO}")) and not any((folder / name).is_file() for name in (INFO, PEFT_CONFIG)):
         if not any(folder.glob(f"adapters/*/{INFO}")):
             return [file.name for file in folder.iterdir() if file.is_file()]
-        files = [*folder.glob("*"), *folder.glob("adapters/**/*"), *folder.glob("base/**/*")]
+        files = [
+            *folder.glob("*"),
+            *folder.glob("merged/**/*"),
+            *folder.glob("adapters/**/*"),
+            *folder.glob("base/**/*"),
+        ]
     else:
         files = list(folder.rglob("*"))
     names = [file.relative_to(folder) for file in files if file.is_file()]

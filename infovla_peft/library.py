@@ -23,8 +23,8 @@ from .adapters import (
 from .foreign import load_reference_adapter, read_reference_info
 from .task_names import instruction_of, same_task
 
-FOLDERS = ("adapters/*", "stage_*")
-"""Where the adapters of a run, and of a published one, lie."""
+FOLDERS = ("merged/*", "adapters/*", "stage_*")
+"""Where adapters lie: of a run that merges them, of another run, of a published one. The first that is there."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def find_adapters(folder: Path) -> list[StoredAdapter]:
     """The adapters of a folder, by stage: those below it, or the folder itself."""
     if (folder / PEFT_CONFIG).is_file() and not (folder / INFO).is_file():
         return [StoredAdapter(folder, read_reference_info(folder), reference=True)]
-    below = [file.parent for pattern in FOLDERS for file in folder.glob(f"{pattern}/{INFO}")]
-    found = [StoredAdapter(place, read_info(place)) for place in below]
+    below = next(filter(None, (list(folder.glob(f"{pattern}/{INFO}")) for pattern in FOLDERS)), [])
+    found = [StoredAdapter(file.parent, read_info(file.parent)) for file in below]
     if (folder / INFO).is_file():
         root = StoredAdapter(folder, read_info(folder))  # of a published run: its last stage once more
         found += [root] if root.info.stage not in [adapter.info.stage for adapter in found] else []

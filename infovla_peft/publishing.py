@@ -119,11 +119,18 @@ def push_to_hub(
         if base_repo is not None:
             base = _push_base(hub, Path(run_folder), base_repo, private)
         publication = prepare(run_folder, repo_id, Path(temporary), base=base, message=commit_message)
+        before = retried(lambda: hub.model_info(repo_id, revision=branch))
+        there = {sibling.rfilename for sibling in before.siblings or ()}
+        gone = [name for name in sorted(there - set(publication.files)) if name.startswith(_OURS)]
 
         def commit() -> Pushed:
-            before = hub.model_info(repo_id, revision=branch)
-            there = {sibling.rfilename for sibling in before.siblings or ()}
-            gone = [name for name in sorted(there - set(publication.files)) if name.startswith(_OURS)]
+            now = hub.model_info(repo_id, revision=branch).sha
+            if now != before.sha:  # an attempt whose answer was lost may have been carried out
+                newest, *older = hub.list_repo_commits(repo_id, revision=branch)
+                ours = publication.message.strip().split("\n", 1)[0].strip()
+                if newest.title.strip() != ours or not older or older[0].commit_id != before.sha:
+                    raise HubError(f"{repo_id}: the repository was changed at the same time; give the command again")
+                return Pushed(repo_id, branch, newest.commit_id, str(url), changed=True)
             done = hub.create_commit(
                 repo_id,
                 [
@@ -144,7 +151,7 @@ def check_run(run_folder: str | Path) -> list[StoredAdapter]:
 
     Raises:
         FileNotFoundError: no run, no finished adapter, or nothing measured yet.
-        ValueError: an adapter is damaged, or the run's policy is no adapter of its own.
+        ValueError: an adapter is damaged, or a run of `merge` has no merged adapters (of an earlier version).
     """
     run = Path(run_folder)
     if not run.is_dir():
@@ -153,10 +160,11 @@ def check_run(run_folder: str | Path) -> list[StoredAdapter]:
     adapters = [each for each in find_adapters(run) if 0 < each.info.stage < results.stages]
     if not adapters:
         raise FileNotFoundError(f"{run} has no adapter that was measured yet; finish its first stage, then push")
-    if results.method in METHODS and METHODS[results.method].policy == "merged":
+    merges = results.method in METHODS and METHODS[results.method].policy == "merged"
+    if merges and any(adapter.folder.parent.name != "merged" for adapter in adapters):
         raise ValueError(
-            f"{run} was measured with all its adapters merged into one, which it does not keep; push a run of another "
-            "method, or the single adapters with huggingface_hub"
+            f"{run} was measured with all its adapters merged into one, which it has not kept; give the recipe's "
+            "command again, which merges them, then push"
         )
     for adapter in adapters:
         check_adapter(adapter.folder)

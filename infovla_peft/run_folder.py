@@ -6,6 +6,7 @@
     base/                        the base checkpoint in the OpenVLA folder format (a tiny base only)
     stages/stage_01/             trainer checkpoints, log.jsonl (loss curves), rollouts/<task>.json (one cell each)
     adapters/stage_01_<task>/    what `load_policy` reads
+    merged/stage_01_<task>/      of `merge`: all adapters so far in one, which is what `load_policy` then reads
     memory/                      replay trajectories and teacher anchors
     videos/stage_01/             rollouts as MP4
     results.json, success.csv, report/index.html
@@ -87,6 +88,9 @@ class RunFolder:
 
     def adapter(self, name: str) -> Path:
         return self.path / "adapters" / name
+
+    def merged(self, name: str) -> Path:
+        return self.path / "merged" / name
 
     # --- opening and the configuration ---------------------------------------------------------------------------
 

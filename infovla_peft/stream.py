@@ -347,6 +347,23 @@ class Stream:
         step = step_name("learn", stage)
         self.run_folder.once(step, work, products=[folder], sealed=[folder], everyone=True)
         self._drop_checkpoints(stage)  # not before the step is entered: a kill in between would repeat the training
+        if METHODS[self.training.method].policy == "merged":
+            merged = self.run_folder.merged(stage.name)
+            self.run_folder.once(
+                step_name("merge", stage), lambda: self._merge(stage), products=[merged], sealed=[merged]
+            )
+
+    def _merge(self, stage: Stage) -> None:
+        """Write all adapters so far as one."""
+        model, _, normaliser = self.load_base()
+        earlier = self.stages[1 : stage.index + 1]
+        for each in earlier:
+            folder = self.run_folder.adapter(each.name)
+            self._need(step_name("learn", each), folder)
+            model, info = load_adapter(model, folder, each.name)
+        name = f"merged_{stage.index:02d}"
+        model = merge_adapters(model, [each.name for each in earlier], name, weight=self.training.merge_weight)
+        save_adapter(model, name, self.run_folder.merged(stage.name), info, normaliser.as_statistics())
 
     def load_previous(self, stage: Stage, model: Any) -> tuple[Any, str | None]:
         """The base `model` with the adapter of the stage before, and its name; the base alone and None in stage 1.
@@ -543,17 +560,13 @@ class Stream:
     def policy(self, stage: Stage) -> Policy:
         """The policy after a stage, loaded as a user would load it; of `merge`, with all adapters so far in one."""
         device = self.training.device
-        if stage.index and METHODS[self.training.method].policy != "merged":
-            folder = self.run_folder.adapter(stage.name)
-            self._need(step_name("learn", stage), folder)
+        if stage.index:
+            merges = METHODS[self.training.method].policy == "merged"
+            folder = (self.run_folder.merged if merges else self.run_folder.adapter)(stage.name)
+            self._need(step_name("merge" if merges else "learn", stage), folder)
             return load_policy(folder, base=self.base, device=device)
         model, processor, normaliser = self.load_base()
         model.config.norm_stats = normaliser.as_statistics()
-        if stage.index:
-            names = [each.name for each in self.stages[1 : stage.index + 1]]
-            for each in self.stages[1 : stage.index + 1]:
-                model, _ = load_adapter(model, self.run_folder.adapter(each.name), each.name)
-            model = merge_adapters(model, names, "merged", weight=self.training.merge_weight)
         recipe = self.resolved_config()
         return Policy(model.to(device), processor, normaliser, cameras=self.config.cameras, recipe=recipe)
 

@@ -100,7 +100,7 @@ def verify_run(path: str | os.PathLike[str]) -> Verification:
         steps = {}
     else:
         _products(run, steps, found)
-    for folder in _folders(run / "adapters"):
+    for folder in [*_folders(run / "adapters"), *_folders(run / "merged")]:
         info = found.attempt(folder / "infovla.json", partial(_adapter, folder))
         if info is not None and info.sha256:
             found.checked.update(folder / name for name in info.sha256)
@@ -155,6 +155,8 @@ def _products(run: RunFolder, steps: Iterable[str], found: Verification) -> None
         what, _, stage = step.rpartition("_")
         if what == "learn" and not list((run / "adapters").glob(f"stage_{stage}_*")):
             found.damage[run / "adapters" / f"stage_{stage}_*"] = f"is missing, though step {step!r} is finished"
+        if what == "merge" and not list((run / "merged").glob(f"stage_{stage}_*")):
+            found.damage[run / "merged" / f"stage_{stage}_*"] = f"is missing, though step {step!r} is finished"
         if step == "base" and not run.base.is_dir():
             found.damage[run.base] = "is missing, though step 'base' is finished"
 

@@ -145,9 +145,18 @@ class LocalHub:
         self.users[token] = (user, role)
         return token
 
-    def fail(self, method: str, pattern: str, status: int, *, times: int = 1, headers: Any = ()) -> None:
-        """Answer the next `times` requests whose path matches `pattern` with `status`."""
-        self._faults.append(Fault(method, pattern, status, times, dict(headers)))
+    def fail(
+        self,
+        method: str,
+        pattern: str,
+        status: int,
+        *,
+        times: int = 1,
+        headers: Any = (),
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        """Answer the next `times` requests whose path matches `pattern` with `status`, after calling `before`."""
+        self._faults.append(Fault(method, pattern, status, times, dict(headers), before))
 
     def cut(self, method: str, pattern: str, *, times: int = 1, before: Callable[[], None] | None = None) -> None:
         """Drop the connection in the middle of the next `times` matching transfers, after calling `before`."""
@@ -243,6 +252,8 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             lost = fault is not None and fault.status == 0
             if fault and fault.status:
+                if fault.before:
+                    fault.before()
                 raise Reply(fault.status, f"the test asked for {fault.status}", headers=fault.headers)
             if bearer and bearer not in hub.users:
                 raise Reply(401, "Invalid credentials in Authorization header")
@@ -293,6 +304,7 @@ class _Handler(BaseHTTPRequestHandler):
             ("PUT", r"/lfs/([0-9a-f]{64})", self._receive),
             ("POST", r"/api/models/([^/]+/[^/]+)/commit/(.+)", self._commit),
             ("POST", r"/api/models/([^/]+/[^/]+)/branch/(.+)", self._branch),
+            ("GET", r"/api/models/([^/]+/[^/]+)/commits/([^/]+)", self._commits),
             ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", self._tree),
             ("GET", r"/api/models/([^/]+/[^/]+)/revision/(.+)", self._info),
             ("GET", r"/api/models/([^/]+/[^/]+)", self._info),
@@ -410,6 +422,11 @@ class _Handler(BaseHTTPRequestHandler):
                 raise Reply(400, f"unknown operation {key}")
         made = repository.commit(title, files, revision, before.sha)
         return {"commitUrl": f"{self.server_hub.url}/{name}/commit/{made.sha}", "commitOid": made.sha}
+
+    def _commits(self, name: str, revision: str) -> Any:
+        repository, _ = self._at(name, revision)
+        about = {"message": "", "authors": [], "date": DATE}
+        return [{"id": commit.sha, "title": commit.title, **about} for commit in repository.log(revision)]
 
     def _branch(self, name: str, branch: str) -> Any:
         repository = self._repository(name, write=True)

@@ -195,8 +195,23 @@ def test_an_interrupted_push_leaves_the_old_revision_and_resumes(hub: LocalHub, 
 
 def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub: LocalHub, finished: Path) -> None:
     hub.lose("POST", "/commit/")
-    push(hub, finished)
+    done = push(hub, finished)
+    assert done.changed
+    assert done.commit == hub.repositories[REPO].branches["main"]
     assert len(hub.repositories[REPO].log()) == 2
+
+
+def test_what_is_pushed_between_two_attempts_is_not_overwritten(hub: LocalHub, run: Path) -> None:
+    push(hub, run)
+    add_results(run, stages=2)
+
+    def meanwhile() -> None:
+        hub.put(REPO, {"results.json": b"{}"})
+
+    hub.fail("POST", "/commit/", 503, headers={"Retry-After": "0"}, before=meanwhile)
+    with pytest.raises(HubError, match="changed at the same time; give the command again"):
+        push(hub, run)
+    assert hub.file(REPO, "results.json") == b"{}"
 
 
 @pytest.mark.parametrize(
@@ -230,8 +245,11 @@ def test_nothing_to_publish(tmp_path: Path, run: Path) -> None:
     add_results(run, report=False)
     results = json.loads((run / "results.json").read_text())
     (run / "results.json").write_text(json.dumps({**results, "method": "merge"}))
-    with pytest.raises(ValueError, match="merged into one"):
+    with pytest.raises(ValueError, match="merged into one, which it has not kept; give the recipe's command again"):
         check_run(run)
+    shutil.copytree(run / "adapters", run / "merged")
+    assert {adapter.folder.parent.name for adapter in check_run(run)} == {"merged"}
+    shutil.rmtree(run / "merged")
     (run / "results.json").write_text(json.dumps(results))
     weights = next(run.glob("adapters/stage_01*/adapter_model.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0\0")

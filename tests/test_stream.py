@@ -22,10 +22,12 @@ from infovla_peft.hub import load_policy
 from infovla_peft.inference import Policy
 from infovla_peft.memory import ReplayMemory
 from infovla_peft.plan import Stage, plan_stages
+from infovla_peft.publishing import check_run
 from infovla_peft.results import Results
 from infovla_peft.run_folder import RunError
 from infovla_peft.simulation import AssetSet
 from infovla_peft.stream import Stream
+from infovla_peft.verify import verify_run
 
 pytestmark = pytest.mark.libero  # task names and instructions come from LIBERO's package
 
@@ -290,7 +292,11 @@ def test_every_method_runs_through(make: Callable[..., Stream], tmp_path: Path, 
     assert (tmp_path / "run/stages/stage_02/fisher.safetensors").exists() == (method == "ewc")
     if method == "merge":
         policy = stream.policy(stream.stages[2])
-        assert policy.model.peft_config["merged"].r == 2 * TRAINING["lora_r"]
+        assert policy.model.peft_config["stage_02"].r == 2 * TRAINING["lora_r"]
+        assert not [path for path in verify_run(tmp_path / "run").damage if "merged" in path.parts]
+        assert check_run(tmp_path / "run")[-1].folder.parent.name == "merged"
+        shutil.rmtree(stream.run_folder.merged(stream.stages[1].name))
+        assert [path.name for path in verify_run(tmp_path / "run").damage if path.parent.name == "merged"]
     assert FakePool.calls == [stream.tasks[k].name for k in (0, 1, 0, 1, 2, 0, 1, 2, 3)]
 
 
