@@ -14,6 +14,7 @@ from typing import Any
 
 from .benchmark import Benchmark, RunKey, progress, resolved_recipe, unimportant
 from .comparison import FORMAT_VERSION, ComparedRun, load_comparison
+from .methods import unread_options
 from .results import Results
 from .run_folder import RunFolder, changed_keys
 from .stream import HARMLESS
@@ -71,7 +72,7 @@ def load_held(benchmark: Benchmark, aggregates: Iterable[str | os.PathLike[str]]
             if not isinstance(theirs, dict) or theirs.get(run.suite) != ours[run.suite]:
                 raise ValueError(f"{path}: {run.suite} is not run there as in {benchmark.name}; leave the file out")
             wanted = _own_options(key, resolved_recipe(job.recipe), benchmark)
-            differing = changed_keys({name: run.config.get(name) for name in wanted}, wanted)
+            differing = changed_keys(run.config, wanted, ignore=unread_options(wanted["method"]))
             if differing:
                 raise ValueError(
                     f"{path}: {job.name} was run with another {', '.join(differing)} than {benchmark.name}'s; leave "

@@ -38,6 +38,7 @@ from .files import atomic_file
 from .hub import load_policy
 from .inference import Policy
 from .memory import ReplayMemory
+from .methods import METHODS
 from .probe import PROBE_DEMONSTRATIONS, Findings, Probe, look_at, probe_frames, underlying_model
 from .report import write_report
 from .representation import diffusion, linear_cka, similarity_matrix
@@ -86,6 +87,7 @@ def analyse_run(
         source = demonstrations
     memory = ReplayMemory.load(run / "memory")
     load = policies or (lambda stage: load_policy(run, stage=stage, device=device))
+    own = results.method in METHODS and METHODS[results.method].policy == "own"
     layer, temperature = int(config.get("tap_layer", -1)), float(config.get("temperature", 0.1))
     probes: dict[str, Probe] = {}
     found: dict[tuple[str, int], Findings] = {}
@@ -94,6 +96,9 @@ def analyse_run(
         seen = [task for task in tasks if task.learned_at <= stage]
         print(f"analysis: {f'stage {stage}' if stage else 'base'}, {len(seen)} tasks", flush=True)
         for task in seen:
+            if own and task.learned_at < stage:  # each task keeps its adapter
+                found[task.name, stage] = found[task.name, task.learned_at]
+                continue
             if task.name not in probes:
                 probes[task.name] = probe_frames(
                     task, policy, source, memory, frames=frames, episodes=config.get("demonstrations"), **options

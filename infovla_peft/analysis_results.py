@@ -326,7 +326,8 @@ def compare(analyses: Sequence[Analysis]) -> Comparison:
     """Gather analyses by method; runs of one method (its seeds) are kept apart, for their mean and spread.
 
     Raises:
-        ValueError: no analyses, or of different suites, streams, assets or settings.
+        ValueError: no analyses, or of different suites, streams, assets or settings, or two of one method with the
+            same seed and tasks.
     """
     if not analyses:
         raise ValueError("nothing to compare: give the folders of runs")
@@ -334,6 +335,15 @@ def compare(analyses: Sequence[Analysis]) -> Comparison:
         found = sorted({str(getattr(analysis, name)) for analysis in analyses})
         if len(found) > 1:
             raise ValueError(f"the runs cannot be compared: {name} is {' and '.join(found)}")
+    once: set[tuple[Any, ...]] = set()
+    for analysis in analyses:
+        run = (analysis.method, analysis.seed, *(task.name for task in analysis.tasks))
+        if run in once:
+            raise ValueError(
+                f"two runs of {analysis.method} have seed {analysis.seed} and the same tasks, so they are no "
+                "repetitions; compare them in calls of their own"
+            )
+        once.add(run)
     methods = list(dict.fromkeys(analysis.method for analysis in analyses))
     groups = {method: [one for one in analyses if one.method == method] for method in methods}
     values = {

@@ -96,7 +96,7 @@ def card(
 _POLICY_LIMITS = {
     "latest": "Every number is of the latest adapter of its stage on all tasks learned so far.",
     "own": "Every task was rolled out with the adapter that learned it: nothing could be forgotten. Load by `task`.",
-    "merged": "",
+    "merged": "Every number is of all adapters learned so far, merged into one, on all of their tasks.",
 }
 
 

@@ -205,19 +205,20 @@ def rank(means: Mapping[str, float], *, higher_is_better: bool = True) -> list[l
 def rankings(runs: Sequence[ComparedRun], metric: str) -> dict[str, list[list[str]]]:
     """Order of tasks -> ranking of the methods by their mean over its seeds.
 
-    With several orders only the methods that were run under all of them are ranked, and only over the seeds that all
-    of these have under that order: the rankings are then about the same thing.
+    With several orders only the methods that were run under all of them are ranked, and only over the seeds (on one
+    base, see `differences`) that all of these have under that order: the rankings are then about the same thing.
     """
-    values: dict[str, dict[str, dict[int, float]]] = {}
+    values: dict[str, dict[str, dict[Any, float]]] = {}
     for run in runs:
-        values.setdefault(run.order, {}).setdefault(run.method, {})[run.seed] = run.metrics()[metric]
+        values.setdefault(run.order, {}).setdefault(run.method, {})[_pair(run)] = run.metrics()[metric]
     shared = [method for method in method_names(runs) if all(method in found for found in values.values())]
     result = {}
     for order, found in sorted(values.items()):
-        seeds = set.intersection(*(set(found[method]) for method in shared)) if shared else set()
+        pairs = (
+            [pair for pair in found[shared[0]] if all(pair in found[method] for method in shared)] if shared else []
+        )
         means = {
-            method: bootstrap_mean([found[method][seed] for seed in sorted(seeds)], resamples=1).mean
-            for method in shared
+            method: bootstrap_mean([found[method][pair] for pair in pairs], resamples=1).mean for method in shared
         }
         result[order] = rank(means, higher_is_better=METRICS[metric].higher_is_better)
     return result
@@ -263,8 +264,7 @@ def differences(runs: Sequence[ComparedRun], against: str) -> dict[str, dict[str
     differ started from different bases, trained on two machines, and are no pair.
     """
     values = {
-        method: {(run.seed, run.order, tuple(row[0] for row in run.success)): run.metrics() for run in own}
-        for method, own in by_method(runs).items()
+        method: {(run.order, *_pair(run)): run.metrics() for run in own} for method, own in by_method(runs).items()
     }
     if against not in values:
         return {}
@@ -279,6 +279,11 @@ def differences(runs: Sequence[ComparedRun], against: str) -> dict[str, dict[str
         }
         for method, own in values.items()
     }
+
+
+def _pair(run: ComparedRun) -> tuple[Any, ...]:
+    """What two runs of one task order share that are a pair: their seed, and their base by its column of rollouts."""
+    return run.seed, tuple(row[0] for row in run.success)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------

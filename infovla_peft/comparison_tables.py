@@ -132,10 +132,9 @@ def _difference_rows(runs: Sequence[ComparedRun], against: str) -> tuple[list[st
     found = differences(runs, against)
     if not found:
         return None
-    own = {method: {(run.seed, run.order) for run in group} for method, group in by_method(runs).items()}
     header = ["method", "pairs", *(column.label for column in METRICS.values())]
     return header, [
-        [method, str(len(own[method] & own[against])), *(_percent(values[name], signed=True) for name in METRICS)]
+        [method, str(values["final_average"].n), *(_percent(values[name], signed=True) for name in METRICS)]
         for method, values in found.items()
     ]
 
@@ -152,7 +151,7 @@ def _ranking_text(runs: Sequence[ComparedRun]) -> str:
         None: "Whether the ranking is the same under all orders: " + NOT_MEASURED + ".",
     }[same_ranking(by_order)]
     if len(by_order) > 1:
-        verdict += " Ranked are the methods that were run under every order, over the seeds that they share."
+        verdict += " Ranked are the methods that were run under every order, over the seeds and bases that they share."
     return "\n".join([*lines, "", verdict])
 
 

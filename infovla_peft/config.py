@@ -97,12 +97,14 @@ class InfoVLAConfig(TrainingArguments):
         anchor_bank: that many stored anchors (at most; chosen once per stage) are the negatives of RAC and of CMI, so
             that a step costs the same however many tasks are remembered. 0: the other replay samples of the mini-batch
             are, as in Eq. 1. Unverified.
-        near_duplicate_window: frames of one trajectory at most this far apart are no negatives of each other.
+        near_duplicate_window: frames of one trajectory at most this far apart are no negatives of each other. Default:
+            the length of an action chunk; unverified.
 
     > Parameters of other methods
 
     Args:
-        lambda_ewc: weight of EWC's penalty, ≥ 0. Unverified.
+        lambda_ewc: weight of EWC's penalty, ≥ 0. Default: what makes the policy loss, a mean L1 distance of 56 numbers
+            that ends near 0.06, a negative log-likelihood (Laplace): 56 / 0.06; not tuned.
         ewc_samples: frames per stage that estimate its Fisher information, ≥ 1. Unverified.
         ewc_decay: γ in [0, 1] of online EWC; 1 forgets nothing. Unverified.
         mir_candidates: MIR draws that many times as many memory samples as it then replays, ≥ 1. Unverified.
@@ -123,7 +125,7 @@ class InfoVLAConfig(TrainingArguments):
             what the base holds fast. `auto`: `stage` for `infovla`, `task` for the others.
         anchor_views: augmented views of each replayed frame for which anchors are kept, ≥ 1. The first of a memory
             frame is the frame itself, so 1 means that memory samples are not augmented while anchors are in use.
-
+            Unverified.
         counterfactual_share: share of the replay samples that are frames of the current task under the instruction of
             an old one, the teacher's answer being the label; in [0, 1], 0 = none. Unverified.
         counterfactual_frames: that many such pairs of frame and instruction are chosen per stage. Unverified.
@@ -132,8 +134,10 @@ class InfoVLAConfig(TrainingArguments):
 
     Args:
         image_shift: random shift of the images by up to this many pixels of the model's input, edges repeated. Applied
-            to samples of the current task, and to replay samples that have no anchors in use.
-        proprio_noise: standard deviation of Gaussian noise on the normalised proprioception of the same samples.
+            to samples of the current task, and to replay samples that have no anchors in use. Unverified (1 pixel did
+            no worse in one run, recipes/README.md).
+        proprio_noise: standard deviation of Gaussian noise on the normalised proprioception of the same samples. Off
+            by default, as in OpenVLA-OFT; unverified.
         cache_images: decode all frames once and keep them in memory as uint8, at the model's input size, if that takes
             no more than 1 GiB per process; larger sets are decoded batch by batch (`infovla bench data`).
         cache_vision_features: run the vision tower on the replayed frames once per stage and keep what it makes of
@@ -145,7 +149,8 @@ class InfoVLAConfig(TrainingArguments):
     > Parameters that control the adapter
 
     Args:
-        adapter_init: `continue` = start from the previous task's adapter; `fresh` = from zero.
+        adapter_init: `continue` = start from the previous task's adapter, as the paper trains one model on and on;
+            `fresh` = from zero.
         lora_r: rank. OpenVLA's fine-tuning recipe.
         lora_alpha: scale, the update being (alpha / r) · B·A. OpenVLA's fine-tuning recipe.
         lora_dropout: in [0, 1). OpenVLA's fine-tuning recipe.
@@ -209,7 +214,7 @@ class InfoVLAConfig(TrainingArguments):
     )
     counterfactual_frames: int = _option(2048, "Pairs of frame and old instruction that are chosen per stage.")
 
-    lambda_ewc: float = _option(1.0, "Weight of the penalty of `ewc`.")
+    lambda_ewc: float = _option(1e3, "Weight of the penalty of `ewc`.")
     ewc_samples: int = _option(256, "Frames per stage from which `ewc` estimates the Fisher information.")
     ewc_decay: float = _option(1.0, "Factor of earlier stages' Fisher information at each stage, in [0, 1].")
     mir_candidates: int = _option(3, "`mir` chooses among that many times as many samples as it replays.")
@@ -259,7 +264,7 @@ class InfoVLAConfig(TrainingArguments):
         _check_at_least(
             self, 0, "lambda_rac", "lambda_cmi", "lambda_output", "anchor_bank", "near_duplicate_window", "image_shift"
         )
-        _check_at_least(self, 0, "proprio_noise", "lambda_ewc", "ewc_decay")
+        _check_at_least(self, 0, "proprio_noise", "lambda_ewc")
         if not self.grad_norm_limit > 0:
             raise ValueError(f"grad_norm_limit must be above 0, got {self.grad_norm_limit}")
         _check_at_least(self, 1, "lora_r", "lora_alpha", "anchor_views", "counterfactual_frames")
@@ -267,15 +272,16 @@ class InfoVLAConfig(TrainingArguments):
         _check_choices(self)
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be > 0, got {self.temperature}")
-        if self.rac_center and not self.anchor_bank:
+        if self.rac_center and self.lambda_rac and self.method == "infovla" and not self.anchor_bank:
             raise ValueError(
                 "rac_center subtracts the mean of stored anchors: set anchor_bank above 0, or rac_center to false"
             )
         for name in ("replay_fraction", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.counterfactual_share <= 1:
-            raise ValueError(f"counterfactual_share must be in [0, 1], got {self.counterfactual_share}")
+        for name in ("counterfactual_share", "ewc_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay False: batches carry more than the model's arguments")
         if self.tap_layer == 0:
@@ -288,6 +294,12 @@ class StreamConfig:
 
     The run's folder and seed are `InfoVLAConfig.output_dir` and `InfoVLAConfig.seed`; what is said there of optimising
     holds for the adapter stages, and what is named `base_*` here replaces it in the base stage of a tiny base.
+
+    Where the defaults come from: `stream` is LIBERO-Goal's shortest in which a group of tasks and single ones follow
+    each other; `memory_trajectories` and `stage_steps` are the paper's; `eval_episodes`, `open_loop_steps` (a whole
+    chunk) and the step caps are OpenVLA-OFT's evaluation in LIBERO, with 20 rollouts in place of its 50. The tiny base
+    (`tiny_*`, `base_*`, `image_size`, `demonstrations`, `demonstration_noise`) is the smallest that was seen to learn
+    LIBERO-Goal's tasks in minutes on two cores; what was tried is in recipes/README.md, the rest is unverified.
     """
 
     _argument_group_name: ClassVar[str] = "stream"

@@ -75,7 +75,7 @@ def probe_frames(
     """Evenly spaced frames of demonstrations of one task that are not in the memory.
 
     Args:
-        policy: says how large the images are, which cameras are seen and how long a chunk is.
+        policy: says how large the images are, whether cropped, which cameras are seen and how long a chunk is.
         source, options: of the demonstrations, as for `load_demonstrations`.
         frames: K, how many are wanted.
         episodes: how many demonstrations of the task the run used; None: all that are there.
@@ -98,7 +98,7 @@ def probe_frames(
     config = underlying_model(policy).config
     dataset = ChunkDataset(
         recorded.select(np.flatnonzero(np.isin(number, chosen))),
-        VLACollator(policy.processor, policy.normaliser, config).pipeline,
+        VLACollator(policy.processor, policy.normaliser, config, crop=policy.crop).pipeline,
         chunk=config.num_actions_chunk if config.decoding == "parallel" else 1,
         cameras=[CAMERA_COLUMNS[camera] for camera in policy.cameras],
         cache_images=False,
@@ -186,10 +186,14 @@ def look_at(
 def _chunks(policy: Policy, samples: Samples, instruction: str, batch_size: int) -> Tensor:
     """Normalised actions (K, T, A) for all frames under one instruction, clipped as recorded ones are."""
     chunks = []
-    for start in range(0, len(samples), batch_size):
-        rows = slice(start, start + batch_size)
-        images = [list(images.transpose(0, 2, 3, 1)) for images in samples.images[rows]]
-        chunks.append(policy.act_batch(images, [instruction] * len(images), list(samples.states[rows])))
+    crop, policy.crop = policy.crop, False  # the samples are cropped already
+    try:
+        for start in range(0, len(samples), batch_size):
+            rows = slice(start, start + batch_size)
+            images = [list(images.transpose(0, 2, 3, 1)) for images in samples.images[rows]]
+            chunks.append(policy.act_batch(images, [instruction] * len(images), list(samples.states[rows])))
+    finally:
+        policy.crop = crop
     return torch.from_numpy(policy.normaliser.normalise_actions(np.concatenate(chunks).astype(np.float32)))
 
 

@@ -86,7 +86,7 @@ class Rehearsal:
         self.teachers: dict[str, str | None] = {}
         if self.terms or self.counterfactual is not None:
             tasks = dict.fromkeys(task for table in self.tables for task in table.tasks)
-            self.teachers = _teachers(model, config, tasks, previous_adapter, learned_by or {})
+            self.teachers = _teachers(model, config, tasks, previous_adapter, learned_by)
         self.views = self._draw_views() if self.teachers else None
         self.anchors: Anchors | None = None
         self.negatives: Negatives | None = None
@@ -255,10 +255,20 @@ def _each_task(table: FrameTable, views: Views, work: Callable[..., Part], *extr
 
 
 def _teachers(
-    model: nn.Module, config: InfoVLAConfig, tasks: Iterable[str], previous: str | None, learned_by: Mapping[str, str]
+    model: nn.Module,
+    config: InfoVLAConfig,
+    tasks: Iterable[str],
+    previous: str | None,
+    learned_by: Mapping[str, str] | None,
 ) -> dict[str, str | None]:
     """The adapter that is the teacher of each past task; None = the base."""
     known = list(model.peft_config) if isinstance(model, PeftModel) else []
+    if config.teacher == "auto" and learned_by is None and len(known) > 1:
+        raise ValueError(
+            f"teacher='auto': which of {known} learned which past task? Say it by learned_by={{task: adapter}}; "
+            "learned_by={} if all are the base's"
+        )
+    learned_by = learned_by or {}
     if config.teacher == "previous":
         if previous is None and len(known) > 1:
             raise ValueError(

@@ -150,6 +150,11 @@ class Stream:
         if not self.is_tiny:
             read_config(self.config.base_model, {})
         check_trackers(self.training.report_to)
+        if self.config.analyse and METHODS[self.training.method].keeps_all:
+            raise RunError(
+                f"analyse looks at demonstrations that are not trained on, and {self.training.method} trains on all; "
+                "leave analyse out"
+            )
         unknown = set(self.config.cameras) - set(CAMERA_COLUMNS)
         if unknown or not self.config.cameras:
             raise RunError(f"cameras must be among {', '.join(CAMERA_COLUMNS)}, got {self.config.cameras}")

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .adapters import base_model, fingerprint
+from .adapters import active_adapter, base_model, fingerprint, switch
 from .bars import progress_bar
 from .data.chunks import FrameTable
 from .data.collator import VLACollator
@@ -31,8 +31,9 @@ from .memory import Anchors
 def teacher_mode(model: nn.Module, adapter: str | None = None) -> Iterator[None]:
     """Run the model as the teacher: evaluation mode, no gradient.
 
-    On leaving, also by an exception, the active adapter and *every* `requires_grad` and `training` flag is as before
-    (PEFT alone would make frozen adapters trainable). The backward pass of a student belongs outside.
+    On leaving, also by an exception, the active adapter (or that all are off) and *every* `requires_grad` and
+    `training` flag is as before (PEFT alone would make frozen adapters trainable). The backward pass of a student
+    belongs outside.
 
     Args:
         adapter: None = the base, all adapters off; otherwise the name of one of the model's adapters.
@@ -47,27 +48,23 @@ def teacher_mode(model: nn.Module, adapter: str | None = None) -> Iterator[None]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = [(module, module.training) for module in model.modules()]
     active = peft_model.active_adapter if peft_model is not None else None
+    off = active_adapter(model) is None
     try:
         model.eval()
-        with torch.no_grad(), _without_adapters(model) if adapter is None else nullcontext():
+        with torch.no_grad(), nullcontext() if off or adapter is not None else peft_model.disable_adapter():
             if adapter is not None:
-                peft_model.set_adapter(adapter, inference_mode=True)
+                switch(peft_model, adapter)
             yield
     finally:
-        if active is not None and adapter is not None:
+        if adapter is not None:
             peft_model.set_adapter(active)
+            if off:
+                peft_model.base_model.disable_adapter_layers()
         for parameter, flag in gradients:
             parameter.requires_grad_(flag)
         for module, flag in training:
             module.training = flag
         reshard(model)  # what is gathered still has the flags of the teacher
-
-
-def _without_adapters(model: nn.Module) -> AbstractContextManager[None]:
-    if not isinstance(model, PeftModel):
-        return nullcontext()
-    context: AbstractContextManager[None] = model.disable_adapter()
-    return context
 
 
 @contextmanager

@@ -363,6 +363,11 @@ class InfoVLATrainer(Trainer):
                 entry[f"{name}_skipped"] = int(skipped)
         return entry
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Parameters that weight decay is for: the adapter's (or the base's), not those of the terms' networks."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if not any(f"infovla_{term.name}_network." in name for term in self.terms)]
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """0: Trainer's estimate counts text tokens alone, and walks through all modules in every step to do so."""
         return 0

@@ -28,6 +28,7 @@ from infovla_peft.probe import Probe, choose_episodes, instruction_words, look_a
 from infovla_peft.report import write_report
 from infovla_peft.representation import affinity_maps, diffusion, linear_cka, similarity_matrix, swap_change
 from infovla_peft.results import Results, TaskEntry
+from infovla_peft.run_folder import RunError
 from infovla_peft.stream import Stream
 
 FIGURES = {"affinity.png", "similarity.png"} | {
@@ -177,6 +178,15 @@ def test_a_policy_looked_at(autoregressive: bool) -> None:
         assert found.error == pytest.approx(float(error), abs=1e-5)
 
 
+def test_a_probe_is_cropped_once() -> None:
+    tiny = tiny_policy()
+    policy, cropping = as_policy(tiny), as_policy(tiny)
+    cropping.crop = True
+    one, other = (look_at(each, probe_of(tiny), ["turn on the stove"]) for each in (policy, cropping))
+    assert (one.error, one.change) == (other.error, other.change)
+    assert cropping.crop
+
+
 def test_a_deaf_policy_does_not_listen() -> None:
     """The embedding of every token is the same and every prompt as long as the other: nothing of it can be heard."""
     tiny = tiny_policy()
@@ -268,9 +278,9 @@ def test_a_run_that_asks_for_it(
 
     capsys.readouterr()
     figure = tmp_path / "comparison.png"
-    assert main(["analyse", str(run), str(run), "--output", str(figure)]) == 0
+    assert main(["analyse", str(run), "--output", str(figure)]) == 0
     text = capsys.readouterr().out
-    assert "infovla (2 runs)" in text
+    assert "infovla (1 run)" in text
     assert "analysis:" not in text  # it was not analysed again
     with Image.open(figure) as picture:
         assert min(picture.size) > 300
@@ -305,6 +315,11 @@ def test_a_run_that_does_not_ask_is_analysed_afterwards(
 def test_too_few_demonstrations_are_named(make: Callable[..., Stream], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="demonstrations is 1, memory_trajectories 1"):
         StreamConfig(**{**STREAM, "demonstrations": 1, "analyse": True})
+    with (
+        pytest.raises(RunError, match="multitask trains on all; leave analyse out"),
+        make(stream={"analyse": True}, method="multitask"),
+    ):
+        pass
     with make(stream={"stream": "B1-1N1", "memory_trajectories": 2}) as stream:
         stream.run()
     with pytest.raises(ValueError, match=r"all 2 demonstrations of .* are in the replay memory"):
@@ -342,13 +357,15 @@ def test_means_are_over_the_old_tasks() -> None:
 
 
 def test_a_comparison_gathers_runs_by_method(tmp_path: Path) -> None:
-    comparison = compare([small(), small("infovla"), small(shift=0.2)])
+    comparison = compare([small(), small("infovla"), small(shift=0.2, seed=1)])
     assert comparison.runs == {"er": 2, "infovla": 1}
     np.testing.assert_allclose(comparison.values["diffusion"]["er"][:, 1], [0.75, 0.85])
     line = next(line for line in comparison.table().splitlines() if line.startswith("er (2 runs)"))
     assert line.split()[3:] == ["1", "0.800", "0.100", "0.850", "0.500", "0.200"]
     with pytest.raises(ValueError, match="suite is libero_goal and libero_object"):
         compare([small(), small(suite="libero_object")])
+    with pytest.raises(ValueError, match="two runs of er have seed 0 and the same tasks"):
+        compare([small(), small(shift=0.2)])
     with pytest.raises(ValueError, match="nothing to compare"):
         compare([])
     for name in ("one", "two"):

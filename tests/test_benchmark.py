@@ -557,6 +557,7 @@ def test_machines_share_a_benchmark(benchmark: Benchmark, tmp_path: Path) -> Non
         (lambda c: c["protocol"]["suites"]["libero_goal"]["recipe"].update(eval_episodes=3), "is not run there as in"),
         (lambda c: c["protocol"].pop("suites"), "is not run there as in"),
         (lambda c: c["runs"][1]["config"].pop("lambda_cmi"), "rac_only_A_m1_s0 was run with another lambda_cmi"),
+        (lambda c: c["runs"][0]["config"].update(learning_rate=1e-5), "was run with another learning_rate"),
         (lambda c: c["runs"][0]["success"].pop(), "tables of 4 rows"),
     ],
 )

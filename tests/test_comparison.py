@@ -140,6 +140,8 @@ def test_rankings_compare_the_same_methods_and_seeds() -> None:
         run("mir", 0, "A", last=good),  # not run under B
     ).runs
     assert rankings(runs, "final_average") == {"A": [["infovla"], ["er"]], "B": [["er"], ["infovla"]]}
+    runs[1].success[0][0] = 0.8  # another base
+    assert rankings(runs, "final_average") == {"A": [], "B": [["er"], ["infovla"]]}
 
 
 def test_metrics_of_a_run_by_hand() -> None:

@@ -259,18 +259,22 @@ def test_a_batch_depends_on_seed_and_number_alone(current: ChunkDataset, memory:
     assert not same(draws[16], draws[17])
 
 
-@pytest.mark.parametrize("batch_size", [3, 4])
-def test_two_processes_share_the_batch_of_one(current: ChunkDataset, memory: ChunkDataset, batch_size: int) -> None:
+@pytest.mark.parametrize("candidates", [1, 3])
+@pytest.mark.parametrize("batch_size", [3, 4, 5])
+def test_two_processes_share_the_batch_of_one(
+    current: ChunkDataset, memory: ChunkDataset, batch_size: int, candidates: int
+) -> None:
     def draw(size: int, processes: int, rank: int) -> Draw:
         return StratifiedBatchSampler(
             current, memory, batch_size=size, replay_fraction=0.5, batches=9, seed=3, processes=processes, rank=rank,
-            augmentation=Augmentation(4, 0.1),
+            augmentation=Augmentation(4, 0.1), candidates=candidates,
         ).draw(7)  # fmt: skip
 
     one, parts = draw(2 * batch_size, 1, 0), [draw(batch_size, 2, rank) for rank in (0, 1)]
     assert sorted(one.current) == sorted(np.concatenate([part.current for part in parts]))
     for part, other in (parts, parts[::-1]):
-        assert len(part.shifts) == len(part.current) + len(part.replay.own) == batch_size
+        assert len(part.shifts) == len(part.current) + len(part.replay.own)
+        assert len(part.current) + len(part.replay.own) / candidates == batch_size
         np.testing.assert_array_equal(part.replay.peers, other.replay.own)
     replayed = np.concatenate([part.replay.own for part in parts])
     assert sorted(replayed.tolist()) == sorted(one.replay.own.tolist())

@@ -11,7 +11,7 @@ import torch
 from test_adapters import config, randomise
 from tiny_policy import TinyPolicy, tiny_policy
 
-from infovla_peft.adapters import activate, add_adapter
+from infovla_peft.adapters import activate, active_adapter, add_adapter, deactivate
 from infovla_peft.data.chunks import ChunkDataset
 from infovla_peft.data.sampling import Augmentation, Views
 from infovla_peft.features import FeatureTap, extract_features
@@ -67,6 +67,23 @@ def test_it_runs_what_it_says(tmp_path: Path) -> None:
     activate(model, "one")
     assert torch.equal(model.eval()(**policy.batch([0])).predicted_actions, found["one"])
     assert not torch.equal(found["one"], found["two"])
+
+
+def test_it_runs_what_it_says_where_adapters_are_off(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    model = two_adapters(policy, tmp_path)
+    with teacher_mode(model, "one"):
+        wanted = model(**policy.batch([0])).predicted_actions
+    with teacher_mode(model):
+        base = model(**policy.batch([0])).predicted_actions
+        with teacher_mode(model, "one"):
+            assert torch.equal(model(**policy.batch([0])).predicted_actions, wanted)
+        assert torch.equal(model(**policy.batch([0])).predicted_actions, base)
+    deactivate(model)
+    for adapter, expected in ((None, base), ("one", wanted)):
+        with teacher_mode(model, adapter):
+            assert torch.equal(model(**policy.batch([0])).predicted_actions, expected)
+        assert active_adapter(model) is None
 
 
 def test_a_model_without_adapters_and_a_missing_adapter(tmp_path: Path) -> None:

@@ -234,6 +234,12 @@ def test_auto_asks_whoever_learned_a_task(tmp_path: Path) -> None:
             model, config(tmp_path, teacher="auto"), policy.dataset.like(policy.task(BOWL)), policy.collator,
             memory=old_tasks(policy), learned_by={STOVE: "zero"},
         )  # fmt: skip
+    model = add_adapter(model, "two", config(tmp_path))
+    with pytest.raises(ValueError, match=r"which of \['one', 'two'\] learned which past task"):
+        InfoVLATrainer(
+            model, config(tmp_path, teacher="auto"), policy.dataset.like(policy.task(BOWL)), policy.collator,
+            memory=old_tasks(policy),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("autoregressive", [False, True])
@@ -513,6 +519,13 @@ def test_the_network_of_the_paper_belongs_to_an_adapter(tmp_path: Path) -> None:
             policy.model, config(tmp_path, method="infovla_paper"), policy.dataset.like(policy.task(BOWL)),
             policy.collator, memory=old_tasks(policy),
         )  # fmt: skip
+
+
+def test_the_network_of_the_paper_does_not_decay(tmp_path: Path) -> None:
+    trainer = adapter_stage(tmp_path, method="infovla_paper", weight_decay=0.1)
+    names = trainer.get_decay_parameter_names(trainer.model)
+    assert any(".lora_A." in name for name in names)
+    assert not [name for name in names if "network" in name]
 
 
 def test_batches_made_in_worker_processes_are_the_same(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ class StratifiedBatchSampler(torch.utils.data.Sampler[Draw]):
             )
         swapped = (round(counterfactual_share * replay) if remembered else replay) if imagined else 0
         self._parts = [(remembered, candidates * (replay - swapped)), (imagined, candidates * swapped)]
-        self._replay = replay
+        self._replay, self._candidates = replay, candidates
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
     def __len__(self) -> int:
@@ -188,10 +188,11 @@ class StratifiedBatchSampler(torch.utils.data.Sampler[Draw]):
             chosen = tuple(replay.T)
             shifts[len(current) :] = self._views.shifts[chosen]
             noise[len(current) :] = self._views.proprio_noise[chosen]
-        mine = np.arange(size) % self._processes == self._rank
-        own = mine[len(current) :]
+        places = np.arange(len(current) + self._replay) % self._processes == self._rank
+        own = np.repeat(places[len(current) :], self._candidates)  # a place's candidates stay together
+        mine = np.concatenate((places[: len(current)], own))
         return Draw(
-            current=current[mine[: len(current)]],
+            current=current[places[: len(current)]],
             replay=ReplayRows(own=replay[own], peers=replay[~own]),
             shifts=shifts[mine],
             proprio_noise=noise[mine] if augmentation.proprio_noise else None,
