@@ -153,6 +153,11 @@ def clean_up(folder: str | os.PathLike[str]) -> list[Path]:
     return restored
 
 
+def was_moved_aside(folder: Path) -> bool:
+    """Whether a killed process has left `folder` moved aside, so that `clean_up` will put it back."""
+    return any(folder.parent.glob(f".{folder.name}.p*.old/{folder.name}"))
+
+
 def _prefix(name: str) -> str:
     return f".{name}.p{os.getpid()}-"  # mkstemp's own letters follow, without a dot; the number is for the reader
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .data.recorded import MANIFEST, DemonstrationManifest
+from .integrity import sha256
+from .memory import MANIFEST as MEMORY
 from .memory import memory_stage
 from .results import Results
 from .run_folder import RunError, RunFolder
@@ -32,18 +34,19 @@ def memory_is_behind(folder: Path, stage: int) -> bool:
     return found is not None and found < stage
 
 
-def check_memory(folder: Path, stage: int, *also: int) -> None:
-    """Raise a RunError if the memory is not the one at the end of a stage.
+def check_memory(run: RunFolder, stage: int, *also: int) -> None:
+    """Raise a RunError if the memory is not the one at the end of a stage, or not the one that this run kept then.
 
     Args:
         also: further stages whose memory will do.
     """
-    found = memory_stage(folder)
+    found = memory_stage(run.memory)
+    cure = "delete it and give the same command again, which makes it from the demonstrations"
     if found is not None and found not in (stage, *also):
-        raise RunError(
-            f"{folder} is the memory of stage {found}, not of stage {stage}; delete it and give the same command "
-            "again, which makes it from the demonstrations"
-        )
+        raise RunError(f"{run.memory} is the memory of stage {found}, not of stage {stage}; {cure}")
+    kept = run.state().get(f"remember_{found or 0:02d}", {}).get("memory")
+    if kept is not None and kept != sha256(run.memory / MEMORY):
+        raise RunError(f"{run.memory} is the memory of another run; {cure}")
 
 
 def column_is_gone(run: RunFolder, stage: int, tasks: Iterable[str]) -> bool:

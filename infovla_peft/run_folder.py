@@ -214,6 +214,13 @@ class RunFolder:
         sums: dict[str, str] = self._read_state()[SUMS]
         return sums
 
+    def seals(self) -> bool:
+        """Whether a version that keeps checksums has written this run; not so if state.json cannot be read."""
+        try:
+            return bool(self._read_state().get("format_version", STATE_VERSION) >= STATE_VERSION)
+        except RunError:
+            return False
+
     def check(self, product: Path) -> None:
         """Raise a RunError that names a file of a sealed product which is not what was written.
 

@@ -41,8 +41,9 @@ from .distributed import whole_state
 from .files import atomic_folder, remove_folder
 from .hub import load_policy, relative_base
 from .inference import Policy
-from .integrity import DamagedFileError, read_sealed, write_sealed
+from .integrity import DamagedFileError, read_sealed, sha256, write_sealed
 from .measurement import measure_stage
+from .memory import MANIFEST as MEMORY
 from .memory import ReplayMemory
 from .mending import check_memory, column_is_gone, demonstrations_are_gone, memory_is_behind
 from .methods import METHODS
@@ -380,7 +381,7 @@ class Stream:
         """
         before = self.stages[stage.index - 1]
         self._need(step_name("remember", before), self.run_folder.memory)
-        check_memory(self.run_folder.memory, before.index)
+        check_memory(self.run_folder, before.index)
         every = METHODS[self.training.method].has_teacher and self.training.teacher == "auto"
         for earlier in self.stages[1 : stage.index] if every else [before] if before.index else []:
             folder = self.run_folder.adapter(earlier.name)
@@ -482,9 +483,9 @@ class Stream:
             gone=lambda: memory_is_behind(memory, stage.index),
         )
 
-    def _remember(self, stage: Stage) -> None:
+    def _remember(self, stage: Stage) -> dict[str, str]:
         if stage.index:
-            check_memory(self.run_folder.memory, stage.index - 1, stage.index)
+            check_memory(self.run_folder, stage.index - 1, stage.index)
         memory = ReplayMemory() if stage.index == 0 else self.memory()
         new = [task for task in stage.tasks if task.name not in memory.tasks]  # all, unless a kill came just here
         keeps_all = METHODS[self.training.method].keeps_all
@@ -492,6 +493,7 @@ class Stream:
         if new and trajectories:
             memory = memory.add(self.demonstrations(new), trajectories=trajectories, seed=self.training.seed)
         memory.save(self.run_folder.memory, stage=stage.index)
+        return {"memory": sha256(self.run_folder.memory / MEMORY)}  # which of all runs' it is, see `check_memory`
 
     def seen(self, stage: Stage) -> list[Task]:
         """The tasks learned up to and including a stage."""

@@ -20,6 +20,7 @@ from .consolidation import Consolidation
 from .data.mapped import verify_mapped
 from .data.recorded import MANIFEST, DemonstrationManifest, check_recorded
 from .evaluation import TaskResult
+from .files import was_moved_aside
 from .integrity import DamagedFileError, damaged, read_sealed
 from .measurement import CELL_VERSION, read_cell
 from .memory import ReplayMemory
@@ -107,10 +108,12 @@ def verify_run(path: str | os.PathLike[str]) -> Verification:
         elif info is not None:
             found.unchecked[folder] = "written by an earlier version, without checksums"
     remembered = sum(name.startswith("remember_") for name in steps)
-    if run.memory.exists() or remembered:
+    if not run.memory.exists() and was_moved_aside(run.memory):
+        found.unchecked[run.memory] = "a killed process has moved it aside; the next start of the run puts it back"
+    elif run.memory.exists() or remembered:
         found.attempt(run.memory / "memory.json", lambda: ReplayMemory.load(run.memory))
         # A kill may have come between writing the next one and entering it.
-        found.attempt(run.memory / "memory.json", lambda: check_memory(run.memory, max(remembered - 1, 0), remembered))
+        found.attempt(run.memory / "memory.json", lambda: check_memory(run, max(remembered - 1, 0), remembered))
     _demonstrations(Path(config.get("demonstrations_folder") or run / "demonstrations"), steps, found)
     cells = _stages(run, found)
     _results(run, steps, cells, found)
@@ -138,6 +141,8 @@ def _configuration(run: RunFolder, found: Verification) -> dict[str, Any]:
             raise DamagedFileError(f"{file} is no YAML") from error
         if not isinstance(content, dict) or not (sealed or set(content) >= _OF_EVERY_RUN):  # JSON is YAML too
             raise DamagedFileError("it holds no configuration of a run")
+        if not sealed and run.seals():
+            raise DamagedFileError("it has lost its last line, the checksum")
         return content
 
     return found.attempt(file, read) or {}
@@ -191,7 +196,9 @@ def _stages(run: RunFolder, found: Verification) -> dict[tuple[int, str], TaskRe
     """Checkpoints, Fisher information, logs and cells of every stage; gives the cells."""
     cells: dict[tuple[int, str], TaskResult] = {}
     for folder in _folders(run / "stages"):
-        stage = int(folder.name.removeprefix("stage_"))
+        if (number := re.fullmatch(r"stage_(\d{2,6})", folder.name)) is None:
+            continue  # somebody's own
+        stage = int(number[1])
         for checkpoint in checkpoints(folder):
             found.attempt(checkpoint, partial(check_checkpoint, checkpoint))
         fisher = folder / "fisher.safetensors"

@@ -19,7 +19,7 @@ from infovla_peft.config import InfoVLAConfig, StreamConfig
 from infovla_peft.consolidation import Consolidation
 from infovla_peft.data.recorded import DemonstrationManifest, EpisodeRecord, RecordingSettings, TaskRecord
 from infovla_peft.integrity import DamagedFileError
-from infovla_peft.memory import memory_stage
+from infovla_peft.memory import ReplayMemory, memory_stage
 from infovla_peft.mending import demonstrations_are_gone
 from infovla_peft.run_folder import RunError
 from infovla_peft.stream import Stream
@@ -98,6 +98,14 @@ def test_another_file_is_no_configuration(runs: Runs, tmp_path: Path) -> None:
     assert run / "config.yaml" in verify_run(run).damage
 
 
+def test_a_configuration_that_lost_its_end_is_named(runs: Runs, tmp_path: Path) -> None:
+    run = copy(runs.begun, tmp_path)
+    lines = (run / "config.yaml").read_text().splitlines(keepends=True)
+    for kept in (len(lines) - 1, len(lines) - 20):
+        (run / "config.yaml").write_text("".join(lines[:kept]))
+        assert "the checksum" in verify_run(run).damage[run / "config.yaml"]
+
+
 def test_exchanged_rollouts_are_found_and_measured_again(runs: Runs, tmp_path: Path) -> None:
     run = copy(runs.begun, tmp_path)
     first, second = sorted(run.glob("stages/stage_0[01]/rollouts/*.json"), key=lambda file: (file.stem, str(file)))[:2]
@@ -141,6 +149,51 @@ def test_the_memory_of_another_stage_is_refused_and_made_again(runs: Runs, tmp_p
     finish(runs, run)
     shutil.copytree(runs.begun / "memory", run / "memory", dirs_exist_ok=True)
     assert run / "memory" in verify_run(run).damage
+
+
+def test_the_memory_of_another_run_is_refused_and_made_again(runs: Runs, tmp_path: Path) -> None:
+    run = copy(runs.begun, tmp_path)
+    memory = ReplayMemory.load(run / "memory")
+    assert memory.frames is not None
+    other = memory.frames.map(lambda row: {"state": [value + 1.0 for value in row["state"]]})
+    ReplayMemory(other).save(run / "memory", stage=1)
+    assert "another run" in verify_run(run).damage[run / "memory"]
+    with pytest.raises(RunError, match=r"is the memory of another run; delete it"):
+        finish(runs, run)
+    shutil.rmtree(run / "memory")
+    finish(runs, run)
+    assert verify_run(run).ok
+
+
+def test_a_memory_that_was_moved_aside_is_no_damage(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy(runs.begun, tmp_path)
+    rename, renamed = Path.rename, []
+
+    def killed(path: Path, target: Path) -> Path:
+        if renamed:
+            raise KeyboardInterrupt
+        renamed.append(path)
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ReplayMemory.load(run / "memory").save(run / "memory", stage=2)
+    assert not (run / "memory").exists()
+    found = verify_run(run)
+    assert found.ok
+    assert "moved it aside" in found.unchecked[run / "memory"]
+    finish(runs, run)
+    assert verify_run(run).ok
+
+
+def test_what_else_lies_below_stages_is_nobodys_damage(runs: Runs, tmp_path: Path) -> None:
+    run = copy(runs.begun, tmp_path)
+    (run / "stages" / "backup").mkdir()
+    (run / "stages" / "stage_old").mkdir()
+    assert verify_run(run).ok
 
 
 def test_deleted_anchors_are_computed_again(runs: Runs, tmp_path: Path) -> None:
