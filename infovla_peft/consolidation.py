@@ -24,8 +24,11 @@ class Consolidation:
 
     Kirkpatrick et al. (1612.00796), in the online form of Schwarz et al. (1805.06370): one Fisher and one reference,
     those of the end of the stage before. F is the mean of squared gradients of single samples' policy loss (empirical
-    Fisher). Deviation: only the adapter has a Fisher, because only it is trained. The penalty is no mean over a batch,
-    so it does not depend on the batch's size.
+    Fisher). The penalty is no mean over a batch, so it does not depend on the batch's size.
+
+    Deviations: only the adapter has a Fisher, because only it is trained. The policy loss is a mean over the numbers
+    of a chunk and no log-likelihood, so F is too small by the square of the factor between the two, and the penalty
+    beside the loss by the factor itself: `InfoVLAConfig.lambda_ewc` has it.
 
     Args:
         fisher, reference: by the names of the adapter's parameters, its own name left out.
