@@ -7,6 +7,7 @@ before anything of it is read: one that holds a pickle, or a path that leads out
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -165,7 +166,11 @@ def retried(ask: Callable[[], Value]) -> Value:
 
 def _status(error: BaseException) -> int | None:
     response = getattr(error, "response", None)
-    return int(response.status_code) if response is not None else None
+    if response is not None:
+        return int(response.status_code)
+    # The uploads of hf_xet have no response, only words: "... HTTP status client error (404 Not Found), ..."
+    said = re.search(r"HTTP status \w+ error \((\d{3})\b", str(error)) if isinstance(error, ConnectionError) else None
+    return int(said[1]) if said else None
 
 
 def broken_connection(error: BaseException) -> bool:
@@ -258,6 +263,11 @@ def _reason(error: BaseException) -> str:
     }
     if status in known:
         return known[status]
+    if status == 404 and isinstance(cause, ConnectionError):
+        return (
+            "this Hub takes no uploads by Xet (404), as a mirror or a Hub of one's own may not; "
+            "`export HF_HUB_DISABLE_XET=1` and give the command again"
+        )
     if status is not None and status >= 500:
         return f"the Hub fails ({status}); give the command again later, it continues"
     if status is None and broken_connection(cause):

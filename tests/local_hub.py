@@ -7,7 +7,7 @@ It keeps repositories as commits of immutable files, in memory. Like the Hub it 
 commit that names them, answers a file's HEAD with its commit and ETag, redirects LFS files, honours Range, and tells
 who may do what by tokens. `fail` and `cut` make it answer errors or drop a connection in the middle of a transfer.
 
-    python tests/local_hub.py --folder hub     # prints HF_ENDPOINT and HF_TOKEN, runs until Ctrl-C
+    python tests/local_hub.py --folder hub     # prints what to export, runs until Ctrl-C
 """
 
 from __future__ import annotations

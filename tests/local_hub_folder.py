@@ -2,8 +2,12 @@
 
 python tests/local_hub.py --port 0 --folder hub --user me
 
-It prints two lines to be put into the environment, HF_ENDPOINT=http://127.0.0.1:PORT and HF_TOKEN=hf_..., and serves
-until it is stopped. Started again on the same folder, it has what was pushed before.
+It prints three lines for the shell, and serves until it is stopped; started again on the same folder, it has what was
+pushed before.
+
+export HF_ENDPOINT=http://127.0.0.1:PORT
+export HF_TOKEN=hf_...
+export HF_HUB_DISABLE_XET=1     # huggingface_hub never asks a Hub whether it takes uploads by Xet; this one does not
 """
 
 from __future__ import annotations
@@ -65,5 +69,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
     with KeptHub(options.folder, options.port) as hub:
-        print(f"HF_ENDPOINT={hub.url}\nHF_TOKEN={hub.token(options.user)}", flush=True)
+        said = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token(options.user), "HF_HUB_DISABLE_XET": "1"}
+        print("\n".join(f"export {name}={value}" for name, value in said.items()), flush=True)
         stopped.wait()

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 from huggingface_hub import HfApi
+from tiny_run import add_results, build_run
 
 REPO = "me/infovla-cycle"
 RECIPE = """
@@ -65,7 +66,7 @@ def serve(folder: Path) -> tuple[subprocess.Popen[str], dict[str, str]]:
         text=True,
     )
     assert process.stdout is not None
-    said = dict(process.stdout.readline().strip().split("=", 1) for _ in range(2))
+    said = dict(process.stdout.readline().strip().removeprefix("export ").split("=", 1) for _ in range(3))
     process.stdout.close()
     return process, said
 
@@ -100,13 +101,24 @@ def test_what_is_pushed_is_there_when_the_server_starts_again(tmp_path: Path, mo
     assert "notes.txt" in found[1][1]
 
 
+def test_the_lines_that_are_printed_are_all_that_a_push_needs(served: dict[str, str], tmp_path: Path) -> None:
+    """In an environment without other settings of the client's, which uploads by Xet if it is not told otherwise."""
+    add_results(build_run(tmp_path / "run"), report=False)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment = {**kept, "PYTHONPATH": str(REPOSITORY), "HF_HOME": str(tmp_path / "home"), **served}
+    command = [sys.executable, "-m", "infovla_peft.cli", "push", str(tmp_path / "run"), "--repo", REPO]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"/{REPO}: commit " in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.libero
 def test_train_push_list_load_and_roll_out(served: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     run = tmp_path / "run"
     offline: dict[str, str] = {"HF_HUB_OFFLINE": "1"}
-    online = {**served, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "empty")}
+    online = {**served, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "empty")}
 
     infovla("train", tmp_path / "recipe.yaml", "--use_cpu", "true", "--output_dir", run, environment=offline)
     assert "commit" in infovla("push", run, "--repo", REPO, environment={**online, "HF_HOME": str(tmp_path / "mine")})

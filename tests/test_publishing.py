@@ -24,7 +24,7 @@ from infovla_peft.cards import card, template_path
 from infovla_peft.cli import main
 from infovla_peft.library import find_adapters
 from infovla_peft.publishing import check_access, check_run
-from infovla_peft.remote import HubError
+from infovla_peft.remote import RETRIES, HubError, explained, retried
 from infovla_peft.results import Results
 
 # huggingface_hub's own, where it uploads by LFS.
@@ -234,6 +234,37 @@ def test_who_may_not_push_is_told_so_without_the_token(
     assert tokens[who] not in said + caplog.text
     with pytest.raises(HubError):
         check_access(REPO, finished, private=None, token=tokens[who])
+
+
+def test_a_hub_without_xet_is_named_at_once(hub: LocalHub, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    with pytest.raises(HubError, match=r"takes no uploads by Xet \(404\).*`export HF_HUB_DISABLE_XET=1`"):
+        push(hub, finished)
+    assert not waited
+
+
+@pytest.mark.parametrize(
+    ("said", "message", "pauses"),
+    [
+        ("HTTP status client error (403 Forbidden)", "the token may not do this", 0),
+        ("HTTP status client error (429 Too Many Requests)", "no more requests for now", RETRIES),
+        ("HTTP status server error (502 Bad Gateway)", r"the Hub fails \(502\)", RETRIES),
+        ("connection reset by peer", "the connection to the Hub broke", RETRIES),
+    ],
+)
+def test_what_xet_says_in_words_counts(said: str, message: str, pauses: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+
+    def fail() -> None:
+        raise ConnectionError(f"Network error: Request error: {said}, domain: http://127.0.0.1:443/xet-write-token")
+
+    with pytest.raises(HubError, match=message), explained(REPO):
+        retried(fail)
+    assert len(waited) == pauses
 
 
 def test_nothing_to_publish(tmp_path: Path, run: Path) -> None:
