@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .adapters import (
+    INFO,
     PEFT_CONFIG,
     AdapterError,
     AdapterInfo,
@@ -36,7 +37,8 @@ def read_reference_info(folder: str | os.PathLike[str]) -> AdapterInfo:
     """What a plain PEFT adapter says of itself: the name of its base.
 
     Raises:
-        AdapterError: `adapter_config.json` is damaged, or no LoRA as OpenVLA's recipe makes it.
+        AdapterError: `adapter_config.json` is damaged, no LoRA as OpenVLA's recipe makes it, or of an adapter of this
+            package whose `infovla.json` is missing.
     """
     file = Path(folder) / PEFT_CONFIG
     try:
@@ -44,6 +46,12 @@ def read_reference_info(folder: str | os.PathLike[str]) -> AdapterInfo:
         base = content.get("base_model_name_or_path") or ""
     except (ValueError, AttributeError, RecursionError) as error:
         raise AdapterError(f"{file} is damaged ({error}); copy the adapter again") from error
+    if str(base).startswith("."):  # this package names a base so that lies beside the adapter, the recipe none
+        raise AdapterError(
+            f"{file.with_name(INFO)} is missing: the adapter goes onto the base at {base!r}, and without that file it "
+            "would be loaded unchecked. Copy the whole folder again; of a plain PEFT adapter, write the base's Hub id "
+            f"into {PEFT_CONFIG}"
+        )
     for name, expected in _SUPPORTED.items():
         if content.get(name, expected) != expected:
             raise AdapterError(f"{file}: {name} is {content[name]!r}; adapters of OpenVLA's recipe have {expected!r}")

@@ -53,8 +53,18 @@ class StoredAdapter:
 
 
 def find_adapters(folder: Path) -> list[StoredAdapter]:
-    """The adapters of a folder, by stage: those below it, or the folder itself."""
+    """The adapters of a folder, by stage: those below it, or the folder itself.
+
+    Raises:
+        AdapterError: a description is damaged, or missing where those of other stages are there.
+    """
     if (folder / PEFT_CONFIG).is_file() and not (folder / INFO).is_file():
+        below = [*folder.glob(f"*/{INFO}"), *folder.glob(f"stage_*/{PEFT_CONFIG}")]
+        if below:  # taken for a plain adapter, it would be loaded without a single check
+            raise AdapterError(
+                f"{folder / INFO} is missing, while {below[0].parent.name}/ is there: a part of a published run. "
+                "Copy the whole folder again, or push the run again"
+            )
         return [StoredAdapter(folder, read_reference_info(folder), reference=True)]
     below = next(filter(None, (list(folder.glob(f"{pattern}/{INFO}")) for pattern in FOLDERS)), [])
     found = [StoredAdapter(file.parent, read_info(file.parent)) for file in below]

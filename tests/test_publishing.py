@@ -371,6 +371,31 @@ def test_what_must_not_be_loaded_is_refused(
         load_policy(REPO)
 
 
+def test_a_copy_without_its_descriptions_is_no_plain_adapter(hub: LocalHub, finished: Path, tmp_path: Path) -> None:
+    """It would be loaded for every task, whatever its weights, on whatever base."""
+    push(hub, finished)
+    copy = Path(snapshot_download(REPO, local_dir=tmp_path / "copy"))
+    (copy / "infovla.json").unlink()
+    for ask in (load_policy, list_adapters):
+        with pytest.raises(AdapterError, match=r"infovla\.json is missing, while stage_0\d/ is there.*Copy the whole"):
+            ask(copy)
+    for stage in (1, 2):
+        (copy / f"stage_0{stage}" / "infovla.json").unlink()
+    with pytest.raises(AdapterError, match=r"infovla\.json is missing, while stage_0"):
+        load_policy(copy, task="turn on the stove", base=finished / "base")
+    for folder in ("stage_01", "stage_02"):
+        with pytest.raises(
+            AdapterError, match=r"infovla\.json is missing.*base at '\.\./base'.*Copy the whole folder"
+        ):
+            load_policy(copy / folder)
+        shutil.rmtree(copy / folder)
+    with pytest.raises(AdapterError, match=r"infovla\.json is missing.*base at '\./base'.*Copy the whole folder"):
+        load_policy(copy)
+    hub.put(REPO, {}, remove=["infovla.json"])
+    with pytest.raises(AdapterError, match=r"infovla\.json is missing, while stage_0\d/ is there"):
+        load_policy(REPO)
+
+
 def test_a_pickle_in_a_local_adapter_is_refused(run: Path) -> None:
     adapter = next(run.glob("adapters/stage_01*"))
     (adapter / "adapter_model.bin").write_bytes(b"\x80\x04.")
