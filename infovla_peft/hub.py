@@ -29,7 +29,7 @@ from .foreign import fingerprint_of_files
 from .inference import Policy
 from .library import AdapterLibrary, StoredAdapter, choose, find_adapters
 from .models.openvla import load_openvla
-from .publishing import RESULTS, create_collection, push_to_hub
+from .publishing import RESULTS, check_base, create_collection, push_to_hub
 from .remote import Snapshot, check_names, check_no_pickles, is_inside, open_snapshot
 from .results import Results
 
@@ -114,6 +114,7 @@ def load_policy(
     location = base or _base_location(place, chosen[0][0] or adapters[0])
     if base is None and reference.base_revision is not None:
         options["revision"] = reference.base_revision
+    check_base(Path(location))
     if quantization_config is None:
         options["quantization"] = reference.quantization
     model, processor = load_openvla(location, **options)
@@ -325,6 +326,7 @@ def _statistics(
 
 
 def _base_policy(location: str | os.PathLike[str], unnorm_key: str | None, options: Mapping[str, Any]) -> Policy:
+    check_base(Path(location))
     model, processor = load_openvla(location, **options)
     normaliser = Normaliser(model.norm_stats, unnorm_key, bounds=model.config.action_normalization)
     return _policy(model, processor, normaliser, None, None, None)

@@ -3,7 +3,8 @@
     README.md                       the card, see cards.py
     adapter_model.safetensors …     the last stage's adapter, so that PEFT alone reads the repository
     stage_01/ …                     the adapter of every stage
-    base/                           the base, if it was trained here and is published nowhere else
+    base/                           the base, if it was trained here and is published nowhere else; infovla_base.json
+                                    there has its checksums
     results.json, figures/, videos/ what was measured, the report's figures, one rollout per task
     .eval_results/                  the numbers as the Hub's leaderboards read them
 
@@ -21,15 +22,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .adapters import INFO, PEFT_CONFIG, STATISTICS, WEIGHTS, AdapterInfo, check_adapter, write_info
+from .adapters import INFO, PEFT_CONFIG, STATISTICS, WEIGHTS, AdapterError, AdapterInfo, check_adapter, write_info
 from .cards import card, eval_results
 from .files import write_json
+from .integrity import SUMS, DamagedFileError, check_files, checksums, read_sealed, write_sealed
 from .library import StoredAdapter, find_adapters
 from .methods import METHODS
 from .remote import HubError, api, explained, retried
 from .results import Results, Video
 
 RESULTS, CARD, BASE_FOLDER = "results.json", "README.md", "base"
+BASE_SUMS, BASE_FORMAT = "infovla_base.json", 1
 EVAL_RESULTS = ".eval_results/libero.yaml"
 _OURS = ("stage_", f"{BASE_FOLDER}/", "figures/", "videos/", ".eval_results/libero")
 """Beginnings of what a push may take away again; other files of the repository stay."""
@@ -198,7 +201,9 @@ def prepare(
     if included:
         folder = _local_base(adapters[-1])
         assert folder is not None
-        files |= {f"{BASE_FOLDER}/{file.relative_to(folder).as_posix()}": file for file in _checkpoint_files(folder)}
+        parts = {file.relative_to(folder).as_posix(): file for file in _checkpoint_files(folder)}
+        write_sealed(workspace / BASE_SUMS, {"format_version": BASE_FORMAT}, checksums(parts.values(), folder))
+        files |= {f"{BASE_FOLDER}/{name}": file for name, file in {**parts, BASE_SUMS: workspace / BASE_SUMS}.items()}
     figures = sorted((run / "report").glob("*.png"))
     files |= {f"figures/{file.name}": file for file in figures}
     shown = _videos(results, run)
@@ -278,7 +283,31 @@ def _local_base(adapter: StoredAdapter) -> Path | None:
 def _checkpoint_files(folder: Path) -> list[Path]:
     """What is published of a base: no optimiser states, no pickles."""
     suffixes = (".safetensors", ".json", ".txt", ".model")
-    return sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix in suffixes)
+    return sorted(
+        file for file in folder.rglob("*") if file.is_file() and file.suffix in suffixes and file.name != BASE_SUMS
+    )
+
+
+def check_base(folder: Path) -> None:
+    """Check a base that went along with adapters against its checksums; one that has none is taken as it is.
+
+    The fingerprint in `infovla.json` says which base it is by a few values of every tensor. It sees neither a change
+    elsewhere in them nor the tokenizer.
+
+    Raises:
+        AdapterError: a file is missing, was changed or was not published with it.
+    """
+    if not (folder / BASE_SUMS).is_file():
+        return
+    cure = "the base is not as it was published: copy or download the whole folder again"
+    try:
+        sums = read_sealed(folder / BASE_SUMS, newest=BASE_FORMAT, sealed_since=BASE_FORMAT)[SUMS]
+        check_files(folder, sums)
+    except DamagedFileError as error:
+        raise AdapterError(f"{error}; {cure}") from error
+    strange = [file for file in _checkpoint_files(folder) if file.relative_to(folder).as_posix() not in sums]
+    if strange:
+        raise AdapterError(f"{strange[0]} was not published with the others; {cure}")
 
 
 def _published_info(adapter: StoredAdapter, below: str, base: tuple[str, str] | None, included: bool) -> AdapterInfo:

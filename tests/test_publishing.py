@@ -396,6 +396,32 @@ def test_a_copy_without_its_descriptions_is_no_plain_adapter(hub: LocalHub, fini
         load_policy(REPO)
 
 
+def test_a_base_that_goes_along_is_checked_file_by_file(hub: LocalHub, finished: Path, tmp_path: Path) -> None:
+    push(hub, finished)
+    expected = act(load_policy(finished))
+    weights = bytearray(hub.file(REPO, "base/model.safetensors"))
+    weights[-5] ^= 1
+    changes = {
+        "model.safetensors": bytes(weights),
+        "tokenizer.json": hub.file(REPO, "base/tokenizer.json") + b" ",
+        "preprocessor_config.json": hub.file(REPO, "base/preprocessor_config.json") + b" ",
+        "added_tokens.json": b"{}",
+        "infovla_base.json": hub.file(REPO, "base/infovla_base.json").replace(b"tokenizer.json", b"tokenizer_.json"),
+    }
+    for name, content in changes.items():
+        copy = Path(snapshot_download(REPO, local_dir=tmp_path / name))
+        assert act(load_policy(copy)) == expected
+        (copy / "base" / name).write_bytes(content)
+        for where, options in ((copy, {}), (copy, {"stage": 0}), (copy / "base", {}), (copy / "stage_01", {})):
+            with pytest.raises(AdapterError, match=rf"base/{re.escape(name)} .*download the whole folder again"):
+                load_policy(where, **options)
+    hub.put(REPO, {"base/tokenizer.json": changes["tokenizer.json"]})
+    with pytest.raises(AdapterError, match=r"base/tokenizer\.json is damaged"):
+        load_policy(REPO)
+    hub.put(REPO, {}, remove=["base/infovla_base.json"])  # as an earlier version pushed it
+    assert act(load_policy(REPO)) == expected
+
+
 def test_a_pickle_in_a_local_adapter_is_refused(run: Path) -> None:
     adapter = next(run.glob("adapters/stage_01*"))
     (adapter / "adapter_model.bin").write_bytes(b"\x80\x04.")
