@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -272,6 +274,44 @@ def test_other_heads_and_pickles_are_refused(saved: Path, tmp_path: Path) -> Non
     torch.save({"noise_predictor.weight": torch.zeros(1)}, tmp_path / "action_head--50_checkpoint.pt")
     with pytest.raises(ValueError, match="diffusion heads are not supported"):
         load_openvla(tmp_path)
-    torch.save({"model": Path("x")}, tmp_path / "action_head--50_checkpoint.pt")
-    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+    ran = tmp_path / "ran"
+    head = tmp_path / "action_head--50_checkpoint.pt"
+    weight = {"model.fc2.weight": torch.zeros(7, 4)}
+
+    def damaged(content: object) -> bytes:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        return buffer.getvalue()
+
+    class Code:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.mkdir, (str(ran),)
+
+    for content in (
+        damaged({"model": Path("x")}),
+        damaged({**weight, "more": Code()}),
+        damaged([torch.zeros(1)]),
+        damaged({**weight, "more": 1}),
+        damaged({**weight, 1: torch.zeros(1)}),
+        damaged(weight)[:300],
+        b"",
+        b"garbage" * 100,
+        b"\x80\x04.",
+    ):
+        head.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"action_head--50_checkpoint\.pt' is no state dict of tensors"
+        ) as refused:
+            load_openvla(tmp_path)
+        assert refused.value.__suppress_context__ or refused.value.__context__ is None  # torch's own advice
+    assert not ran.exists()
+    head.unlink()
+    torch.save(weight, tmp_path / "proprio_projector--50_checkpoint.pt")
+    with pytest.raises(ValueError, match=r"proprio_projector--50_checkpoint\.pt' is no proprio projector"):
+        load_openvla(tmp_path)
+    (tmp_path / "proprio_projector--50_checkpoint.pt").unlink()
+    edit_json(tmp_path / "config.json", use_film=True, decoding="parallel")
+    alone = {"vision_backbone.featurizer.patch_embed.proj.lora_A.default.weight": torch.zeros(4, 4)}
+    torch.save(alone, tmp_path / "vision_backbone--50_checkpoint.pt")
+    with pytest.raises(ValueError, match=r"vision_backbone--50_checkpoint\.pt' does not fit the configuration"):
         load_openvla(tmp_path)

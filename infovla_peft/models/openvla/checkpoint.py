@@ -58,11 +58,15 @@ def _fields_of_components(files: dict[str, Path]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     if "action_head" in files:
         head = _load_component(files["action_head"])
-        if "model.fc2.weight" not in head:
+        if "model.fc2.weight" not in head or head["model.fc2.weight"].dim() != 2:
             raise ValueError(f"'{files['action_head']}' is no L1 regression head; diffusion heads are not supported.")
         fields |= {"decoding": "parallel", "action_head": "l1", "action_dim": len(head["model.fc2.weight"])}
     if "proprio_projector" in files:
         projector = _load_component(files["proprio_projector"])
+        if "fc1.weight" not in projector or projector["fc1.weight"].dim() != 2:
+            raise ValueError(
+                f"'{files['proprio_projector']}' is no proprio projector: it lacks the matrix fc1.weight."
+            )
         fields |= {"decoding": "parallel", "proprio_dim": projector["fc1.weight"].shape[1]}
     if "vision_backbone" in files:
         fields |= {"decoding": "parallel", "use_film": True}
@@ -93,7 +97,20 @@ def find_components(path: str, kwargs: dict[str, Any]) -> dict[str, Path]:
 
 
 def _load_component(file: Path) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = torch.load(file, weights_only=True, map_location="cpu")
+    """The tensors of a `.pt` file.
+
+    Raises:
+        ValueError: it holds anything else. torch's own message would advise to run what it holds.
+    """
+    refused = f"'{file}' is no state dict of tensors (it may hold code); it is not loaded: get it again."
+    try:
+        state = torch.load(file, weights_only=True, map_location="cpu")
+    except Exception:  # reading garbage raises whatever its bytes happen to mean
+        raise ValueError(refused) from None
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise ValueError(refused)
     # Saved out of DistributedDataParallel, every name starts with "module.".
     return {name.removeprefix("module."): value for name, value in state.items()}
 
@@ -108,12 +125,12 @@ def load_components(model: Any, path: str, missing: set[str], kwargs: dict[str, 
         if component not in components:
             continue
         state = _load_component(file)
-        if component == "vision_backbone":
-            state = _plain_vision_state(state)
         module: nn.Module = getattr(model, component)
         try:
+            if component == "vision_backbone":
+                state = _plain_vision_state(state)
             module.load_state_dict(state)
-        except RuntimeError as error:
+        except (RuntimeError, LookupError, ZeroDivisionError) as error:
             raise ValueError(f"'{file}' does not fit the configuration: {error}") from error
         loaded |= {f"{component}.{name}" for name in state}
     return loaded
