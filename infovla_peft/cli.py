@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .command_options import add_config_option, apply_config
+from .command_options import CommandParser, add_config_option, apply_config, find_config
 from .interruption import Stopped, stop_signals
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
@@ -89,7 +89,8 @@ def _close_bars() -> None:
 
 
 _DRY_RUN = (
-    "With --dry-run the plan is printed: stages, tasks, steps, rollouts, about how long; and nothing is written."
+    "The recipe may be named as --config RECIPE.yaml, too. With --dry-run the plan is printed: stages, tasks, steps, "
+    "rollouts, about how long; and nothing is written."
 )
 
 
@@ -118,14 +119,19 @@ def train(argv: Sequence[str], *, prog: str = "infovla train") -> None:
 
 
 def split_recipe(argv: Sequence[str], prog: str) -> tuple[Path | None, list[str]]:
-    """The recipe's path, if the arguments begin with one, and the options.
+    """The recipe's path, if the arguments begin with one or name it as `--config`, and the options.
 
     Raises:
-        ValueError: neither a recipe nor an option was given.
+        ValueError: neither a recipe nor an option was given, or two recipes.
     """
     if not argv:
         raise ValueError(f"say what to do: {prog} RECIPE.yaml [--option value ...]; --help explains every option")
-    return (None, list(argv)) if argv[0].startswith("-") else (Path(argv[0]), list(argv[1:]))
+    named, others = find_config(argv)
+    if not others or others[0].startswith("-"):
+        return named, others
+    if named is not None:
+        raise ValueError(f"two recipes, {others[0]} and --config {named}; give one, and its changes as options")
+    return Path(others[0]), others[1:]
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -141,7 +147,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.dry_run:
         from .hub import recipe_of
 
-        recipe = recipe_of(options.policy, stage=options.stage, revision=options.revision, base=options.base)
+        where = {name: getattr(options, name) for name in ("stage", "revision", "base", "token")}
+        recipe = recipe_of(options.policy, **where)
         suite = str(options.suite or recipe.get("suite") or EVALUATION_DEFAULTS["suite"])
         planned = [find_task(suite, name) for name in options.tasks or range(len(suite_tasks(suite)))]
         plural = "s" * (len(planned) != 1)
@@ -307,6 +314,7 @@ def _policy(options: argparse.Namespace, task: str | None = None) -> Any:
         base=options.base,
         unnorm_key=options.unnorm_key,
         device=options.device,
+        token=options.token,
     )
     if options.center_crop is not None:
         policy.crop = options.center_crop
@@ -339,6 +347,7 @@ def _push(options: argparse.Namespace) -> None:
         revision=options.revision,
         commit_message=message,
         base_repo=base_repo,
+        token=options.token,
     )
     print(f"{done.url}: {f'commit {done.commit}' if done.changed else 'everything was there already'}")
 
@@ -350,7 +359,7 @@ def _list(options: argparse.Namespace) -> None:
     from .progress import quiet_libraries
 
     quiet_libraries(loading_bars=False)
-    found = list_adapters(options.repo, revision=options.revision)
+    found = list_adapters(options.repo, revision=options.revision, token=options.token)
     if options.json:
         print(json.dumps([asdict(adapter) for adapter in found], indent=2))
         return
@@ -382,7 +391,7 @@ def _setup_libero(_options: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="infovla", description="Teach a vision-language-action model new robot skills one after another."
     )
     parser.add_argument("--version", action="version", version=f"infovla-peft {__version__}")
@@ -464,11 +473,13 @@ def make_parser() -> argparse.ArgumentParser:
     push.add_argument("--revision", help="branch; made if it does not exist; the main one if not given")
     push.add_argument("--commit_message", help="first line of the commit; names the stages if not given")
     push.add_argument("--base_repo", help="publish a base that was trained here under this name of its own")
-    push.add_argument("--dry-run", "--dry_run", action="store_true", help="say what would be pushed, and push nothing")
+    _add_token(push)
+    push.add_argument("--dry-run", action="store_true", help="say what would be pushed, and push nothing")
 
     listing = command("list", "say which adapters a repository or run holds, without downloading weights", _list)
     listing.add_argument("repo", help="Hub id or folder")
     listing.add_argument("--revision", help="branch, tag or commit; the main branch if not given")
+    _add_token(listing)
     listing.add_argument("--json", action="store_true", help="everything that is known, as JSON")
 
     command("doctor", "say what is wrong with this installation, and the cure", _doctor)
@@ -480,6 +491,7 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("policy", help="folder or Hub id of an adapter, a run or a checkpoint")
     parser.add_argument("--stage", type=int, help="the policy after this stage of a run; 0 is the base")
     parser.add_argument("--revision", help="branch, tag or commit of a repository; its main branch if not given")
+    _add_token(parser)
     parser.add_argument("--base", help="where the base is, if not where the adapter says")
     parser.add_argument("--unnorm_key", help="statistics to un-normalise with, for a checkpoint without adapter")
     parser.add_argument("--device", default="cpu", help="where the policy runs")
@@ -489,6 +501,10 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="show the central nine tenths of each image, for checkpoints trained with random crops (as trained)",
     )
+
+
+def _add_token(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--token", help="of the Hub; HF_TOKEN or that of `hf auth login` if not given")
 
 
 def _add_simulation(parser: argparse.ArgumentParser, *, trained: bool = False) -> None:

@@ -1,12 +1,29 @@
-"""Options of a command out of a YAML file: `infovla evaluate --config evaluation.yaml --episodes 50`."""
+"""Options of a command: in either spelling, and out of a YAML file (`infovla evaluate --config evaluation.yaml`)."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from .reading import read_yaml
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that takes `--max-steps` for `--max_steps` and `--dry_run` for `--dry-run`; so do its commands."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known = {name.replace("_", "-"): name for name in self._option_string_actions}
+        words = list(sys.argv[1:] if args is None else args)
+        end = words.index("--") if "--" in words else len(words)
+        for place, word in enumerate(words[:end]):
+            name, equals, value = word.partition("=")
+            if name.startswith("--"):
+                words[place] = known.get(name.replace("_", "-"), name) + equals + value
+        return super().parse_known_args(words, namespace)
 
 
 def add_config_option(parser: argparse.ArgumentParser) -> None:
@@ -14,53 +31,74 @@ def add_config_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE.yaml", help="read options from this file, `option: value` lines")
 
 
+def find_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The file after `--config`, and the other arguments."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path)
+    found, others = finder.parse_known_args(list(argv))
+    return found.config, others
+
+
 def apply_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Make what the file after `--config` says the defaults of a command.
+    """Make what the file after `--config` says the defaults of a command; `null` keeps the command's own.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: it is no YAML mapping, or holds an unknown option or an unusable value.
     """
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    named = finder.parse_known_args(list(argv))[0].config
-    if named is None:
+    path, _ = find_config(argv)
+    if path is None:
         return
-    path = Path(named)
     if not path.is_file():
         raise FileNotFoundError(f"no file of options at {path}")
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    content = read_yaml(path, error=ValueError, cure="write `option: value` lines")
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold `option: value` lines")
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    for name, value in content.items():
+    seen = set()
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
         if name not in actions:
-            near = difflib.get_close_matches(str(name), actions, n=3)
+            near = difflib.get_close_matches(name, actions, n=3)
             hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(actions)}"
-            raise ValueError(f"{path}: unknown option {name!r}; {hint}")
-        _set_default(actions[name], value, f"{path}: {name}")
+            raise ValueError(f"{path}: unknown option {key!r:.80}; {hint}")
+        if name in seen:
+            raise ValueError(f"{path}: the option {name!r} stands twice, as {key!r} too; keep one")
+        seen.add(name)
+        _set_default(actions[name], value, f"{path}: {key}")
 
 
 def _set_default(action: argparse.Action, value: Any, where: str) -> None:
+    if value is None:
+        if action.required and action.default is None:
+            raise ValueError(f"{where} has no value, and the command needs one")
+        return
     several = action.nargs in ("+", "*")
     if several != isinstance(value, list):
-        raise ValueError(f"{where} takes {'a list' if several else 'one value'}, not {value!r}")
+        raise ValueError(f"{where} takes {'a list' if several else 'one value'}, not {value!r:.80}")
+    if action.nargs == "+" and not value:
+        raise ValueError(f"{where} takes a list of at least one value; leave the line out for the command's own")
     if action.nargs == 0 and not isinstance(value, bool):
-        raise ValueError(f"{where} is true or false, not {value!r}")
+        raise ValueError(f"{where} is true or false, not {value!r:.80}")
     if action.nargs != 0:
-        convert: Any = action.type or str
-        try:
-            values = [convert(each) for each in (value if several else [value])]
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where} cannot be {value!r}: {error}") from error
-        if action.choices and (wrong := [each for each in values if each not in action.choices]):
-            raise ValueError(f"{where} must be one of {', '.join(map(str, action.choices))}, not {wrong[0]!r}")
+        values = [_converted(action, each, where) for each in (value if several else [value])]
         value = values if several else values[0]
     action.default, action.required = value, False
     if not action.option_strings:  # a positional one may now be left out
         action.nargs = "*" if several else "?"
+
+
+def _converted(action: argparse.Action, value: Any, where: str) -> Any:
+    """A value as the command line would give it: out of its text."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"{where} cannot be {value!r:.80}; write a number or a text, in quotes if it is `true`")
+    convert: Any = action.type or str
+    if convert is str and isinstance(value, float):  # 1.10 would be 1.1
+        raise ValueError(f"{where} is a text, not the number {value!r}; write it in quotes")
+    try:
+        result = convert(str(value))
+    except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"{where} cannot be {value!r:.80}: {error}") from error
+    if action.choices and result not in action.choices:
+        raise ValueError(f"{where} must be one of {', '.join(map(str, action.choices))}, not {result!r:.80}")
+    return result

@@ -21,6 +21,7 @@ from typing import Any
 from infovla_peft.aggregation import aggregate, load_held
 from infovla_peft.benchmark import Job, learn_base, load_benchmark
 from infovla_peft.cli import run_command
+from infovla_peft.command_options import CommandParser
 from infovla_peft.comparison import load_comparison
 from infovla_peft.comparison_figures import draw_comparison
 from infovla_peft.comparison_tables import write_tables
@@ -35,7 +36,7 @@ RECIPES = Path(__file__).resolve().parent
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The commands and their options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     held: dict[str, Any] = {"nargs": "+", "metavar": "JSON", "type": Path, "default": []}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import pytest
 from conftest import REPOSITORY
 from tiny_run import build_run
 
-from infovla_peft.cli import main
+from infovla_peft.cli import main, make_parser, split_recipe
+from infovla_peft.command_options import apply_config
 from infovla_peft.recipe_files import copy_recipe, list_recipes, recipes_folder
 
 
@@ -84,7 +86,20 @@ def test_options_of_a_command_come_from_a_file(tmp_path: Path, capsys: pytest.Ca
         ("tasks: 3", "tasks takes a list"),
         ("renderer: slow", "renderer must be one of fast, exact"),
         ("dry_run: 3", "dry_run is true or false"),
+        ("episodes: 2.9", "episodes cannot be 2.9"),
+        ("episodes: true", "episodes cannot be True"),
+        ("noise: false", "noise cannot be False"),
+        ("suite: yes", "suite cannot be True"),
+        ("suite: 1.10", "suite is a text, not the number 1.1; write it in quotes"),
+        ("suite: {a: b}", "suite cannot be {'a': 'b'}"),
+        ("tasks: []", "tasks takes a list of at least one value"),
+        ("tasks: [[7]]", "tasks cannot be [7]"),
+        ("max-episodes: 3", "unknown option 'max-episodes'"),
+        ("dry-run: true\ndry_run: true", "'dry_run' stands twice"),
         ("[", "not valid YAML"),
+        ("a: &a [*a]", "contains itself"),
+        ("seed: 0\nseed: 1", "the key 'seed' stands twice"),
+        ("x: '" + "x" * (1 << 20) + "'", "larger than 1 MiB"),
         ("- a", "`option: value` lines"),
     ):
         options.write_text(text)
@@ -94,15 +109,85 @@ def test_options_of_a_command_come_from_a_file(tmp_path: Path, capsys: pytest.Ca
     assert "no file of options" in capsys.readouterr().err
 
 
+def parsed(command: str, *arguments: object, text: str, folder: Path) -> argparse.Namespace:
+    """The options of a command with a file of options."""
+    (folder / "options.yaml").write_text(text)
+    words = [*map(str, arguments), "--config", str(folder / "options.yaml")]
+    parser = make_parser()
+    apply_config(parser._subparsers._group_actions[0].choices[command], words)  # type: ignore
+    return parser.parse_args([command, *words])
+
+
+def test_no_value_in_a_file_keeps_the_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "episodes: null\noutput:\nvideos: 3\nimage_size: '64'\nopen-loop-steps: 4\ntasks: [7, '1']\nbase: null\n"
+    options = parsed("evaluate", "x", text=f"{text}dry-run: true\ncenter_crop: false\n", folder=tmp_path)
+    assert (options.episodes, options.videos, options.image_size, options.open_loop_steps) == (20, 3, 64, 4)
+    assert (options.output, options.base, options.tasks, options.dry_run) == (None, None, ["7", "1"], True)
+    assert options.center_crop is False
+    assert parsed("demos", "x", text="noise: 1e-3\nseed: 2\n", folder=tmp_path).noise == 0.001
+    assert parsed("demos", "x", text="dry_run: null\n", folder=tmp_path).dry_run is False
+    for text, command in (("repo: null", "push"), ("run: null\nrepo: me/x", "push"), ("images: null", "act")):
+        (tmp_path / "options.yaml").write_text(text)
+        assert main([command, "--config", str(tmp_path / "options.yaml")]) == 1
+        assert "has no value, and the command needs one" in capsys.readouterr().err
+
+
+def test_options_have_either_spelling(capsys: pytest.CaptureFixture[str]) -> None:
+    def options(*words: str) -> argparse.Namespace:
+        return make_parser().parse_args(list(words))
+
+    one = options("evaluate", "x", "--max-steps", "4", "--open-loop-steps=2", "--dry_run", "--no_center_crop")
+    two = options("evaluate", "x", "--max_steps", "4", "--open_loop_steps=2", "--dry-run", "--no-center_crop")
+    assert one == two
+    assert (one.max_steps, one.open_loop_steps, one.dry_run, one.center_crop) == (4, 2, True, False)
+    assert options("demos", "x", "--assets-folder", "a_b-c").assets_folder == "a_b-c"
+    pushed = options("push", "x", "--repo", "a/b", "--commit-message", "a-b_c", "--base-repo=a/c-d_e", "--dry_run")
+    assert (pushed.commit_message, pushed.base_repo, pushed.dry_run) == ("a-b_c", "a/c-d_e", True)
+    for words in (["evaluate", "x", "--max-stepz", "4"], ["evaluate", "x", "--dry__run"]):
+        with pytest.raises(SystemExit):
+            options(*words)
+    assert "unrecognized arguments: --dry__run" in capsys.readouterr().err
+
+
+def test_a_token_can_be_given_to_every_command_that_asks_the_hub() -> None:
+    for words in (["push", "x", "--repo", "a/b"], ["list", "a/b"], ["evaluate", "x"], ["act", "x", "--images", "a"]):
+        assert make_parser().parse_args([*words, "--token", "hf_x"]).token == "hf_x"
+        assert make_parser().parse_args(words).token is None
+
+
+def test_the_recipe_of_train_may_be_named_as_config(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    for words in (
+        ["--config", str(recipe), "--seed", "1"],
+        ["--seed", "1", f"--config={recipe}"],
+        [str(recipe), "--seed", "1"],
+    ):
+        assert split_recipe(words, "x") == (recipe, ["--seed", "1"])
+    assert split_recipe(["--weight_decay", "-1e-4"], "x") == (None, ["--weight_decay", "-1e-4"])
+    with pytest.raises(ValueError, match=r"two recipes, a\.yaml and --config b\.yaml"):
+        split_recipe(["a.yaml", "--config", "b.yaml"], "x")
+
+
+def test_a_benchmark_takes_its_options_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from infovla_peft.speed import act
+    from infovla_peft.speed.harness import Report
+
+    given: list[argparse.Namespace] = []
+    monkeypatch.setattr(act, "run", lambda options: given.append(options) or Report("act"))
+    (tmp_path / "options.yaml").write_text("repetitions: 3\nshapes: [tiny]\nclock: cpu\n")
+    assert main(["bench", "act", "--config", str(tmp_path / "options.yaml"), "--clock", "wall"]) == 0
+    assert (given[0].repetitions, given[0].shapes, given[0].clock) == (3, ["tiny"], "wall")
+
+
 @pytest.mark.libero
 def test_a_dry_run_says_what_and_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"stream: B1-1N1\nuse_cpu: true\nreport_to: none\noutput_dir: {tmp_path / 'run'}\n")
     assert main(["train", str(recipe), "--dry-run"]) == 0
     assert "B1-1N1 on libero_goal" in capsys.readouterr().out
-    assert main(["train", "--dry-run", str(recipe)]) == 0
+    assert main(["train", "--dry-run", "--config", str(recipe)]) == 0
     assert "B1-1N1 on libero_goal" in capsys.readouterr().out
-    assert main(["demos", str(tmp_path / "demos"), "--tasks", "7", "--episodes", "3", "--dry-run"]) == 0
+    assert main(["demos", str(tmp_path / "demos"), "--tasks", "7", "--episodes", "3", "--dry_run"]) == 0
     assert "turn_on_the_stove: 0 of 3 are there" in capsys.readouterr().out
     finished = build_run(tmp_path / "finished")
     assert (

@@ -6,7 +6,9 @@ import argparse
 import importlib
 import os
 from collections.abc import Sequence
+from typing import Any
 
+from ..command_options import CommandParser, add_config_option, apply_config
 from ..progress import quiet_libraries
 
 BENCHMARKS: dict[str, str] = {
@@ -24,7 +26,13 @@ def bench(argv: Sequence[str], *, prog: str = "infovla bench") -> None:
     # Before torch is loaded: its profiler, which counts memory, would tell of its own doings on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    options = make_parser(prog, only=argv[0] if argv and argv[0] in BENCHMARKS else None).parse_args(argv)
+    only = argv[0] if argv and argv[0] in BENCHMARKS else None
+    parser = make_parser(prog, only=only)
+    if only is not None:
+        assert parser._subparsers is not None
+        commands: Any = parser._subparsers._group_actions[0].choices
+        apply_config(commands[only], argv[1:])
+    options = parser.parse_args(argv)
     if options.threads:
         import torch
 
@@ -39,7 +47,7 @@ def bench(argv: Sequence[str], *, prog: str = "infovla bench") -> None:
 
 def make_parser(prog: str = "infovla bench", *, only: str | None = None) -> argparse.ArgumentParser:
     """The parser of `infovla bench`, with the options of one benchmark: the others need not be imported for it."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=prog,
         description="Speed and memory of this package beside their references, interleaved in one process. "
         "To compare continual-learning methods, see recipes/benchmark.py.",
@@ -51,6 +59,7 @@ def make_parser(prog: str = "infovla bench", *, only: str | None = None) -> argp
             continue
         module = importlib.import_module(f".{name}", __package__)
         added = names.add_parser(name, help=text, description=module.__doc__, formatter_class=_Help)
+        add_config_option(added)
         added.add_argument("--json", metavar="FILE", help="write ratios, figures and the machine there")
         added.add_argument("--threads", type=positive, help="torch threads; torch's own choice if not given")
         module.add_arguments(added)
