@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from .adapters import AdapterError
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, ModelInfo
 
 Value = TypeVar("Value")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill", ".npy", ".npz")
@@ -72,33 +72,45 @@ def open_snapshot(
 ) -> Snapshot:
     """Look at a repository and download the files that match; out of the cache where the Hub cannot be reached.
 
+    Where the connection breaks, the cache is looked at first, and the Hub asked again only if nothing is there.
+
     Raises:
         FileNotFoundError: no such repository or revision, or nothing of it in the cache.
         HubError: the Hub refuses, or fails again and again.
         AdapterError: a file name leads out of the repository.
     """
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    files: tuple[str, ...] | None = None
+    def snapshot(files: tuple[str, ...] | None) -> Snapshot:
+        folder = snapshot_download(
+            repo_id, revision=revision, allow_patterns=list(patterns), token=token, local_files_only=files is None
+        )
+        return Snapshot(repo_id, Path(folder).name, Path(folder), files, token)
+
+    def ask() -> ModelInfo:
+        return HfApi(token=token).model_info(repo_id, revision=revision)
+
     with explained(repo_id):
         try:
-            info = retried(lambda: HfApi(token=token).model_info(repo_id, revision=revision))
+            info = retried(ask, when=_overloaded)
         except Exception as error:
             if not _unreachable(error):
                 raise
-        else:
-            files = tuple(sibling.rfilename for sibling in info.siblings or ())
-            check_names(files, repo_id)
-        folder = Path(
-            snapshot_download(
-                repo_id,
-                revision=revision,
-                allow_patterns=list(patterns),
-                token=token,
-                local_files_only=files is None,
-            )
-        )
-    return Snapshot(repo_id, folder.name, folder, files, token)
+            try:
+                return snapshot(None)
+            except LocalEntryNotFoundError:
+                if not broken_connection(error):
+                    raise
+            try:
+                info = retried(ask)
+            except Exception as again:
+                if not _unreachable(again):
+                    raise
+                return snapshot(None)  # which says that nothing is there
+        files = tuple(sibling.rfilename for sibling in info.siblings or ())
+        check_names(files, repo_id)
+        return snapshot(files)
 
 
 def check_names(files: Sequence[str], where: str | os.PathLike[str]) -> None:
@@ -149,16 +161,19 @@ def api(token: str | bool | None) -> HfApi:
     return HfApi(token=token, library_name="infovla-peft", library_version=__version__)
 
 
-def retried(ask: Callable[[], Value]) -> Value:
+def retried(ask: Callable[[], Value], *, when: Callable[[BaseException], bool] | None = None) -> Value:
     """`ask()`, again after a pause while the Hub is overloaded (429, 5xx) or the connection breaks.
 
     huggingface_hub does so for files, not for creating and committing.
+
+    Args:
+        when: which errors are worth another try; None for these.
     """
     for attempt in range(RETRIES + 1):
         try:
             return ask()
         except Exception as error:
-            if attempt == RETRIES or not _passing(error):
+            if attempt == RETRIES or not (when or _passing)(error):
                 raise
             time.sleep(_pause(error, attempt))
     raise AssertionError("unreachable")
@@ -182,9 +197,13 @@ def broken_connection(error: BaseException) -> bool:
     return not isinstance(error, OfflineModeIsEnabled) and (transport or isinstance(error, ConnectionError))
 
 
+def _overloaded(error: BaseException) -> bool:
+    return _status(error) in (408, 429, 500, 502, 503, 504)
+
+
 def _passing(error: BaseException) -> bool:
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error  # of an upload
-    return _status(cause) in (408, 429, 500, 502, 503, 504) or (_status(cause) is None and broken_connection(cause))
+    return _overloaded(cause) or (_status(cause) is None and broken_connection(cause))
 
 
 def _unreachable(error: BaseException) -> bool:

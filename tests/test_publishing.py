@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import libero_installed
 from huggingface_hub import HfApi, ModelCard, parse_eval_result_entries, snapshot_download
 from local_hub import LocalHub
 from tiny_run import TASKS, act, add_results, build_run
@@ -319,6 +320,27 @@ def test_one_adapter_is_downloaded_and_found_again_offline(
     assert len(hub.requests) == asked
 
 
+def test_without_a_connection_the_cache_is_looked_at_before_the_hub_is_asked_again(
+    hub: LocalHub, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(hub, finished)
+    expected = act(load_policy(REPO))
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    assert act(load_policy(REPO)) == expected
+    assert [adapter.stage for adapter in list_adapters(REPO)] == [1, 2]
+    assert not waited
+    with pytest.raises(FileNotFoundError, match="is not in the cache, and the Hub cannot be reached"):
+        list_adapters("me/never-seen")
+    assert len(waited) == RETRIES
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    hub.fail("GET", "/api/models/", 503, times=2)
+    waited.clear()
+    list_adapters(REPO)  # an answer with a status: the Hub is there, and what it has now is wanted
+    assert len(waited) == 2
+
+
 def test_a_download_that_breaks_is_taken_up_again(hub: LocalHub, finished: Path) -> None:
     push(hub, finished)
     hub.cut("GET", "/cdn/", times=1)
@@ -608,3 +630,16 @@ def test_push_and_list_on_the_command_line(
     assert "the Hub knows no repository me/absent" in capsys.readouterr().err
     assert main(["push", str(finished / "base"), "--repo", REPO]) == 1
     assert "give the folder of a run" in capsys.readouterr().err
+
+
+def test_commands_take_a_token(hub: LocalHub, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    token = ("--token", hub.token("me"))
+    assert main(["push", str(finished), "--repo", REPO, "--private", *token]) == 0
+    image = next(iter((finished / "report").glob("*.png")))
+    what = ("--images", str(image), "--instruction", "open the drawer", "--proprio", *["0.1"] * 8)
+    for command, options in (("list", ()), ("evaluate", ("--dry-run", "--suite", "libero_10")), ("act", what)):
+        if command == "evaluate" and not libero_installed():
+            continue
+        assert main([command, REPO, *options, *token]) == 0
+        assert main([command, REPO, *options]) == 1
+        assert "or not for you" in capsys.readouterr().err
