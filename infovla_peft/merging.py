@@ -96,6 +96,18 @@ def _layers(model: nn.Module, name: str | None) -> dict[str, Any]:
 
 
 def _outputs(layers: dict[str, Any]) -> dict[str, Tensor]:
+    modules = [module for layer in layers.values() for module in layer.modules()]
+    training = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False  # an adapter's dropout is no part of what is merged
+        return _answers(layers)
+    finally:
+        for module, before in zip(modules, training, strict=True):
+            module.training = before
+
+
+def _answers(layers: dict[str, Any]) -> dict[str, Tensor]:
     with torch.no_grad():
         return {path: layer(_probe(layer, index)).float() for index, (path, layer) in enumerate(layers.items())}
 

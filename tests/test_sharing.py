@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_run import TASKS, act, build_run
@@ -189,6 +190,23 @@ def test_merging_changes_nothing_and_can_be_taken_back(run: Path) -> None:
         unmerge(policy.model)
     with pytest.raises(AdapterError, match="nothing to merge"):
         merge(policy.use(stage=0).model)
+
+
+def test_an_adapter_with_dropout_is_merged_in_training_mode_too(run: Path) -> None:
+    policy = load_policy(run, stage=1)
+    before = np.array(act(policy))
+    dropouts = [module.lora_dropout for module in policy.model.modules() if isinstance(module, LoraLayer)]
+    for dropout in dropouts:
+        dropout["stage_01"] = torch.nn.Dropout(0.5)
+    policy.model.train()
+    policy.model.base_model.model.language_model.eval()
+    flags = [module.training for module in policy.model.modules()]
+    assert merge(policy.model) < 1e-5
+    assert [module.training for module in policy.model.modules()] == flags
+    assert unmerge(policy.model) < 1e-5
+    assert [module.training for module in policy.model.modules()] == flags
+    policy.model.eval()
+    np.testing.assert_allclose(act(policy), before, atol=1e-4)
 
 
 def test_a_merge_that_goes_wrong_is_named_and_undone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
