@@ -102,3 +102,12 @@ def test_a_set_without_scenes_gives_a_task_the_name_it_was_asked_by() -> None:
     entries = [EpisodeEntry(TASKS[0], "Turn on the stove ", "", index, "a") for index in range(2)]
     wanted = f"KITCHEN_SCENE3_{TASKS[0]}"
     assert [entry.task for entry in select_entries(entries, [wanted], None, "set")] == [wanted] * 2
+
+
+def test_one_task_may_be_a_string_and_episodes_are_counted_from_one(tmp_path: Path) -> None:
+    write_libero_hdf5(tmp_path / "set")
+    one = load_demonstrations(tmp_path / "set", "turn on the stove")
+    assert one["task"] == load_demonstrations(tmp_path / "set", ["turn on the stove"])["task"]
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"episodes must be at least 1, got {count}; leave it out for all"):
+            load_demonstrations(tmp_path / "set", episodes=count)

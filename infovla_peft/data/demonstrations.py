@@ -42,7 +42,7 @@ Format = Literal["auto", "recorded", "libero_hdf5", "lerobot"]
 
 def load_demonstrations(
     source: str | Path,
-    tasks: Sequence[str] | None = None,
+    tasks: str | Sequence[str] | None = None,
     episodes: int | None = None,
     *,
     streaming: bool = False,
@@ -62,8 +62,8 @@ def load_demonstrations(
     Args:
         source: a folder recorded by `infovla demos`; LIBERO's HDF5 files (a folder, or one file); a LeRobot data set
             v3 (a folder); or the Hub id of a data set repository that holds one of them.
-        tasks: names or instructions of tasks, in the order in which they are wanted; all if None.
-        episodes: how many of each task, the first ones; all if None.
+        tasks: names or instructions of tasks, in the order in which they are wanted, or that of one; all if None.
+        episodes: how many of each task, the first ones, ≥ 1; all if None.
         streaming: read episode by episode while iterating, and keep nothing; a LeRobot repository's files are
             fetched when an episode of theirs is wanted. Else all is prepared once, and memory-mapped from a cache.
         format: of the source; `auto` finds it out.
@@ -92,12 +92,16 @@ def load_demonstrations(
         FileNotFoundError: no demonstrations there.
         DemonstrationError: a task or an episode is missing, or a file is not what it should be: a column is missing,
             another dimension, NaN, truncated. The message names the file and the cure.
+        ValueError: `episodes` is below 1.
 
     Example:
         >>> frames = load_demonstrations("LIBERO/datasets/libero_goal", ["turn on the stove"])  # doctest: +SKIP
         >>> for frame in load_demonstrations("HuggingFaceVLA/libero", streaming=True):  # doctest: +SKIP
         ...     break
     """
+    if episodes is not None and episodes < 1:
+        raise ValueError(f"episodes must be at least 1, got {episodes}; leave it out for all of them")
+    tasks = [tasks] if isinstance(tasks, str) else tasks
     location = Location.find(source, revision=revision, token=token)
     found = open_source(location, format, columns, tasks, observations)
     options = RowOptions(
