@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from .adapters import AdapterInfo
+from .data.sources import Location
 from .figures import stage_name
 from .methods import METHODS
 from .metrics import wilson_interval
@@ -24,7 +25,7 @@ from .task_names import instruction_of
 
 NOT_MEASURED = "not measured"
 LIBERO = "HuggingFaceVLA/libero"
-"""The benchmark as a data set of the Hub."""
+"""The benchmark as a data set of the Hub: what a policy was measured on. It was trained on `training_set`."""
 SUITES = {
     "libero_spatial": "LIBERO-Spatial",
     "libero_object": "LIBERO-Object",
@@ -108,7 +109,7 @@ def card_data(results: Results, info: AdapterInfo, repo_id: str) -> ModelCardDat
         pipeline_tag="robotics",
         base_model=repo_id if info.base_model.startswith(".") else info.base_model,
         base_model_relation="adapter",
-        datasets=[LIBERO],
+        datasets=[source] if (source := training_set(results)) else None,
         metrics=["success_rate"],
         tags=["infovla", "lora", "vision-language-action", "continual-learning", "robotics", "libero", results.suite,
               results.method],
@@ -118,6 +119,18 @@ def card_data(results: Results, info: AdapterInfo, repo_id: str) -> ModelCardDat
     if data.eval_results is None:
         del data.model_name
     return data
+
+
+def training_set(results: Results) -> str | None:
+    """Hub id of the data set whose demonstrations were learned from; None for scripted ones and for a folder."""
+    source = results.config.get("demonstrations_source")
+    if not source:
+        return None
+    try:
+        found = Location.find(str(source))
+    except FileNotFoundError:  # a folder, of which only the name was kept
+        return None
+    return found.repo_id if found.folder is None else None
 
 
 def _evaluations(results: Results) -> list[EvalResult]:
@@ -256,10 +269,18 @@ def _measured(results: Results, last: int) -> str:
             "executed.",
             f"- Training seed {results.seed}; the simulation's seeds are the same for every stage.",
             f"- 95 % Wilson intervals after the last stage: {'; '.join(reached) or NOT_MEASURED}.",
-            "- Trained on demonstrations in the scenes of this suite; `datasets` above names the benchmark.",
+            f"- Trained on {_demonstrations(results)}.",
             "- All counts: `results.json`.",
         ]
     )
+
+
+def _demonstrations(results: Results) -> str:
+    if name := training_set(results):
+        return f"demonstrations of the data set [{name}](https://huggingface.co/datasets/{name})"
+    if results.config.get("demonstrations_source"):
+        return "demonstrations that are not published with it"
+    return "demonstrations that a script recorded in the scenes of this suite, on fresh layouts"
 
 
 def _video_list(paths: Sequence[str]) -> str:

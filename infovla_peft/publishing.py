@@ -331,7 +331,8 @@ def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in config.items() if "token" not in name or not isinstance(value, str)}
     for name in _PLACES:
         value = kept.get(name)
-        if isinstance(value, str) and value.count("/") > 1:  # with one it may be of the Hub
+        # With one it may be of the Hub, as is hf://datasets/user/name.
+        if isinstance(value, str) and value.count("/") > 1 and not value.startswith("hf://"):
             kept[name] = Path(value).name
     return {name: _without_folders(value) for name, value in kept.items()}
 
