@@ -7,6 +7,8 @@ It keeps repositories as commits of immutable files, in memory. Like the Hub it 
 commit that names them, answers a file's HEAD with its commit and ETag, redirects LFS files, honours Range, and tells
 who may do what by tokens. `fail` and `cut` make it answer errors or drop a connection in the middle of a transfer.
 
+Of repositories it keeps models alone.
+
     python tests/local_hub.py --folder hub     # prints what to export, runs until Ctrl-C
 """
 
@@ -20,6 +22,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -305,7 +308,8 @@ class _Handler(BaseHTTPRequestHandler):
             ("POST", r"/api/models/([^/]+/[^/]+)/commit/(.+)", self._commit),
             ("POST", r"/api/models/([^/]+/[^/]+)/branch/(.+)", self._branch),
             ("GET", r"/api/models/([^/]+/[^/]+)/commits/([^/]+)", self._commits),
-            ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", self._tree),
+            ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", self._tree),
+            ("POST", r"/api/models/([^/]+/[^/]+)/paths-info/(.+)", self._paths),
             ("GET", r"/api/models/([^/]+/[^/]+)/revision/(.+)", self._info),
             ("GET", r"/api/models/([^/]+/[^/]+)", self._info),
             ("(GET|HEAD)", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self._resolve),
@@ -313,6 +317,7 @@ class _Handler(BaseHTTPRequestHandler):
             ("POST", r"/api/collections", self._new_collection),
             ("POST", r"/api/collections/(.+)/items", self._add_item),
             ("GET", r"/api/collections/(.+)", self._collection),
+            ("(GET|HEAD|POST)", r"(?:/api)?/(?:datasets|spaces)/.+", self._other_kind),
         ]
         for method, pattern, answer in routes:
             if re.fullmatch(method, self.command) and (match := re.fullmatch(pattern, self.path_only)):
@@ -350,6 +355,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _create(self) -> Any:
         if not self.user:
             raise Reply(401, "Invalid username or password.")
+        if self._json.get("type", "model") != "model":
+            self._other_kind()
         name = f"{self._json.get('organization') or self.user}/{self._json['name']}"
         if name in self.server_hub.repositories:
             raise Reply(409, "You already created this model repo", extra={"url": f"{self.server_hub.url}/{name}"})
@@ -359,6 +366,9 @@ class _Handler(BaseHTTPRequestHandler):
         repository.commit("initial commit", {".gitattributes": self.server_hub.store(b"", "x")}, "main", None)
         self.server_hub.repositories[name] = repository
         return {"url": f"{self.server_hub.url}/{name}", "id": name, "name": name}
+
+    def _other_kind(self) -> Any:
+        raise Reply(404, "this Hub keeps models alone, no data sets and no spaces", "RepoNotFound")
 
     def _validate(self) -> Any:
         found = re.match(r"---\n(.*?)\n---", self._json["content"], re.DOTALL)
@@ -418,6 +428,12 @@ class _Handler(BaseHTTPRequestHandler):
             elif key == "deletedFile":
                 if files.pop(value["path"], None) is None:
                     raise Reply(404, "A file with this name doesn't exist", "EntryNotFound")
+            elif key == "deletedFolder":
+                gone = [path for path in files if path.startswith(f"{value['path'].rstrip('/')}/")]
+                if not gone:
+                    raise Reply(404, "A folder with this name doesn't exist", "EntryNotFound")
+                for path in gone:
+                    del files[path]
             else:
                 raise Reply(400, f"unknown operation {key}")
         made = repository.commit(title, files, revision, before.sha)
@@ -440,9 +456,26 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
         return {"id": name, "sha": commit.sha, "private": repository.private, "siblings": siblings, "tags": []}
 
-    def _tree(self, name: str, revision: str) -> Any:
+    def _tree(self, name: str, revision: str, folder: str | None = None) -> Any:
+        below = f"{folder.rstrip('/')}/" if folder else ""
+        inside = [item for item in self._listed(name, revision) if item["path"].startswith(below)]
+        if below and not inside:
+            raise Reply(404, f"{folder} does not exist on {revision}", "EntryNotFound")
+        every = self.query.get("recursive", "").lower() == "true"
+        return [item for item in inside if every or "/" not in item["path"].removeprefix(below)]
+
+    def _paths(self, name: str, revision: str) -> Any:
+        wanted = {path.rstrip("/") for path in parse_qs(self.body.decode())["paths"]}
+        return [item for item in self._listed(name, revision) if item["path"] in wanted]
+
+    def _listed(self, name: str, revision: str) -> list[dict[str, Any]]:
+        """Every folder and every file of a commit."""
         _, commit = self._at(name, revision)
-        listed = []
+        folders = {parent.as_posix() for path in commit.files for parent in PurePosixPath(path).parents} - {"."}
+        listed: list[dict[str, Any]] = [
+            {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
+            for path in sorted(folders)
+        ]
         for path, file in sorted(commit.files.items()):
             item: dict[str, Any] = {"type": "file", "path": path, "size": file.size, "oid": file.blob_id}
             if file.lfs:
