@@ -173,10 +173,18 @@ def make_trackers(training: InfoVLAConfig, run: Path) -> list[Tracker]:
             trackers.append(TensorBoardTracker(run))
         elif name in ("wandb", "trackio"):
             module = importlib.import_module(name)
-            start: dict[str, Any] = {"project": training.project, "name": f"{training.run_name or run.name}-stream"}
-            start["resume"] = "allow"
+            start: dict[str, Any] = {"name": f"{training.run_name or run.name}-stream", "resume": "allow"}
+            # Where Trainer's callback has put the loss curves.
             if name == "wandb":
-                start |= {"id": _identity(run), "dir": str(run)}
+                project = os.getenv("WANDB_PROJECT", training.project)
+                start |= {"project": project, "id": _identity(run), "dir": str(run)}
+            else:
+                start |= {
+                    "project": training.project,
+                    "space_id": training.trackio_space_id,
+                    "bucket_id": training.trackio_bucket_id,
+                    "private": training.hub_private_repo,
+                }
             trackers.append(MediaTracker(module, start))
     return trackers
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,36 @@ def test_media_go_to_wandb_and_trackio_as_their_own_types(run: Path) -> None:
     assert calls[2]["success_matrix"] == ("image", str(run / "report" / "success_matrix.png"))
     assert calls[2]["rollouts/a_task_00_failure"][2] == "mp4"
     assert calls[3] == "run finished"
+
+
+def test_a_stage_is_shown_where_trainer_shows_its_curves(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, Any]] = []
+    for name in ("wandb", "trackio"):
+        module = ModuleType(name)
+        fakes = {"run": None, "Image": str, "Video": lambda path, format: path, "log": lambda _content: None}
+        fakes["init"] = lambda **options: started.append(options) or SimpleNamespace(finish=lambda: None)
+        vars(module).update(fakes)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _name: object())
+    options = {"project": "p", "trackio_space_id": "me/space", "trackio_bucket_id": "me/bucket"}
+    args = InfoVLAConfig(
+        output_dir=str(run),
+        use_cpu=True,
+        report_to=["wandb", "trackio"],
+        hub_private_repo=True,
+        run_name="r",
+        **options,
+    )
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    for tracker in trackers.make_trackers(args, run):
+        tracker.log(record(run))
+    monkeypatch.setenv("WANDB_PROJECT", "of the environment")
+    for tracker in trackers.make_trackers(args, run):
+        tracker.log(record(run))
+    assert [start["project"] for start in started] == ["p", "p", "of the environment", "p"]
+    assert {start["name"] for start in started} == {"r-stream"}
+    assert "space_id" not in started[0]
+    assert (started[1]["space_id"], started[1]["bucket_id"], started[1]["private"]) == ("me/space", "me/bucket", True)
 
 
 def test_a_tracker_that_is_not_installed_is_named_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
