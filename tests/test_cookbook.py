@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import os
 import re
 import shlex
@@ -13,14 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from accelerate.commands.launch import launch_command_parser
 from conftest import REPOSITORY
 from data_files import TASKS, write_lerobot, write_libero_hdf5
 from stream_fakes import STREAM, TRAINING, FakePool, install_fakes
 from tiny_run import build_run
 
-from infovla_peft.cli import make_parser
+from infovla_peft.cli import make_parser, split_recipe
 from infovla_peft.config import InfoVLAConfig, StreamConfig, load_recipe
 from infovla_peft.hub import load_policy
+from infovla_peft.speed.command import make_parser as bench_parser
 
 PAGES = {name: (REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "recipes/README.md")}
 
@@ -197,21 +199,67 @@ def test_own_method(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_shell_lines_name_what_exists(page: str) -> None:
-    """Commands and options of `infovla` parse; scripts and recipes that are named exist."""
-    known: dict[str, argparse.ArgumentParser] = make_parser()._subparsers._group_actions[0].choices  # type: ignore
+def test_shell_lines_parse(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands of `infovla`, recipes and `accelerate launch` take the options they are given, within the text too.
+
+    Files that are named exist.
+    """
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.syspath_prepend(str(REPOSITORY / "recipes"))
+    lines = [line for block in snippets(page, "bash") for line in block.splitlines()]
+    lines += [f"infovla {command}" for command in re.findall(r"`infovla ([a-z]+ [^`|]*--[^`]*)`", PAGES[page])]
     seen = 0
-    for block in snippets(page, "bash"):
-        for line in block.splitlines():
-            words = shlex.split(line, comments=True)
-            for word in words:
-                if re.fullmatch(r"recipes/\S+\.(py|yaml|sh)", word):
-                    assert (REPOSITORY / word).exists(), line
-                    seen += 1
-            if "infovla" in words:
-                assert words[words.index("infovla") + 1] in known, line
-                seen += 1
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        for word in words:
+            if re.fullmatch(r"recipes/\S+\.(py|yaml|sh)", word):
+                assert (REPOSITORY / word).exists(), line
+        for command in line.split("&&"):
+            try:
+                seen += parses(shlex.split(command, comments=True))
+            except (SystemExit, ValueError) as error:
+                pytest.fail(f"{line}: {error}")
     assert seen
+
+
+def parses(words: list[str]) -> bool:
+    """Whether a command is one of ours; an error if it does not take these options."""
+    if words[:2] == ["accelerate", "launch"]:
+        launched = launch_command_parser().parse_args(words[2:])
+        words = ["python", launched.training_script, *launched.training_script_args]
+    match words:
+        case ["infovla", "train", *options] | ["python", "recipes/continual.py", *options]:
+            if options != ["--help"]:
+                recipe, overrides = split_recipe(options, words[1])
+                # bf16 needs a GPU that has it
+                load_recipe(recipe, [*overrides, "--use_cpu", "true", "--bf16", "false"])
+        case ["infovla", "bench", *options]:
+            bench_parser(only=options[0]).parse_args(options)
+        case ["infovla", *options]:
+            make_parser().parse_args(options)
+        case ["python", script, *options] if script.startswith("recipes/"):
+            importlib.import_module(Path(script).stem).parse(options)
+        case _:
+            return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "infovla push runs/a --repos a/b",
+        "infovla bench act --thread 1 --clock gpu",
+        "infovla traing x.yaml",
+        "accelerate launch --num_process_es 2 recipes/continual.py --seed 1",
+        "accelerate launch recipes/continual.py recipes/configs/quickstart.yaml --metod er",
+        "python recipes/evaluate.py x --taks 0",
+    ],
+)
+def test_a_shell_line_that_does_not_parse_is_found(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.syspath_prepend(str(REPOSITORY / "recipes"))
+    with pytest.raises((SystemExit, ValueError)):
+        parses(shlex.split(line))
 
 
 @pytest.mark.slow
