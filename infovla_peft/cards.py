@@ -25,7 +25,7 @@ from .task_names import instruction_of
 
 NOT_MEASURED = "not measured"
 LIBERO = "HuggingFaceVLA/libero"
-"""The benchmark as a data set of the Hub: what a policy was measured on. It was trained on `training_set`."""
+"""The benchmark as a data set of the Hub: what a policy was measured on."""
 SUITES = {
     "libero_spatial": "LIBERO-Spatial",
     "libero_object": "LIBERO-Object",
@@ -109,7 +109,7 @@ def card_data(results: Results, info: AdapterInfo, repo_id: str) -> ModelCardDat
         pipeline_tag="robotics",
         base_model=repo_id if info.base_model.startswith(".") else info.base_model,
         base_model_relation="adapter",
-        datasets=[source] if (source := training_set(results)) else None,
+        datasets=list(dict.fromkeys([*filter(None, [training_set(results)]), LIBERO])),
         metrics=["success_rate"],
         tags=["infovla", "lora", "vision-language-action", "continual-learning", "robotics", "libero", results.suite,
               results.method],
@@ -269,7 +269,7 @@ def _measured(results: Results, last: int) -> str:
             "executed.",
             f"- Training seed {results.seed}; the simulation's seeds are the same for every stage.",
             f"- 95 % Wilson intervals after the last stage: {'; '.join(reached) or NOT_MEASURED}.",
-            f"- Trained on {_demonstrations(results)}.",
+            f"- Trained on {_demonstrations(results)}; `datasets` above names the benchmark's own as well.",
             "- All counts: `results.json`.",
         ]
     )

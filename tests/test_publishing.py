@@ -21,7 +21,7 @@ from tiny_run import TASKS, act, add_results, build_run
 
 from infovla_peft import create_collection, list_adapters, load_policy, push_to_hub
 from infovla_peft.adapters import AdapterError, read_info, write_info
-from infovla_peft.cards import card, template_path
+from infovla_peft.cards import LIBERO, card, template_path
 from infovla_peft.cli import main
 from infovla_peft.library import find_adapters
 from infovla_peft.publishing import check_access, check_run, prepare
@@ -478,7 +478,7 @@ def test_the_card_says_what_was_measured_and_what_was_not(hub: LocalHub, finishe
     card = ModelCard(text)
     data = card.data
     assert (data.library_name, data.pipeline_tag, data.license) == ("peft", "robotics", "apache-2.0")
-    assert (data.base_model, data.base_model_relation, data.datasets) == (REPO, "adapter", None)
+    assert (data.base_model, data.base_model_relation, data.datasets) == (REPO, "adapter", ["HuggingFaceVLA/libero"])
     assert {entry.dataset_type for entry in data.eval_results} == {"HuggingFaceVLA/libero"}
     assert {"infovla", "lora", "libero_10", "continual-learning"} <= set(data.tags)
     listed = {entry.metric_name: entry.metric_value for entry in data.eval_results}
@@ -500,19 +500,19 @@ def test_the_card_says_what_was_measured_and_what_was_not(hub: LocalHub, finishe
 @pytest.mark.parametrize(
     ("source", "datasets", "words"),
     [
-        (None, None, "Trained on demonstrations that a script recorded in the scenes of this suite"),
+        (None, [], "Trained on demonstrations that a script recorded in the scenes of this suite"),
         (
             "user/robot",
             ["user/robot"],
             "Trained on demonstrations of the data set [user/robot](https://huggingface.co/",
         ),
         ("hf://datasets/user/robot", ["user/robot"], "Trained on demonstrations of the data set [user/robot]"),
-        ("/data/my/robot", None, "Trained on demonstrations that are not published with it"),
-        ("here/robot", None, "Trained on demonstrations that are not published with it"),
+        ("/data/my/robot", [], "Trained on demonstrations that are not published with it"),
+        ("here/robot", [], "Trained on demonstrations that are not published with it"),
     ],
 )
 def test_the_card_names_the_demonstrations_that_were_learned_from(
-    run: Path, source: str | None, datasets: list[str] | None, words: str, monkeypatch: pytest.MonkeyPatch
+    run: Path, source: str | None, datasets: list[str], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run)
     (run / "here" / "robot").mkdir(parents=True)
@@ -521,7 +521,7 @@ def test_the_card_names_the_demonstrations_that_were_learned_from(
     results.save(run / "results.json")
     (run / "workspace").mkdir()
     text = prepare(run, REPO, run / "workspace").files["README.md"].read_text()
-    assert ModelCard(text).data.datasets == datasets
+    assert ModelCard(text).data.datasets == [*datasets, LIBERO]
     assert words in text
     assert "/data/my" not in text
 
