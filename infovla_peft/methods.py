@@ -116,13 +116,15 @@ _READ_BY = {
 def unread_options(method: str) -> frozenset[str]:
     """Options of `InfoVLAConfig` that change nothing in runs of a method, because it lacks what reads them.
 
-    >>> sorted(unread_options("der++"))
-    ['cmi_mode', 'counterfactual_frames', 'counterfactual_share', 'lambda_cmi', 'lambda_rac', 'rac_center', \
-'rac_targets']
+    >>> sorted(unread_options("infovla"))
+    ['ewc_decay', 'ewc_samples', 'lambda_ewc', 'merge_weight', 'mir_candidates']
     """
     row = METHODS[method]
     unread = [options for term, options in _READ_BY.items() if term not in row.terms]
     unread += [] if row.counterfactual else [{"counterfactual_share", "counterfactual_frames"}]
+    unread += [] if row.consolidates else [{"lambda_ewc", "ewc_samples", "ewc_decay"}]
+    unread += [] if row.retrieves else [{"mir_candidates"}]
+    unread += [] if row.policy == "merged" else [{"merge_weight"}]
     return frozenset().union(*unread)
 
 
