@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_files import FRAMES, SIDE, TASKS, numbers, picture, write_lerobot, write_libero_hdf5
+from data_files import FRAMES, SIDE, TASKS, numbers, picture, png, write_lerobot, write_libero_hdf5
 from test_demonstrations import write as write_recorded
 
-from infovla_peft.data import recording
+from infovla_peft.data import lerobot, recording
 from infovla_peft.data.demonstrations import DemonstrationError, load_demonstrations
 from infovla_peft.data.lerobot import LeRobotSource
 from infovla_peft.data.lerobot_export import export_lerobot
@@ -260,6 +260,102 @@ def test_truncated_and_foreign_files(tmp_path: Path) -> None:
         load_demonstrations(tmp_path)
 
 
+def with_string_actions(file: Any) -> None:
+    del file["data/demo_0/actions"]
+    file["data/demo_0/actions"] = ["left"] * FRAMES
+
+
+def with_a_dataset_for(name: str) -> Callable[[Any], None]:
+    def edit(file: Any) -> None:
+        del file[name]
+        file[name] = np.zeros(3)
+
+    return edit
+
+
+def linked(link: Any, name: str = "data/demo_0/actions") -> Callable[[Any], None]:
+    def edit(file: Any) -> None:
+        del file[name]
+        file[name] = link
+
+    return edit
+
+
+def with_external_storage(file: Any) -> None:
+    del file["data/demo_0/actions"]
+    place = (str(Path(file.filename).with_name("secret.bin")), 0, FRAMES * 7 * 8)
+    file["data/demo_0"].create_dataset("actions", (FRAMES, 7), np.float64, external=[place])
+
+
+def with_a_virtual_dataset(file: Any) -> None:
+    del file["data/demo_0/actions"]
+    layout = h5py.VirtualLayout((FRAMES, 7), np.float64)
+    layout[:] = h5py.VirtualSource(str(Path(file.filename).with_name("other.hdf5")), "x", (FRAMES, 7))
+    file["data/demo_0"].create_virtual_dataset("actions", layout)
+
+
+def with_shape(name: str, shape: tuple[int, ...], dtype: Any) -> Callable[[Any], None]:
+    def edit(file: Any) -> None:
+        del file[f"data/demo_0/{name}"]
+        file["data/demo_0"].create_dataset(name, shape, dtype, chunks=(1, *shape[1:]))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (with_a_dataset_for("data"), "has no group 'data' that can be read"),
+        (with_a_dataset_for("data/demo_0"), "has no group 'data/demo_0' that can be read"),
+        (with_string_actions, "actions holds .*, not numbers: get the file again"),
+        (lambda file: file.create_group(f"data/demo_{'9' * 5000}"), "numbers a demonstration demo_999"),
+        (linked(h5py.ExternalLink("other.hdf5", "x")), "is damaged .actions is a link to another file"),
+        (linked(h5py.ExternalLink("other.hdf5", "x"), "data"), "is damaged .data is a link to another file"),
+        (linked(h5py.SoftLink("/elsewhere/x")), "lacks actions"),
+        (linked(h5py.SoftLink("/data/demo_0/actions")), "is a link to another file, or to nothing"),
+        (with_external_storage, "actions is stored in another file, which is not read"),
+        (with_a_virtual_dataset, "actions is stored in another file, which is not read"),
+        (with_shape("actions", (10**6 + 1, 7), np.float32), "more than 1,000,000 frames"),
+        (with_shape("obs/agentview_rgb", (40_000, 256, 256, 3), np.uint8), "more than .* 4 GiB"),
+    ],
+)
+def test_hdf5_files_that_are_made_up(tmp_path: Path, edit: Callable[[Any], Any], message: str) -> None:
+    path = write_libero_hdf5(tmp_path, [TASKS[0]], 1) / f"{TASKS[0]}_demo.hdf5"
+    (tmp_path / "secret.bin").write_bytes(bytes(FRAMES * 7 * 8))
+    with h5py.File(tmp_path / "other.hdf5.elsewhere", "w") as other:
+        other["x"] = np.zeros((FRAMES, 7))
+    (tmp_path / "other.hdf5.elsewhere").rename(tmp_path / "other.hdf5")
+    with h5py.File(path, "r+") as file:
+        edit(file)
+    with pytest.raises(DemonstrationError, match=message) as error:
+        list(load_demonstrations(path, streaming=True))
+    assert str(path) in str(error.value)
+
+
+def test_no_file_is_opened_by_a_link_in_another(tmp_path: Path) -> None:
+    """Not even to look: it may be a pipe, and opening that waits for ever."""
+    import os
+
+    path = write_libero_hdf5(tmp_path, [TASKS[0]], 1) / f"{TASKS[0]}_demo.hdf5"
+    os.mkfifo(tmp_path / "pipe")
+    with h5py.File(path, "r+") as file:
+        del file["data/demo_0/obs/eye_in_hand_rgb"]
+        file["data/demo_0/obs/eye_in_hand_rgb"] = h5py.SoftLink("/far/x")
+        file["far"] = h5py.ExternalLink(str(tmp_path / "pipe"), "/")
+    with pytest.raises(DemonstrationError, match="obs/eye_in_hand_rgb is a link to another file"):
+        load_demonstrations(path, streaming=True)
+
+
+def test_links_within_a_file_are_followed(tmp_path: Path) -> None:
+    path = write_libero_hdf5(tmp_path, [TASKS[0]], 1) / f"{TASKS[0]}_demo.hdf5"
+    with h5py.File(path, "r+") as file:
+        file.move("data/demo_0/obs", "kept")
+        file["data/demo_0/obs"] = h5py.SoftLink("/kept")
+    rows = list(load_demonstrations(path, streaming=True))
+    assert len(rows) == FRAMES
+    assert "wrist_image" in rows[0]
+
+
 def cut(path: Path, keep: float = 0.6) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * keep)])
@@ -275,6 +371,11 @@ def edit_table(path: Path, **columns: Any) -> None:
             else table.set_column(table.column_names.index(name), name, pa.array(values))
         )
     pq.write_table(table, path)
+
+
+def edit_info(root: Path, **values: Any) -> None:
+    file = root / "meta" / "info.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 DATA, EPISODES = "data/chunk-000/file-000.parquet", "meta/episodes/chunk-000/file-000.parquet"
@@ -296,17 +397,88 @@ ROWS = 4 * FRAMES
         (lambda root: edit_table(root / DATA, observation__state=[[np.inf] * 8] * ROWS), "state holds NaN"),
         (lambda root: pq.write_table(pq.read_table(root / DATA).slice(0, 20), root / DATA), "instead of 6"),
         (lambda root: (root / "meta/info.json").write_text("{"), r"info\.json is no valid JSON.*it is damaged"),
-        (lambda root: (root / "meta/info.json").write_text("{}"), r"info\.json is damaged"),
+        (lambda root: (root / "meta/info.json").write_text("{}"), r"info\.json: codebase_version must be a string"),
         (
             lambda root: (root / "meta/info.json").write_text('{"codebase_version": "v2.1"}'),
             r"format v2\.1, read here is v3\.0: convert",
         ),
+        (lambda root: edit_info(root, codebase_version="v4.0"), r"format v4\.0, read here is v3\.0: update infovla-"),
+        (lambda root: edit_info(root, fps=0), "fps must be a number from 0.01"),
+        (lambda root: edit_info(root, fps="abc"), "fps must be a number"),
+        (lambda root: edit_info(root, fps=[10]), "fps must be a number"),
+        (lambda root: edit_info(root, total_episodes="abc"), "total_episodes must be an integer"),
+        (lambda root: edit_info(root, total_episodes=None), "total_episodes must be an integer"),
+        (lambda root: edit_info(root, chunks_size="$(touch x)"), "chunks_size must be an integer"),
+        (lambda root: edit_info(root, features={"action": {"shape": [7]}}), "dtype must be a string, got None"),
+        (lambda root: edit_info(root, video_path=None), "video_path is None"),
+        (lambda root: edit_info(root, data_path="x" * 400), "x is missing"),
+        (lambda root: edit_table(root / EPISODES, tasks=[[b"\xff\xfe"]] * 4), "tasks.0. must be a string"),
+        (lambda root: edit_table(root / EPISODES, length=[None] * 4), "length must be an integer"),
+        (lambda root: edit_table(root / EPISODES, length=["6"] * 4), "length must be an integer"),
+        (lambda root: edit_table(root / DATA, episode_index=["0"] * ROWS), "holds 0 frames of episode 0"),
+        (lambda root: edit_table(root / DATA, action=[[0.0] * (6 + i % 2) for i in range(ROWS)]), "different lengths"),
+        (lambda root: edit_table(root / DATA, action=["left"] * ROWS), "could not convert string to float"),
     ],
 )
 def test_broken_lerobot(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
     damage(write_lerobot(tmp_path))
     with pytest.raises(DemonstrationError, match=message):
         list(load_demonstrations(tmp_path, streaming=True))
+
+
+def test_text_that_is_no_unicode(tmp_path: Path) -> None:
+    path = write_lerobot(tmp_path) / EPISODES
+    table = pq.read_table(path)
+    texts = pa.array([[b"\xff\xfe"]] * len(table)).cast(pa.list_(pa.binary())).flatten()
+    text = pa.StringArray.from_buffers(len(texts), *texts.buffers()[1:])
+    lists = pa.ListArray.from_arrays(pa.array(range(len(table) + 1), pa.int32()), text)
+    pq.write_table(table.set_column(table.column_names.index("tasks"), "tasks", lists), path)
+    with pytest.raises(DemonstrationError, match=r"file-000\.parquet is truncated or no Parquet file .*can't decode"):
+        load_demonstrations(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "image of frame 2 is no picture"),
+        (None, "image of frame 2 is no picture"),
+        (png(picture(0, 0))[:60], "image of frame 2 is no picture"),
+        (png(np.zeros((1, (1 << 24) + 1, 3), np.uint8)), "pixels are more than"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_stored_pictures_that_are_none(tmp_path: Path, content: bytes | None, message: str, streaming: bool) -> None:
+    """And a path beside them is not followed, which `datasets` would do."""
+    path = write_lerobot(tmp_path / "set", videos=False) / DATA
+    (tmp_path / "private.png").write_bytes(png(picture(0, 0)))
+    rows = pq.read_table(path).to_pylist()
+    for row in rows[2:]:
+        row["observation.images.image"] = {"bytes": content, "path": str(tmp_path / "private.png")}
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    with pytest.raises(DemonstrationError, match=message):
+        list(load_demonstrations(tmp_path / "set", streaming=streaming))
+
+
+def test_the_path_of_a_stored_picture_is_not_followed(tmp_path: Path) -> None:
+    path = write_lerobot(tmp_path / "set", videos=False) / DATA
+    (tmp_path / "private.png").write_bytes(png(np.full((SIDE, SIDE, 3), 7, np.uint8)))
+    rows = pq.read_table(path).to_pylist()
+    for row in rows:
+        row["observation.images.image"]["path"] = str(tmp_path / "private.png")
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    for row in load_demonstrations(tmp_path / "set", streaming=True):
+        assert np.asarray(row["image"]).max() > 7
+
+
+def test_parquet_says_what_it_holds_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lerobot(tmp_path)
+    monkeypatch.setattr(lerobot, "MOST_ROWS", ROWS - 1)
+    with pytest.raises(DemonstrationError, match=rf"it holds {ROWS} rows of .* read are up to {ROWS - 1} of"):
+        list(load_demonstrations(tmp_path, streaming=True))
+    monkeypatch.setattr(lerobot, "MOST_ROWS", ROWS)
+    monkeypatch.setattr(lerobot, "MOST_BYTES", 100)
+    with pytest.raises(DemonstrationError, match="cut the set into more files"):
+        load_demonstrations(tmp_path)
 
 
 def test_what_is_not_there(files: dict[str, Path], tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ videos/<camera>/chunk-000/file-000.mp4             one frame per row, episodes o
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ..reading import read_json
+from ..reading import Checker, read_json
 from .rows import DemonstrationError, Episode, RowOptions, check_dimension
 from .sources import Columns, EpisodeEntry, Location, mapped
 
@@ -41,6 +43,9 @@ OTHER_NAMES: dict[str, Sequence[str]] = {
 }
 """Those in other conversions of LIBERO, openpi's among them; tried where the first are absent."""
 AGAIN = "get the file again"
+MOST_ROWS = 10**7
+MOST_BYTES = 16 << 30
+"""Of one Parquet file, decompressed. LeRobot begins another file at some hundred megabytes."""
 
 
 class LeRobotSource:
@@ -68,9 +73,9 @@ class LeRobotSource:
         if "wrist_image" not in (columns or {}) and names["wrist_image"][0] not in features:
             del names["wrist_image"]
         if missing := [there for each in names.values() for there in each if there not in features]:
+            listed = ", ".join(features)
             raise DemonstrationError(
-                f"{location} lacks {', '.join(missing)}; it has {', '.join(features)}. Name the right ones with "
-                "`columns`"
+                f"{location} lacks {', '.join(missing)}; it has {listed:.1000}. Name the right ones with `columns`"
             )
         self._columns = names
         for name in self.images:
@@ -93,17 +98,16 @@ class LeRobotSource:
         """
         for name, wanted in (("action", options.action_dim), ("state", options.state_dim)):
             shapes = [self._info["features"][there]["shape"] for there in self._columns[name]]
-            check_dimension(str(self.location), name, sum(int(np.prod(shape)) for shape in shapes), wanted)
+            check_dimension(str(self.location), name, sum(math.prod(shape) for shape in shapes), wanted)
 
     def entries(self) -> list[EpisodeEntry]:
-        rows = sorted(self._episode_rows(), key=lambda row: int(row["episode_index"]))
         found: dict[str, list[EpisodeEntry]] = {}
-        for row in rows:
-            text = " ".join(str(part) for part in row["tasks"]).strip()
+        for row in sorted(self._episode_rows(), key=lambda row: row["episode_index"]):
+            text = " ".join(row["tasks"]).strip()
             file = self._file("data_path", row["data/chunk_index"], row["data/file_index"])
             place: dict[str, Any] = {
-                "episode": int(row["episode_index"]),
-                "length": int(row["length"]),
+                "episode": row["episode_index"],
+                "length": row["length"],
                 "videos": {key: self._video_place(row, key) for key in self._video_keys},
             }
             files = [file, *(video for video, _ in place["videos"].values())]
@@ -118,23 +122,24 @@ class LeRobotSource:
         source = f"{self.location}, episode {number}"
         wanted = [there for name in ("state", "action") for there in self._columns[name]]
         stored = [self._columns[name][0] for name in self.images if self._columns[name][0] not in self._video_keys]
-        table = _numbers_of(path, tuple(wanted), entry.stamp)
-        own = np.flatnonzero(table["episode_index"].to_numpy() == number)
-        table = table.take(own).sort_by("frame_index")
-        if len(table) != length:
-            raise DemonstrationError(
-                f"{path} holds {len(table)} frames of episode {number} instead of {length}: {AGAIN}"
-            )
-        numbers = {
-            name: np.concatenate([_matrix(table[there]) for there in self._columns[name]], axis=1)
-            for name in ("state", "action")
-        }
+        with _reading(path):
+            table = _numbers_of(path, tuple(wanted), entry.stamp)
+            own = np.flatnonzero(table["episode_index"].to_numpy() == number)
+            table = table.take(own).sort_by("frame_index")
+            if len(table) != length:
+                raise DemonstrationError(
+                    f"{path} holds {len(table)} frames of episode {number} instead of {length}: {AGAIN}"
+                )
+            numbers = {
+                name: np.concatenate([_matrix(table[there]) for there in self._columns[name]], axis=1)
+                for name in ("state", "action")
+            }
+            pictures = _pictures_of(path, number, stored) if stored else {}
         images: dict[str, Sequence[Any]] = {}
-        pictures = _pictures_of(path, number, stored) if stored else None
         for name in self.images:
             key = self._columns[name][0]
-            if pictures is not None and key in stored:
-                images[name] = pictures[key].to_pylist()
+            if key in pictures:
+                images[name] = pictures[key]
             else:
                 file, start = entry.place["videos"][key]
                 times = start + np.arange(length) / self.frames_per_second
@@ -150,10 +155,10 @@ class LeRobotSource:
     def _video_place(self, row: dict[str, Any], key: str) -> tuple[str, float]:
         place = f"videos/{key}"
         file = self._file("video_path", row[f"{place}/chunk_index"], row[f"{place}/file_index"], video_key=key)
-        return file, float(row[f"{place}/from_timestamp"])
+        return file, row[f"{place}/from_timestamp"]
 
     def _file(self, pattern: str, chunk: int, file: int, **names: str) -> str:
-        return str(self._info[pattern].format(chunk_index=int(chunk), file_index=int(file), **names))
+        return str(self._info[pattern].format(chunk_index=chunk, file_index=file, **names))
 
     def _path(self, file: str) -> Path:
         try:
@@ -162,45 +167,63 @@ class LeRobotSource:
             raise DemonstrationError(f"{error}: the data set is not complete; {AGAIN}") from error
 
     def _episode_rows(self) -> list[dict[str, Any]]:
-        """The entries of meta/episodes; its files follow one another until all episodes are there."""
+        """The entries of meta/episodes, checked; its files follow one another until all episodes are there."""
         wanted = ["episode_index", "tasks", "length", "data/chunk_index", "data/file_index"]
         for key in self._video_keys:
             wanted += [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
         rows: list[dict[str, Any]] = []
         chunk = file = 0
-        while len(rows) < int(self._info["total_episodes"]):
+        while len(rows) < self._info["total_episodes"]:
             path = self._path(EPISODES.format(chunk_index=chunk, file_index=file))
-            rows += _read_table(path, wanted).to_pylist()
+            with _reading(path):
+                more = _read_table(path, wanted).to_pylist()
+                for row in more:
+                    _check_episode(row, Checker(str(path), DemonstrationError, AGAIN))
+            rows += more
             file += 1
-            if file == int(self._info.get("chunks_size", 1000)):
+            if file == self._info.get("chunks_size", 1000):
                 chunk, file = chunk + 1, 0
         return rows
 
 
+def _check_episode(row: dict[str, Any], check: Checker[DemonstrationError]) -> None:
+    check.texts(row["tasks"], "tasks")
+    for name, value in row.items():
+        if name.endswith("/from_timestamp"):
+            check.number(value, name, low=0)
+        elif name != "tasks":
+            check.count(value, name)
+
+
 def _read_info(path: Path) -> dict[str, Any]:
-    try:
-        info = read_json(path, error=DemonstrationError, cure=f"it is damaged: {AGAIN}")
-        version = str(info["codebase_version"])
-        if not version.startswith("v3."):
-            raise DemonstrationError(
-                f"{path} is of LeRobot's format {version}, read here is v3.0: convert it with LeRobot "
-                "(python -m lerobot.datasets.v30.convert_dataset_v21_to_v30)"
-            )
-        for name in ("features", "fps", "data_path", "total_episodes"):
-            info[name]
-        for name in ("data_path", "video_path"):
-            _check_pattern(path, name, info.get(name))
-        if not all(isinstance(feature, dict) for feature in info["features"].values()):
-            raise TypeError("a feature is no object")
-        for name, feature in info["features"].items():
-            shape = feature["shape"]
-            if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
-                raise TypeError(f"the shape of {name:.80} is {shape!r:.80}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, DemonstrationError):
-            raise
-        raise DemonstrationError(f"{path} is damaged ({type(error).__name__}: {error}): {AGAIN}") from error
-    return dict(info)
+    cure = f"it is damaged: {AGAIN}"
+    check = Checker(str(path), DemonstrationError, cure)
+    info: dict[str, Any] = check.typed(read_json(path, error=DemonstrationError, cure=cure), dict, "the content")
+    _check_version(path, check.typed(info.get("codebase_version"), str, "codebase_version"))
+    check.number(info.get("fps"), "fps", 0.01, 10_000)
+    check.count(info.get("total_episodes"), "total_episodes")
+    check.count(info.get("chunks_size", 1000), "chunks_size", minimum=1)
+    kinds = set()
+    for name, feature in check.typed(info.get("features"), dict, "features").items():
+        where = f"features[{name!r:.60}]"
+        kinds.add(check.typed(check.typed(feature, dict, where).get("dtype"), str, f"{where}.dtype"))
+        for place, size in check.items(feature.get("shape"), f"{where}.shape"):
+            check.count(size, place, minimum=1)
+    for name in ("data_path", *(["video_path"] if "video" in kinds else [])):
+        _check_pattern(path, name, info.get(name))
+    return info
+
+
+def _check_version(path: Path, version: str) -> None:
+    if version.startswith("v3."):
+        return
+    if re.match("v[12][.]", version):
+        cure = "convert it with LeRobot (python -m lerobot.datasets.v30.convert_dataset_v21_to_v30)"
+    elif re.match("v[0-9]", version):
+        cure = "update infovla-peft, or save the set with a LeRobot of that format"
+    else:
+        cure = f"it is damaged: {AGAIN}"
+    raise DemonstrationError(f"{path} is of LeRobot's format {version:.40}, read here is v3.0: {cure}")
 
 
 _FIELD = re.compile(r"\{(chunk_index|file_index)(:0?[1-9]d)?\}|\{video_key\}")
@@ -208,8 +231,6 @@ _FIELD = re.compile(r"\{(chunk_index|file_index)(:0?[1-9]d)?\}|\{video_key\}")
 
 def _check_pattern(path: Path, name: str, pattern: object) -> None:
     """`str.format` looks into objects and makes texts of any length: only the format's own fields pass."""
-    if pattern is None and name == "video_path":  # a set without videos
-        return
     if not isinstance(pattern, str) or len(pattern) > 500 or re.search("[{}]", _FIELD.sub("", pattern)):
         raise DemonstrationError(
             f"{path}: {name} is {pattern!r:.80}; it may hold {{chunk_index:03d}}, {{file_index:03d}}, {{video_key}} "
@@ -217,14 +238,35 @@ def _check_pattern(path: Path, name: str, pattern: object) -> None:
         )
 
 
-def _read_table(path: Path, columns: Sequence[str], filters: Any = None) -> pa.Table:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What PyArrow and NumPy raise of a damaged file is refused by its name."""
     try:
-        names = pq.read_schema(path).names
+        yield
+    except DemonstrationError:
+        raise
+    except (MemoryError, pa.ArrowMemoryError) as error:
+        raise DemonstrationError(
+            f"{path} holds more than there is memory for ({error}): give it more, or {AGAIN}"
+        ) from error
+    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise DemonstrationError(f"{path} is truncated or no Parquet file ({error!s:.300}): {AGAIN}") from error
+
+
+def _read_table(path: Path, columns: Sequence[str], filters: Any = None) -> pa.Table:
+    with _reading(path):
+        with pq.ParquetFile(path) as file:
+            names, content = file.schema_arrow.names, file.metadata
+            size = sum(content.row_group(group).total_byte_size for group in range(content.num_row_groups))
         if missing := [name for name in columns if name not in names]:
-            raise DemonstrationError(f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(names)}")
+            listed = ", ".join(names)
+            raise DemonstrationError(f"{path} lacks the columns {', '.join(missing)}; it has {listed:.1000}: {AGAIN}")
+        if not 0 <= content.num_rows <= MOST_ROWS or not 0 <= size <= MOST_BYTES:
+            raise DemonstrationError(
+                f"{path} says that it holds {content.num_rows:,} rows of {size:,} bytes; read are up to "
+                f"{MOST_ROWS:,} of {MOST_BYTES >> 30} GiB: it is damaged ({AGAIN}), or cut the set into more files"
+            )
         return pq.read_table(path, columns=list(columns), filters=filters)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DemonstrationError(f"{path} is truncated or no Parquet file ({error}): {AGAIN}") from error
 
 
 @lru_cache(maxsize=1)  # episodes of one file are read one after another
@@ -232,16 +274,17 @@ def _numbers_of(path: Path, columns: tuple[str, ...], _stamp: str) -> pa.Table:
     return _read_table(path, ["episode_index", "frame_index", *dict.fromkeys(columns)])
 
 
-def _pictures_of(path: Path, episode: int, columns: Sequence[str]) -> pa.Table:
-    """Encoded pictures of one episode, in order."""
+def _pictures_of(path: Path, episode: int, columns: Sequence[str]) -> dict[str, list[Any]]:
+    """Encoded pictures of one episode, in order, by their columns."""
     table = _read_table(path, ["frame_index", *columns], filters=[("episode_index", "=", episode)])
-    return table.sort_by("frame_index")
+    table = table.sort_by("frame_index")
+    return {name: table[name].to_pylist() for name in columns}
 
 
 def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
     values = column.to_pylist()
     if len({len(value) if isinstance(value, list) else 0 for value in values}) > 1:
-        raise DemonstrationError("a feature has rows of different lengths")
+        raise ValueError("a feature has rows of different lengths")
     matrix = np.asarray(values, dtype=np.float32)
     return matrix[:, None] if matrix.ndim == 1 else matrix
 
@@ -276,7 +319,8 @@ def read_frames(path: Path, times: NDArray[np.float64], frames_per_second: float
                 found.append(frame.to_ndarray(format="rgb24"))
                 if len(found) == len(times):
                     return found
-    except (av.error.FFmpegError, IndexError, UnicodeDecodeError) as error:
+    # Beside FFmpeg's errors, those of texts, times and pictures that its bindings cannot convert.
+    except (av.error.FFmpegError, LookupError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
         raise DemonstrationError(f"{path} is truncated or no video ({error}): {AGAIN}") from error
     raise DemonstrationError(
         f"{path} has no frame at {times[len(found)]:.3f} s, only {len(found)} of the {len(times)} frames from "

@@ -12,7 +12,7 @@ action, before which nothing was seen, is left out.
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ..reading import parse_json
 from ..task_names import instruction_of
 from .rows import DemonstrationError, Episode, RowOptions, check_dimension
 from .sources import Columns, EpisodeEntry, Location, mapped
@@ -37,6 +38,11 @@ AGAIN = "get the file again"
 ARM = slice(1, 8)
 """Where a flattened state of the simulator (time, positions, velocities) has the seven joints of the Panda arm, which
 is the first thing with joints in LIBERO's scenes."""
+
+MOST_FRAMES = 10**6
+MOST_BYTES = 4 << 30
+"""Of one column of one demonstration; nobody steers an arm for half a day without a break."""
+_MOST_LINKS = 16
 
 Observations = Literal["auto", "before", "after"]
 
@@ -54,7 +60,7 @@ class LiberoHDF5Source:
 
     Raises:
         ImportError: h5py is not installed.
-        DemonstrationError: a file is damaged, or lacks a column.
+        DemonstrationError: a file is damaged, lacks a column, or has it in another file.
     """
 
     upside_down = True
@@ -85,10 +91,10 @@ class LiberoHDF5Source:
         path = self.location.file(entry.file)
         source = f"{path}, {entry.place}"
         with _open(path) as file:
-            group = file[f"data/{entry.place}"]
+            group = _group(file, f"data/{entry.place}", path)
             images: dict[str, Any] = {name: _pictures(group, self._columns[name], source) for name in self.images}
             numbers = {name: _numbers(group, self._columns[name], name, source) for name in ("state", "action")}
-            later = self._observations == "after" or (self._observations == "auto" and _seen_after(group))
+            later = self._observations == "after" or (self._observations == "auto" and _seen_after(group, source))
         if later and len({len(column) for column in (*images.values(), *numbers.values())}) == 1:
             images = {name: column[:-1] for name, column in images.items()}
             numbers = {"state": numbers["state"][:-1], "action": numbers["action"][1:]}
@@ -103,7 +109,7 @@ class LiberoHDF5Source:
         """
         path = self.location.file(entry.file)
         with _open(path) as file:
-            group = file[f"data/{entry.place}"]
+            group = _group(file, f"data/{entry.place}", path)
             for name, wanted in (("action", options.action_dim), ("state", options.state_dim)):
                 shapes = [_dataset(group, there, f"{path}, {entry.place}").shape for there in self._columns[name]]
                 found = sum(shape[1] if len(shape) == 2 else 1 for shape in shapes)
@@ -115,19 +121,18 @@ class LiberoHDF5Source:
     def _demonstrations(self, name: str) -> list[EpisodeEntry]:
         path, stamp = self.location.file(name), self.location.stamp(name)
         with _open(path) as file:
-            if "data" not in file:
-                raise DemonstrationError(
-                    f"{path} has no group 'data' that can be read, only {sorted(file)!s:.300}: it is damaged "
-                    f"({AGAIN}), or not of LIBERO's format (leave it out)"
-                )
+            data = _group(file, "data", path)
             task = re.sub(r"_demo$", "", path.stem)
             instruction = instruction_of(task)
             if not path.stem.endswith("_demo"):
-                instruction = _said(file["data"].attrs) or instruction
-            numbered = sorted((int(key[5:]), key) for key in file["data"] if re.fullmatch(r"demo_\d+", key))
+                instruction = _said(data.attrs) or instruction
+            keys = [key for key in map(str, data) if re.fullmatch("demo_[0-9]+", key)]
+            if longest := [key for key in keys if len(key) > len("demo_") + 9]:
+                raise DemonstrationError(f"{path} numbers a demonstration {longest[0]:.40}: it is damaged ({AGAIN})")
+            numbered = sorted((int(key[5:]), key) for key in keys)
             if not numbered:
                 raise DemonstrationError(f"{path} holds no demonstration (data/demo_0, ...): leave the file out")
-            suite = _suite(file["data"].attrs, path)
+            suite = _suite(data.attrs, path)
         return [EpisodeEntry(task, instruction, suite, number, name, key, stamp) for number, key in numbered]
 
     def _find_images(self) -> list[str]:
@@ -135,9 +140,14 @@ class LiberoHDF5Source:
         if not self._entries:
             return wanted
         first = self._entries[0]
-        with _open(self.location.file(first.file)) as file:
-            group = file[f"data/{first.place}"]
-            return [name for name in wanted if name not in self._optional or self._columns[name][0] in group]
+        path = self.location.file(first.file)
+        with _open(path) as file:
+            group = _group(file, f"data/{first.place}", path)
+            return [
+                name
+                for name in wanted
+                if name not in self._optional or _find(group, self._columns[name][0]) is not None
+            ]
 
 
 def _files_of(names: list[str], tasks: Sequence[str] | None) -> list[str]:
@@ -164,19 +174,79 @@ def _open(path: Path) -> Iterator[Any]:
     try:
         with file:
             yield file
-    except (OSError, RuntimeError) as error:  # h5py's of damaged blocks
-        raise DemonstrationError(f"{path} is damaged ({error}): {AGAIN}") from error
+    except DemonstrationError:
+        raise
+    except MemoryError as error:
+        raise DemonstrationError(
+            f"{path} holds more than there is memory for ({error}): give it more, or {AGAIN}"
+        ) from error
+    # What h5py and NumPy raise of damaged objects: any of these, by which piece of them is damaged.
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise DemonstrationError(f"{path} is damaged ({error!s:.300}): {AGAIN}") from error
+
+
+def _find(group: Any, name: str) -> Any:
+    """What lies under a name, None if nothing does.
+
+    Links are followed here, step by step: HDF5 itself would open whatever file one of them names.
+
+    Raises:
+        ValueError: a link leads to another file, or there is no end of links.
+    """
+    import h5py
+
+    found, followed = group, 0
+    steps = name.encode().split(b"/")[::-1]
+    while steps:
+        if (step := steps.pop()) in (b"", b"."):
+            continue
+        if not isinstance(found, h5py.Group) or not found.id.links.exists(step):
+            return None
+        kind = found.id.links.get_info(step).type
+        if kind == h5py.h5l.TYPE_HARD:
+            found = found[step]
+        elif kind == h5py.h5l.TYPE_SOFT and followed < _MOST_LINKS:
+            followed += 1
+            target = found.id.links.get_val(step)
+            found = found.file if target.startswith(b"/") else found
+            steps += target.split(b"/")[::-1]
+        else:
+            raise ValueError(f"{name} is a link to another file, or to nothing, which is not followed")
+    return found
+
+
+def _group(file: Any, name: str, path: Path) -> Any:
+    import h5py
+
+    found = _find(file, name)
+    if not isinstance(found, h5py.Group):
+        raise DemonstrationError(
+            f"{path} has no group {name!r} that can be read, only {sorted(map(str, file))!s:.300}: it is damaged "
+            f"({AGAIN}), or not of LIBERO's format (leave it out)"
+        )
+    return found
 
 
 def _dataset(group: Any, name: str, source: str) -> Any:
     import h5py
 
-    found = group.get(name)
+    found = _find(group, name)
     if not isinstance(found, h5py.Dataset):
         there: list[str] = []
-        group.visititems(lambda key, value: there.append(key) if isinstance(value, h5py.Dataset) else None)
+        group.visititems(lambda key, value: there.append(str(key)) if isinstance(value, h5py.Dataset) else None)
+        listed = ", ".join(sorted(there)) or "nothing"
+        raise DemonstrationError(f"{source} lacks {name}; it has {listed:.1000}. Name the right ones by `columns`")
+    if found.is_virtual or found.external:
         raise DemonstrationError(
-            f"{source} lacks {name}; it has {', '.join(sorted(there)) or 'nothing'}. Name the right ones by `columns`"
+            f"{source}: {name} is stored in another file, which is not read; copy it into this one with h5repack, or "
+            f"{AGAIN} from a source that you trust"
+        )
+    if found.dtype.kind not in "biuf" or found.shape is None:
+        raise DemonstrationError(f"{source}: {name} holds {found.dtype}, not numbers: {AGAIN}")
+    if (found.shape or (0,))[0] > MOST_FRAMES or math.prod(found.shape) * found.dtype.itemsize > MOST_BYTES:
+        raise DemonstrationError(
+            f"{source}: {name} has the shape {found.shape}, which is more than {MOST_FRAMES:,} frames or "
+            f"{MOST_BYTES >> 30} GiB: it is damaged ({AGAIN}), or leave it out"
         )
     return found
 
@@ -192,8 +262,11 @@ def _numbers(group: Any, names: tuple[str, ...], column: str, source: str) -> ND
     return np.concatenate(parts, axis=1)
 
 
-def _seen_after(group: Any) -> bool:
-    joints, states = (np.asarray(group.get(name, ()), dtype=np.float64) for name in ("obs/joint_states", "states"))
+def _seen_after(group: Any, source: str) -> bool:
+    names = ("obs/joint_states", "states")
+    if any(_find(group, name) is None for name in names):
+        return False
+    joints, states = (np.asarray(_dataset(group, name, source)[()], dtype=np.float64) for name in names)
     arm = states[:, ARM] if states.ndim == 2 else states
     if joints.ndim != 2 or joints.shape != arm.shape or len(arm) < 2:
         return False
@@ -214,13 +287,14 @@ def _pictures(group: Any, names: tuple[str, ...], source: str) -> NDArray[np.uin
 def _said(attributes: Any) -> str:
     """The instruction that a file's attributes hold; "" if none."""
     try:
-        said = json.loads(attributes.get("problem_info", "{}")).get("language_instruction", "")
-    except (ValueError, TypeError, AttributeError):
+        said = parse_json(attributes.get("problem_info", "{}")).get("language_instruction", "")
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return ""
     words = said[0] if isinstance(said, list) and said else said  # a list in some of LIBERO's versions
     return str(words).strip().strip('"')
 
 
 def _suite(attributes: Any, path: Path) -> str:
-    named = Path(str(attributes.get("bddl_file_name", ""))).parent.name or path.parent.name
+    stored = str(attributes.get("bddl_file_name", "")).encode(errors="replace").decode()
+    named = Path(stored).parent.name or path.parent.name
     return named.removesuffix("_no_noops") if named.startswith("libero") else ""

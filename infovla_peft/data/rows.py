@@ -28,6 +28,9 @@ STATE_DIM, ACTION_DIM = 8, 7
 NOOP_THRESHOLD = 1e-4
 """Norm of the six deltas below which OpenVLA's `regenerate_libero_dataset.py` takes an action for none."""
 
+MOST_PIXELS = 1 << 24
+"""Of one picture; a camera of a robot has a tenth of it."""
+
 
 class DemonstrationError(ValueError):
     """A set of demonstrations cannot be used; the message names the file and the cure."""
@@ -157,7 +160,13 @@ def episode_rows(episode: Episode, options: RowOptions) -> Iterator[dict[str, An
         row = dict(episode.values)
         row |= {name: _plain(column[frame]) for name, column in episode.columns.items()}
         for name, pictures in episode.images.items():
-            row[name] = _encoded(pictures[frame], rotate=options.rotate)
+            try:
+                row[name] = _encoded(pictures[frame], rotate=options.rotate)
+            except Exception as error:  # Pillow's formats raise whatever they meet in a damaged picture
+                raise DemonstrationError(
+                    f"{episode.source}: {name} of frame {frame} is no picture that can be read ({error!s:.200}): get "
+                    "the file again, or leave the episode out"
+                ) from error
         yield {**row, "frame_index": number, "done": number == len(kept) - 1}
 
 
@@ -172,15 +181,17 @@ def decode(picture: Any) -> NDArray[np.uint8]:
     """A picture of an `Episode`, or a PIL image, as a uint8 RGB array (H, W, 3)."""
     if isinstance(picture, Mapping):
         picture = Image.open(io.BytesIO(picture["bytes"]))
+        if picture.width * picture.height > MOST_PIXELS:
+            raise ValueError(f"{picture.width} × {picture.height} pixels are more than {MOST_PIXELS:,}")
     if isinstance(picture, Image.Image):
         picture = picture.convert("RGB")
     return np.asarray(picture, dtype=np.uint8)
 
 
 def _encoded(picture: Any, *, rotate: bool) -> dict[str, Any]:
-    if isinstance(picture, Mapping) and not rotate:
-        return dict(picture)  # as it lies on the disk
     array = decode(picture)
+    if isinstance(picture, Mapping) and not rotate:
+        return {"bytes": picture["bytes"], "path": None}  # by its path, `datasets` would open another file
     return {"bytes": png(np.ascontiguousarray(array[::-1, ::-1]) if rotate else array), "path": None}
 
 

@@ -118,7 +118,7 @@ class Location:
         self._check_name(name)
         if self.folder is not None:
             path = self.folder if self.folder.is_file() else self.folder / name
-            if not path.is_file():
+            if not _is_file(path):
                 raise FileNotFoundError(f"{path} is missing")
             return path
         from huggingface_hub import hf_hub_download
@@ -223,10 +223,17 @@ class Location:
         if self.folder is None:
             return self.snapshot.name
         path = self.folder if self.folder.is_file() else self.folder / name
-        if not path.is_file():
+        if not _is_file(path):
             return ""
         status = path.stat()
         return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is longer than names can be
+        return False
 
 
 def _from_hub(error: Exception) -> bool:
