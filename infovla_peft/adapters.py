@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import warnings
@@ -46,6 +47,17 @@ BASE = "__base__"
 """In a list of adapters: the base alone (PEFT's own word)."""
 _SAMPLE = 64  # values per tensor that enter a fingerprint
 _HIGHEST_RANK = 1 << 16  # memory, not mathematics
+_MOST_TARGETS = 10_000
+_LORA_INIT = (True, False, "gaussian")  # others change the base, or are computed from it
+_LORA_FREE = frozenset(
+    {
+        "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+        "inference_mode", "r", "target_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora",
+        "init_lora_weights", "use_dora", "lora_bias", "runtime_config", "qalora_group_size", "megatron_core",
+    }
+)  # fmt: skip
+"""What `adapter_config.json` may choose. The rest of PEFT's fields reach beyond LoRA on linear layers: into the base,
+other modules, code that is imported by its name, and patterns, which a regular expression may match for ever."""
 _VOLATILE = {
     "transformers_version", "dtype", "torch_dtype", "use_cache", "norm_stats", "acting", "architectures", "auto_map",
     "quantization_config",
@@ -309,13 +321,19 @@ def _load_weights(model: PeftModel, name: str, weights: Mapping[str, Tensor]) ->
     Adapters made by OpenVLA's recipe also carry the whole `lm_head` of their base, which PEFT would write into ours.
     """
     lora = {key: tensor for key, tensor in weights.items() if ".base_layer." not in key}
-    expected = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
-    if expected != set(lora):
-        missing, unknown = sorted(expected - set(lora)), sorted(set(lora) - expected)
+    expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    if set(expected) != set(lora):
+        missing, unknown = sorted(set(expected) - set(lora)), sorted(set(lora) - set(expected))
         raise AdapterError(
             f"the adapter's weights do not fit the model: {len(missing)} missing {missing[:3]!s:.300}, "
             f"{len(unknown)} unknown {unknown[:3]!s:.300}"
         )
+    for key, tensor in lora.items():
+        if tensor.shape != expected[key].shape or not tensor.is_floating_point():
+            raise AdapterError(
+                f"the adapter's weights do not fit the model: {key:.300} holds {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)}, not floats of {tuple(expected[key].shape)}"
+            )
     empty = any(parameter.is_meta for _, parameter in adapter_parameters(model, name))
     set_peft_model_state_dict(model, lora, adapter_name=name, low_cpu_mem_usage=empty)
 
@@ -407,7 +425,10 @@ def read_adapter_weights(model: PeftModel, name: str, folder: Path) -> None:
         weights = load_file(file)
     except SafetensorError as error:
         raise AdapterError(f"{file} is damaged ({error!s:.500}); copy or train the adapter again") from error
-    _load_weights(model, name, weights)
+    try:
+        _load_weights(model, name, weights)
+    except AdapterError as error:
+        raise AdapterError(f"{file}: {error}; copy it again, or load it with its own base") from error
 
 
 def read_info(folder: str | os.PathLike[str]) -> AdapterInfo:
@@ -467,6 +488,9 @@ def read_statistics(folder: str | os.PathLike[str]) -> dict[str, Any]:
                 values = check.typed(numbers.get(name, []), list, f"{part}, {name}")
                 if not all(type(value) in (int, float) for value in values):
                     check.fail(f"{part}, {name}", "numbers", values)
+    key = read_info(folder).unnorm_key if (Path(folder) / INFO).is_file() else ""
+    if key and statistics and not {key, f"{key}_no_noops"} & set(statistics):
+        raise AdapterError(f"{file} lacks {key!r:.80}, which {INFO} beside it names; {cure}")
     return statistics
 
 
@@ -484,14 +508,42 @@ def read_lora(folder: str | os.PathLike[str]) -> LoraConfig:
         if content["peft_type"] != "LORA":
             raise ValueError(f"peft_type is {content['peft_type']!r:.80}")
         lora = LoraConfig.from_pretrained(str(folder))
-        if type(lora.r) is not int or not 1 <= lora.r <= _HIGHEST_RANK:
-            raise ValueError(f"r is {lora.r!r:.80}")
+        check_lora(lora)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         problem = f"{type(error).__name__}: {error!s:.300}"
         raise AdapterError(
             f"{file} is no configuration of LoRA ({problem}); copy or train the adapter again"
         ) from error
     return lora
+
+
+def check_lora(lora: LoraConfig) -> None:
+    """Refuse a configuration that does more than LoRA on linear layers which it names.
+
+    Raises:
+        ValueError: which of its fields does.
+    """
+    if type(lora.r) is not int or not 1 <= lora.r <= _HIGHEST_RANK:
+        raise ValueError(f"r is {lora.r!r:.80}")
+    for name, highest in (("lora_alpha", math.inf), ("lora_dropout", 1.0)):
+        value = getattr(lora, name)
+        if type(value) not in (int, float) or not 0 <= value < highest:
+            raise ValueError(f"{name} is {value!r:.80}")
+    for name in ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias"):
+        if type(getattr(lora, name)) is not bool:
+            raise ValueError(f"{name} is {getattr(lora, name)!r:.80}")
+    if lora.init_lora_weights not in _LORA_INIT:
+        raise ValueError(f"init_lora_weights is {lora.init_lora_weights!r:.80}, which changes the base")
+    targets = lora.target_modules
+    if targets != "all-linear":
+        named = isinstance(targets, (list, set)) and 1 <= len(targets) <= _MOST_TARGETS
+        if not named or not all(isinstance(each, str) and re.fullmatch(r"[\w.-]{1,300}", each) for each in targets):
+            raise ValueError(f"target_modules is {targets!r:.80}; it must be a list of layers' names, not a pattern")
+    neutral = LoraConfig()
+    for option in fields(lora):
+        value = getattr(lora, option.name)
+        if option.name not in _LORA_FREE and value and value != getattr(neutral, option.name):
+            raise ValueError(f"{option.name} is {value!r:.80}, which must be left empty")
 
 
 def load_adapter(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_policy import TinyPolicy, tiny_policy
 from torch import nn
@@ -24,7 +25,10 @@ from infovla_peft.adapters import (
     fingerprint,
     freeze_unused,
     load_adapter,
+    read_adapter_weights,
     read_info,
+    read_lora,
+    read_statistics,
     save_adapter,
     target_modules,
     write_info,
@@ -225,6 +229,70 @@ def test_damaged_and_foreign_folders(tmp_path: Path) -> None:
     (folder / "infovla.json").write_text("{")
     with pytest.raises(AdapterError, match="is damaged"):
         read_info(folder)
+
+
+def test_weights_of_another_shape_or_type_are_refused(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    model = add_adapter(policy.model, "one", config(tmp_path))
+    folder = save_adapter(model, "one", tmp_path / "adapter", info(policy), {})
+    file = folder / "adapter_model.safetensors"
+    lora = load_file(file)
+    key = next(key for key in lora if "lora_A" in key)
+    for wrong in (lora[key].T.contiguous(), lora[key].to(torch.int32)):
+        save_file({**lora, key: wrong}, file)
+        with pytest.raises(
+            AdapterError, match=r"do not fit the model: .*lora_A.*not floats of.*copy it again"
+        ) as error:
+            read_adapter_weights(model, "one", folder)
+        assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_modules": "(a+)+$"}, "target_modules is '[(]a[+][)][+][$]'; it must be a list of layers' names"),
+        ({"target_modules": ["(a+)+$"]}, "must be a list of layers' names"),
+        ({"target_modules": None}, "must be a list of layers' names"),
+        ({"exclude_modules": "(a+)+$"}, "exclude_modules is"),
+        ({"layers_to_transform": [0], "layers_pattern": "(a+)+$"}, "layers_to_transform is|layers_pattern is"),
+        ({"rank_pattern": {"(a+)+$": 1}}, "rank_pattern is"),
+        ({"alpha_pattern": {"(a+)+$": 1}}, "alpha_pattern is"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "megatron_config is"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication is"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8'"),
+        ({"use_rslora": 1}, "use_rslora is 1"),
+    ],
+)
+def test_a_configuration_that_does_more_than_lora_is_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    model = add_adapter(tiny_policy().model, "one", config(tmp_path))
+    folder = save_adapter(model, "one", tmp_path / "adapter", info(tiny_policy()), {})
+    assert isinstance(read_lora(folder).target_modules, set)  # what this package writes
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(AdapterError, match=message) as error:
+        read_lora(folder)
+    assert str(file) in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own
+def test_all_linear_is_a_target(tmp_path: Path) -> None:
+    LoraConfig(target_modules="all-linear").save_pretrained(str(tmp_path))
+    assert read_lora(tmp_path).target_modules == "all-linear"
+
+
+def test_statistics_have_the_key_that_the_adapter_names(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    model = add_adapter(policy.model, "one", config(tmp_path))
+    folder = save_adapter(model, "one", tmp_path / "adapter", info(policy), {"libero_goal_no_noops": {}})
+    assert list(read_statistics(folder)) == ["libero_goal_no_noops"]
+    folder = save_adapter(model, "one", tmp_path / "adapter", info(policy), {"content": {}})
+    with pytest.raises(AdapterError, match=r"dataset_statistics\.json lacks 'libero_goal', which infovla\.json"):
+        read_statistics(folder)
 
 
 def test_fields_of_later_versions_are_ignored(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from typing import Any
 
 import datasets
 import numpy as np
@@ -70,6 +72,23 @@ def test_percentiles_become_the_unit_interval(statistics: dict[str, object]) -> 
     assert normaliser.normalise_actions(np.full(7, 0.7))[6] == 0.7  # the gripper passes
     assert np.abs(normaliser.normalise_actions(np.full((2, 3, 7), 9.0))[..., :6]).max() == 1.0  # clipped
     assert (normaliser.action_dim, normaliser.proprio_dim) == (7, 8)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda found: found["action"].pop("q01"), r"q01 and q99 of shapes \(0,\) and \(7,\)"),
+        (lambda found: found["proprio"].pop("q99"), r"q01 and q99 of shapes \(8,\) and \(0,\)"),
+        (lambda found: found.pop("action"), "q01 and q99 of shapes"),
+        (lambda found: found["action"]["q01"].pop(), "q01 and q99 of shapes"),
+        (lambda found: found["action"]["mask"].pop(), "a mask of another length"),
+    ],
+)
+def test_statistics_that_lack_something(statistics: dict[str, object], edit: Any, message: str) -> None:
+    found = copy.deepcopy(statistics)
+    edit(found)
+    with pytest.raises(ValueError, match=rf"{message}.*copy dataset_statistics\.json"):
+        Normaliser({"libero_goal": found})
 
 
 @given(st.lists(st.floats(-0.7, 0.5), min_size=7, max_size=7))

@@ -18,6 +18,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 Statistics = Mapping[str, Any]
+BOUNDS = {"bounds": ("min", "max"), "bounds_q99": ("q01", "q99")}
+"""What becomes -1 and 1, by the model's `action_normalization`."""
+COPY_AGAIN = "copy dataset_statistics.json, or the base that has them in its configuration, again"
 Array = TypeVar("Array", NDArray[Any], torch.Tensor)
 
 
@@ -98,14 +101,17 @@ class Normaliser:
 
     Raises:
         KeyError: no such key, or None although there are several.
+        ValueError: the statistics lack numbers, or their lengths differ.
     """
 
     def __init__(self, statistics: Statistics, key: str | None = None, *, bounds: str = "bounds_q99") -> None:
         self.key = _find_key(statistics, key)
         self.statistics: dict[str, Any] = dict(statistics[self.key])
-        action, proprio = self.statistics["action"], self.statistics.get("proprio")
+        action, proprio = self.statistics.get("action") or {}, self.statistics.get("proprio")
         self._action = _bounds(action, bounds)
         self._mask = np.asarray(action.get("mask", [True] * len(self._action[0])), dtype=bool)
+        if self._mask.shape != self._action[0].shape:
+            raise ValueError(f"the statistics of {self.key!r} have a mask of another length; {COPY_AGAIN}")
         self._proprio = _bounds(proprio, bounds) if proprio else None
 
     @property
@@ -163,8 +169,13 @@ def _find_key(statistics: Statistics, key: str | None) -> str:
 
 
 def _bounds(described: Mapping[str, Any], bounds: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    low, high = ("min", "max") if bounds == "bounds" else ("q01", "q99")
-    return np.asarray(described[low], dtype=np.float64), np.asarray(described[high], dtype=np.float64)
+    found = [np.asarray(described.get(name, ()), dtype=np.float64) for name in BOUNDS[bounds]]
+    if found[0].ndim != 1 or not len(found[0]) or found[0].shape != found[1].shape:
+        raise ValueError(
+            f"the statistics have {BOUNDS[bounds][0]} and {BOUNDS[bounds][1]} of shapes {found[0].shape} and "
+            f"{found[1].shape}; they must be lists of the same length: {COPY_AGAIN}"
+        )
+    return found[0], found[1]
 
 
 def _like(values: Array, constant: NDArray[Any]) -> Array:
