@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .files import write_json
-from .reading import parse_json
+from .reading import parse_json, read_text
 
 SUMS = "sha256"
 
@@ -109,9 +109,8 @@ def read_sealed(path: str | os.PathLike[str], *, newest: int, sealed_since: int 
         DamagedFileError: it is damaged, or of a later format.
     """
     file = Path(path)
-    text = file.read_bytes()
     try:
-        content = parse_json(text.decode("utf-8"))
+        content = parse_json(read_text(file))
         version = content.get("format_version", 1)
     except (ValueError, AttributeError, RecursionError) as error:
         raise DamagedFileError(f"{file} is damaged ({error})") from error

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -37,7 +38,7 @@ def read_json(path: Path, *, error: type[Error], cure: str) -> Any:
         error: it is damaged, or beyond the bounds of this module.
     """
     try:
-        return parse_json(_text(path, LARGEST_JSON))
+        return parse_json(read_text(path, LARGEST_JSON))
     except FileNotFoundError:
         raise
     except (ValueError, RecursionError, OSError) as reason:
@@ -69,15 +70,30 @@ def read_yaml(path: Path, *, error: type[Error], cure: str) -> Any:
     Args, Raises: as for `read_json`.
     """
     try:
-        return _BoundedLoader(_text(path, LARGEST_YAML)).get_single_data()
+        return _BoundedLoader(read_text(path, LARGEST_YAML)).get_single_data()
     except FileNotFoundError:
         raise
     # PyYAML lets through what its own conversions raise: a date that does not exist, an unhashable key.
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError, OSError) as reason:
-        raise error(f"{path} is not valid YAML: {reason}; {cure}") from reason
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError, OSError) as reason:
+        # Without what the chain of exceptions would show.
+        raise error(f"{path} is not valid YAML: {_without_content(reason)}; {cure}") from None
 
 
-def _text(path: Path, largest: int) -> str:
+def _without_content(reason: Exception) -> str:
+    """What is wrong with a YAML file, and where; not the line itself, which may hold a token."""
+    problem = str(reason)
+    if isinstance(reason, yaml.MarkedYAMLError) and reason.problem and reason.problem_mark:
+        problem = f"{reason.problem} (line {reason.problem_mark.line + 1}, column {reason.problem_mark.column + 1})"
+    return re.sub("'[^']{21,}'", "'...'", problem)
+
+
+def read_text(path: Path, largest: int = LARGEST_JSON) -> str:
+    """The content of a regular file, UTF-8, of up to `largest` bytes.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+        ValueError: it is no regular file, larger, or no UTF-8.
+    """
     if path.exists() and not path.is_file():
         raise ValueError("it is no regular file")
     with path.open("rb") as file:
@@ -105,11 +121,16 @@ def _int(digits: str) -> int:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r:.60} stands twice")
-    return content
+    _check_keys(key for key, _ in pairs)
+    return dict(pairs)
+
+
+def _check_keys(keys: Iterable[Hashable]) -> None:
+    seen: set[Hashable] = set()
+    for key in keys:
+        if key in seen:
+            raise ValueError(f"the key {key!r:.60} stands twice")
+        seen.add(key)
 
 
 def _check_depth(content: Any) -> None:
@@ -151,9 +172,7 @@ class _BoundedLoader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        if len(set(keys)) < len(keys):
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r:.60} stands twice")
+        _check_keys(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<")
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
 

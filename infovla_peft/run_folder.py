@@ -22,6 +22,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -133,7 +134,7 @@ class RunFolder:
         self._lock = lock
         try:
             lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {platform.node()}, started {_now()}: {' '.join(sys.argv)}")
+            lock.write(f"process {os.getpid()} on {platform.node()}, started {_now()}: {shown_command(sys.argv)}")
             lock.flush()
             clean_up(self.path)
         except OSError:
@@ -303,6 +304,26 @@ def _read_owner(lock: IO[str]) -> str:
         lock.seek(0)
         return lock.read(1000).strip() or "unknown"
     return "unknown"
+
+
+def shown_command(arguments: Iterable[str]) -> str:
+    """A command line as others may see it: without tokens.
+
+    >>> shown_command(["train", "--hub_token", "hf_x", "--push_to_hub_token=hf_y", "--seed", "1"])
+    'train --hub_token *** --push_to_hub_token=*** --seed 1'
+    """
+    shown: list[str] = []
+    secret = False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if secret and not argument.startswith("--"):
+            shown.append("***")
+        elif "token" in name.lower() and equals:
+            shown.append(f"{name}=***")
+        else:
+            shown.append(re.sub(r"\bhf_\w{20,}", "***", argument))
+        secret = argument.startswith("--") and "token" in name.lower() and not equals
+    return " ".join(shown)
 
 
 def _now() -> str:

@@ -39,6 +39,7 @@ CURES = (
     "again", "restore", "delete", "remove", "update", "copy", "choose", "give ", "write ", "did you mean", "--help",
     "start anew", "must be", "must hold", "must have", "must name", "leave", "use", "say ", "should", "do not",
     "one of", "repeat", "put it back", "see ", "there are", "reinstall", "run ", "expected", "needs", "has tasks",
+    "ame the right", "convert it",
 )  # fmt: skip
 """A message has at least one of these: what to do, or what is right."""
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
+import time
+import traceback
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +18,7 @@ from test_results import example
 
 import infovla_peft
 from infovla_peft.config import InfoVLAConfig, StreamConfig, resolved_config
+from infovla_peft.integrity import DamagedFileError, read_sealed
 from infovla_peft.reading import read_json, read_yaml
 from infovla_peft.report import write_report
 from infovla_peft.results import TaskEntry
@@ -139,6 +143,71 @@ def test_tokens_are_kept_nowhere(tmp_path: Path) -> None:
     assert TOKEN not in repr(training)
     kept = [file for file in tmp_path.rglob("*") if file.is_file() and TOKEN in file.read_text(encoding="utf-8")]
     assert kept == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["--hub_token", TOKEN], [f"--hub_token={TOKEN}"], ["--push_to_hub_token", TOKEN],
+     [f"--push_to_hub_token={TOKEN}"], ["--hub-token", f"an-old-one-{TOKEN}"], ["--note", f"mine is {TOKEN}"]],
+)  # fmt: skip
+def test_a_token_of_the_command_line_is_kept_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["infovla", "train", "x.yaml", *command, "--seed", "3"])
+    config = {"seed": 3}
+    with RunFolder(tmp_path).open(config):
+        lock = (tmp_path / ".lock").read_text(encoding="utf-8")
+        with pytest.raises(RunError, match="another process is using") as error:
+            RunFolder(tmp_path).open(config)
+    for text in (lock, str(error.value)):
+        assert "infovla train x.yaml" in text
+        assert "--seed 3" in text
+        assert "***" in text
+        assert "xxx" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"hub_token: [{TOKEN}", r"but got '<stream end>' \(line 1, column 50\)"),
+        (f"hub_token: {TOKEN}: x", r"mapping values are not allowed here \(line 1, column 49\)"),
+        (f"seed: 0\nhub_token: '{TOKEN}", r"unexpected end of stream \(line 2, column"),
+        (f"hub_token: !!int {TOKEN}", "invalid literal for int"),
+        (f"hub_token: !!bool {TOKEN}", "is not valid YAML: '...'"),
+        (f"hub_token: !{TOKEN} x", "could not determine a constructor"),
+        (f"hub_token: *{TOKEN}", "undefined alias"),
+    ],
+)
+def test_a_token_of_a_recipe_is_not_in_a_message(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(RunError, match=message) as error:
+        read_yaml(tmp_path / "x.yaml", error=RunError, cure="write another")
+    assert "xxx" not in "".join(traceback.format_exception(error.value)).lower()
+
+
+def test_many_keys_are_compared_in_one_pass(tmp_path: Path) -> None:
+    """As many as fit: comparing each with each would take minutes."""
+    keys = [f"k{number}" for number in range(200_000)]
+    (tmp_path / "x.json").write_text(json.dumps(dict.fromkeys(keys))[:-1] + ', "k199999": 1}')
+    (tmp_path / "x.yaml").write_text("\n".join(f"{key}: 1" for key in [*keys[:20_000], "k19999"]))
+    start = time.process_time()
+    with pytest.raises(RunError, match="the key 'k199999' stands twice"):
+        read_json(tmp_path / "x.json", error=RunError, cure="write another")
+    with pytest.raises(RunError, match="the key 'k19999' stands twice"):
+        read_yaml(tmp_path / "x.yaml", error=RunError, cure="write another")
+    assert time.process_time() - start < 30
+
+
+def test_sealed_files_are_bounded(tmp_path: Path) -> None:
+    with pytest.raises(DamagedFileError, match="no regular file"):
+        read_sealed(tmp_path, newest=2)
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(DamagedFileError, match="no regular file"):
+        read_sealed(tmp_path / "pipe.json", newest=2)
+    with (tmp_path / "large.json").open("wb") as file:
+        file.truncate((64 << 20) + 1)
+    with pytest.raises(DamagedFileError, match="larger than 64 MiB"):
+        read_sealed(tmp_path / "large.json", newest=2)
 
 
 class _Tags(HTMLParser):
