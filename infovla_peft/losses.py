@@ -199,7 +199,8 @@ def summarize_cross_modal(
         shapes = f"{tuple(vision.shape)} and {tuple(language.shape)}"
         raise ValueError(f"expected vision (B, Nv, D) and language (B, Nl, D), got {shapes}")
     with torch.autocast(vision.device.type, enabled=False):
-        vision_tokens, language_tokens = _unit(_full(vision)), _unit(_full(language))
+        vision_tokens = _unit(_tokens(vision, vision_mask, "vision_mask"))
+        language_tokens = _unit(_tokens(language, language_mask, "language_mask"))
         vision_mask = _token_mask(vision_mask, vision_tokens, "vision_mask")
         language_mask = _token_mask(language_mask, language_tokens, "language_mask")
         pairs = vision_mask[:, :, None] & language_mask[:, None, :]  # (B, Nv, Nl)
@@ -421,15 +422,26 @@ def _zero(tensor: Tensor) -> Tensor:
 
 
 def _unit(tensor: Tensor) -> Tensor:
-    """Rows of norm 1; a row without a direction becomes 0, without a gradient (F.normalize would scale it by 1e12)."""
+    """Rows of norm 1; a row without a direction becomes 0, without a gradient (F.normalize would scale it by 1e12).
+
+    A row with NaN, or whose norm is beyond its type, becomes NaN: it must not pass for one without a direction.
+    """
     norm = torch.linalg.vector_norm(tensor, dim=-1, keepdim=True)
-    has_direction = norm > _NO_DIRECTION
-    return torch.where(has_direction, tensor / norm.where(has_direction, torch.ones_like(norm)), 0.0)
+    nowhere = norm <= _NO_DIRECTION
+    divisor = norm.masked_fill(nowhere, 1.0).masked_fill(norm.isinf(), math.nan)
+    return torch.where(nowhere, 0.0, tensor / divisor)
 
 
 def _check_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
+
+
+def _tokens(tokens: Tensor, mask: Tensor | None, name: str) -> Tensor:
+    """With 0 for what is no token, which may be anything, NaN too."""
+    if mask is None:
+        return _full(tokens)
+    return _full(tokens).masked_fill(~_token_mask(mask, tokens, name)[..., None], 0.0)
 
 
 def _token_mask(mask: Tensor | None, tokens: Tensor, name: str) -> Tensor:

@@ -492,6 +492,27 @@ def test_no_sample_is_exactly_zero_with_a_graph(term: str) -> None:
     loss.backward()
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, 1e200], ids=["nan", "inf", "overflow"])
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+@pytest.mark.parametrize("term", TERMS)
+def test_features_that_are_no_numbers_give_no_loss(term: str, whose: str, wrong: float) -> None:
+    """They have no direction either, but must not pass for features that are 0: the training would go on."""
+    of = {"student": features(0), "teacher": features(1)}
+    for tensor in of[whose].floats():
+        tensor[1, ..., 0] = wrong
+    assert math.isnan(number(compute(term, of["student"], of["teacher"], features(2))))
+
+
+@pytest.mark.parametrize("term", MODES)
+def test_what_is_no_token_may_be_no_number(term: str) -> None:
+    student, teacher = features(0), features(1)
+    expected = number(compute(term, student, teacher))
+    for of in (student, teacher):
+        of.vision[~of.vision_mask] = math.nan
+        of.language[~of.language_mask] = math.inf
+    assert number(compute(term, student, teacher)) == expected
+
+
 def test_ten_thousand_negatives() -> None:
     draw = torch.Generator().manual_seed(0)
     student = torch.randn(8, 32, generator=draw).requires_grad_()
