@@ -16,6 +16,7 @@ MANIFEST = "checkpoint.json"
 STAGING = ".writing"
 """Folder beside the checkpoints in which one is written; what is in it after a kill is worth nothing."""
 FORMAT_VERSION = 2
+_STATE = ("optimizer.pt", "scheduler.pt")
 _log = logging.getLogger(__name__)
 
 
@@ -70,13 +71,21 @@ def check_continuable(checkpoint: str | os.PathLike[str], *, sharded: bool) -> N
     """Raise a ValueError if no training can go on from there.
 
     Args:
-        sharded: FSDP trains now. A checkpoint saved under FSDP is known by its optimiser's file.
+        sharded: FSDP trains now. A checkpoint saved under FSDP is known by its optimiser's file, one of DeepSpeed's,
+            which has optimiser and schedule in files of its own, by the folder that is named by the step.
     """
     folder = Path(checkpoint)
     if sharded or (not (folder / "optimizer.pt").exists() and any(folder.glob("optimizer*"))):
         raise ValueError(
             f"{folder}: a stage under FSDP2 cannot be continued from a checkpoint; delete {folder.parent}/checkpoint-*"
             " to repeat the stage, and use DDP (recipes/accelerate/ddp.yaml) where stages must be continuable"
+        )
+    # Without any of these, Trainer would go on all the same, with new ones.
+    needed = ["rng_state*.pth"] if any(folder.glob("global_step*")) else [*_STATE, "rng_state*.pth"]
+    if missing := [name for name in needed if not any(folder.glob(name))]:
+        raise ValueError(
+            f"{folder} lacks {', '.join(missing)}, so that a training would go on as another one; delete this "
+            f"checkpoint to go on from the one before, or {folder.parent}/checkpoint-* to repeat the stage"
         )
 
 

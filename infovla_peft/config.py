@@ -282,6 +282,13 @@ class InfoVLAConfig(TrainingArguments):
         for name in ("counterfactual_share", "ewc_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.save_only_model:
+            raise ValueError(
+                "save_only_model must stay False: a training that goes on without its optimiser, schedule and random "
+                "numbers is another one; set save_strategy to no if no checkpoints are wanted"
+            )
+        if self.ignore_data_skip:
+            raise ValueError("ignore_data_skip must stay False: a training that goes on would see other batches")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay False: batches carry more than the model's arguments")
         if self.tap_layer == 0:

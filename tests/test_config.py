@@ -36,6 +36,8 @@ def test_unknown_stream_notation_says_how_to_write_it(notation: str) -> None:
         ({"tap_layer": 0}, "tap_layer 0 is the embeddings"),
         ({"lora_r": 0}, "lora_r must be at least 1"),
         ({"remove_unused_columns": True}, "must stay False"),
+        ({"save_only_model": True}, "save_only_model must stay False: a training that goes on without its optimiser"),
+        ({"ignore_data_skip": True}, "ignore_data_skip must stay False: .* would see other batches"),
         ({"torch_compile_mode": "default"}, "torch_compile_mode is not supported: .* set torch_compile alone"),
         ({"torch_compile_backend": "eager"}, "torch_compile_backend is not supported"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def test_processes_share_the_frames_of_a_teacher_and_all_get_the_anchors_of_one(
 def test_a_checkpoint_saved_under_fsdp_is_refused_with_its_cure(tmp_path: Path) -> None:
     checkpoint = tmp_path / "stages/01/checkpoint-4"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "optimizer.pt").touch()
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (checkpoint / name).touch()
     check_continuable(checkpoint, sharded=False)
     cure = rf"under FSDP2 cannot be continued.*delete {checkpoint.parent}/checkpoint-\* to repeat the stage"
     with pytest.raises(ValueError, match=cure):
@@ -101,6 +103,29 @@ def test_a_checkpoint_saved_under_fsdp_is_refused_with_its_cure(tmp_path: Path) 
     (checkpoint / "optimizer.pt").rename(checkpoint / "optimizer.bin")  # as Accelerate names the optimiser of FSDP
     with pytest.raises(ValueError, match=cure):
         check_continuable(checkpoint, sharded=False)
+
+
+@pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt", "rng_state*.pth"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_checkpoint_that_lacks_a_state_is_not_continued(tmp_path: Path, missing: str, processes: int) -> None:
+    checkpoint = tmp_path / "checkpoint-4"
+    checkpoint.mkdir()
+    names = ["rng_state_0.pth", "rng_state_1.pth"] if processes == 2 else ["rng_state.pth"]
+    for name in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", *names):
+        (checkpoint / name).touch()
+    check_continuable(checkpoint, sharded=False)
+    for file in checkpoint.glob(missing):
+        file.unlink()
+    with pytest.raises(ValueError, match=rf"checkpoint-4 lacks {re.escape(missing)}, .*delete this checkpoint"):
+        check_continuable(checkpoint, sharded=False)
+
+
+def test_a_checkpoint_of_deepspeed_has_its_optimiser_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-4" / "global_step4").mkdir(parents=True)
+    with pytest.raises(ValueError, match="lacks rng_state"):
+        check_continuable(tmp_path / "checkpoint-4", sharded=False)
+    (tmp_path / "checkpoint-4" / "rng_state_0.pth").touch()
+    check_continuable(tmp_path / "checkpoint-4", sharded=False)
 
 
 def test_a_sharded_model_has_the_adapter_the_base_and_the_teacher_of_a_whole_one(tmp_path: Path) -> None:
