@@ -127,8 +127,14 @@ def locked(folder: Path, what: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_UN)  # a child that was just forked may still have it open
 
 
-def clean_up(folder: str | os.PathLike[str]) -> list[Path]:
+def clean_up(folder: str | os.PathLike[str], *, but: Path | None = None) -> list[Path]:
     """Remove what killed processes have left half written below `folder`, at any depth.
+
+    Call it holding the lock under which files are written there: what another process has just made, and not yet
+    locked, would look abandoned.
+
+    Args:
+        but: a folder below it whose files are written under a lock of its own.
 
     What a living process writes it holds locked, whichever container it is in, so that no process number is trusted.
     A folder that was moved aside and not replaced is put back.
@@ -139,7 +145,7 @@ def clean_up(folder: str | os.PathLike[str]) -> list[Path]:
     restored = []
     for path in sorted(Path(folder).rglob(".*"), reverse=True):  # what lies deeper first
         match = re.fullmatch(r"\.(.+)\.p\d+-[^.]+\.(tmp|old)(\.\w+)?", path.name)
-        if match is None or _is_in_use(path):
+        if match is None or (but is not None and path.is_relative_to(but)) or _is_in_use(path):
             continue
         target = path.parent / match[1]
         if match[2] == "old" and (path / match[1]).exists() and not target.exists():

@@ -34,7 +34,7 @@ from weakref import WeakSet
 
 import yaml
 
-from .files import clean_up, write_text
+from .files import clean_up, make_folder, write_text
 from .integrity import SUMS, DamagedFileError, check_files, checksums, files_below, read_sealed, write_sealed
 from .reading import read_yaml
 
@@ -117,7 +117,7 @@ class RunFolder:
 
     def _acquire(self) -> None:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             lock = (self / ".lock").open("a+", encoding="utf-8")
         except (NotADirectoryError, FileExistsError) as error:
             raise RunError(f"{self.path} is, or lies below, a file; choose another --output_dir") from error

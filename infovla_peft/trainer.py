@@ -35,7 +35,7 @@ from .data.sampling import StratifiedBatchSampler
 from .distributed import whole, whole_state
 from .divergence import DivergenceError, describe_batch, has_diverged
 from .features import FeatureTap, extract_features, policy_output
-from .files import atomic_file, fsync
+from .files import atomic_file, fsync, make_folder
 from .interference import most_interfered
 from .interruption import Stopped, deferred_stop, requested_stop
 from .losses import output_distillation_loss
@@ -132,6 +132,8 @@ class InfoVLATrainer(Trainer):
             if not any(isinstance(callback, LossLog) for callback in kwargs.get("callbacks") or ()):
                 log = LossLog(Path(str(args.output_dir)) / "log.jsonl", stage=0)
                 kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), log]
+        if args.should_save:
+            make_folder(Path(str(args.output_dir)))  # Trainer would not enter it on the disk
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         if self.accelerator.state.dynamo_plugin.backend.value != "NO":
             raise ValueError(NOT_COMPILED.format("accelerate's dynamo_backend"))
@@ -495,7 +497,8 @@ class LossLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+            there = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
+            lines = there.splitlines()
             kept = [line for line in lines if _step(line) <= state.global_step]
             with atomic_file(self._path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
@@ -524,5 +527,5 @@ class LossLog(TrainerCallback):
 def _step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # cut off by a kill
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return math.inf  # cut off by a kill, or damaged

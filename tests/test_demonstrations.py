@@ -21,7 +21,10 @@ from infovla_peft.data.demonstrations import (
     load_demonstrations,
     read_start,
 )
+from infovla_peft.data.mapped import prepare_recorded
 from infovla_peft.data.recording import RecordingError, RecordingSettings, record_episode
+from infovla_peft.files import atomic_file
+from infovla_peft.simulation.assets import AssetSet
 from infovla_peft.simulation.demonstrator import Demonstration
 from infovla_peft.simulation.environment import EnvironmentState
 from infovla_peft.simulation.suites import Task
@@ -181,6 +184,34 @@ def test_other_settings_are_not_mixed(folder: Path) -> None:
     other = RecordingSettings(**{**SETTINGS.__dict__, "assets": "official", "noise": 0.0})
     with pytest.raises(DemonstrationError, match="assets: primitive there, official wanted; noise"):
         recording._open_manifest(folder, other, TASKS)
+
+
+def test_what_a_killed_recording_has_left_is_removed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing is missing; what is written now, and what is prepared under another lock, stays."""
+    left = [folder / ".manifest.p99-abc.tmp.json", folder / "a" / ".episode_000001.p99-x.tmp.parquet"]
+    prepared = folder / ".cache" / ".a.p99-y.tmp.arrow"
+    prepared.parent.mkdir()
+    for file in (*left, prepared):
+        file.write_bytes(b"half")
+    monkeypatch.setattr(recording, "choose_gl", lambda: None)
+    monkeypatch.setattr(recording, "libero_folder", lambda: folder)
+    monkeypatch.setattr(recording, "version", lambda _: SETTINGS.mujoco)
+    seen: list[bool] = []
+
+    def prepare(_folder: Path) -> None:
+        seen.append(prepared.exists())
+        prepare_recorded(_folder)
+
+    monkeypatch.setattr(recording, "prepare_recorded", prepare)
+    with atomic_file(folder / "living.json") as living:
+        recording.record_demonstrations(
+            TASKS, folder, episodes=3, assets=AssetSet("primitive", folder), image_size=16, seed=0, progress=False
+        )
+        assert living.exists()
+        living.write_text("{}")
+    assert seen == [True]
+    assert [file for file in (*left, prepared) if file.exists()] == []
+    assert len(load_demonstrations(folder)) > 0
 
 
 def test_a_script_that_always_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,14 @@ import torch
 from tiny_policy import tiny_policy
 from toy_demonstrations import TASKS, toy_demonstrations
 
+from infovla_peft import files
 from infovla_peft.adapters import AdapterError, AdapterInfo, add_adapter, fingerprint, load_adapter, save_adapter
 from infovla_peft.checkpoints import checkpoints
 from infovla_peft.config import InfoVLAConfig
 from infovla_peft.files import atomic_file, atomic_folder, clean_up, remove_folder, scratch_folder
 from infovla_peft.integrity import DamagedFileError, check_files, checksums, read_sealed, write_sealed
 from infovla_peft.memory import Anchors, ReplayMemory
+from infovla_peft.run_folder import RunFolder
 from infovla_peft.tensor_files import load_tensors, save_tensors
 
 
@@ -239,6 +241,19 @@ def test_a_folder_is_removed_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     assert len(list(tmp_path.iterdir())) == 1
     assert clean_up(tmp_path) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_of_a_run_are_entered_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[Path] = []
+    flush = files.fsync
+
+    def note(path: Path) -> None:
+        entered.append(Path(path))
+        flush(path)
+
+    monkeypatch.setattr(files, "fsync", note)
+    with RunFolder(tmp_path / "runs" / "a").open({"seed": 0}):
+        assert entered[:2] == [tmp_path / "runs", tmp_path]
 
 
 def test_scratch_of_a_killed_process_is_removed(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ import pytest
 import torch
 from tiny_policy import TinyPolicy, tiny_policy
 from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from infovla_peft import files
 from infovla_peft.adapters import activate, adapter_parameters, add_adapter, base_model
 from infovla_peft.config import InfoVLAConfig
 from infovla_peft.consolidation import Consolidation
@@ -453,6 +455,26 @@ def test_the_same_command_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 # --- the log, and refusals ---
+
+
+def test_the_folder_of_a_training_is_entered_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[Path] = []
+    monkeypatch.setattr(files, "fsync", lambda path: entered.append(Path(path)))
+    adapter_stage(tmp_path / "stages" / "stage_01")
+    assert entered == [tmp_path / "stages", tmp_path]
+
+
+def test_a_damaged_log_is_continued(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    deep, huge = b"[" * 100_000, b'{"step": ' + b"9" * 400 + b"}"
+    whole = [b'{"stage": 1, "step": 1, "loss": 0.5}', b'{"stage": 1, "step": 2, "loss": 0.25}']
+    log.write_bytes(
+        b"\n".join([whole[0], b'{"step": 1, "loss": \xff\xfe', deep, huge, b"[]", b"3", whole[1], b'{"st'])
+    )
+    LossLog(log, 1).on_train_begin(
+        TrainingArguments(str(tmp_path), use_cpu=True), TrainerState(global_step=2), TrainerControl()
+    )
+    assert log.read_bytes().splitlines() == whole
 
 
 def test_terms_without_information_are_skipped_and_counted(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from ..files import atomic_file, locked
+from ..files import atomic_file, clean_up, locked
 from ..integrity import DamagedFileError, FileState, read_sealed, sha256, sha256_of_state, write_sealed
 from ..simulation.headless import cache_folder
 from .recorded import RECORD_AGAIN, EpisodeRecord, RecordedSource, check_recorded, read_table
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     import datasets
 
 FORMAT_VERSION = 1
+CACHE = ".cache"
+"""In the folder of a set, with its own lock."""
 
 
 def map_recorded(
@@ -93,7 +95,7 @@ def verify_mapped(folder: Path) -> tuple[list[Path], list[Path]]:
     """
     whole: list[Path] = []
     damaged: list[Path] = []
-    for file in sorted((folder / ".cache").glob("*.json")):
+    for file in sorted((folder / CACHE).glob("*.json")):
         arrow = file.with_suffix(".arrow")
         content = _read(file)
         if content is not None and arrow.is_file():
@@ -150,6 +152,7 @@ class _Pack:
         if (content := self._unchanged(wanted)) is not None:
             return content
         with locked(self.arrow.parent, "preparing demonstrations in"):
+            clean_up(self.arrow.parent)
             return self._unchanged(wanted) or self._hash_again(wanted) or self._write(wanted)
 
     def _unchanged(self, wanted: _Wanted) -> _Content | None:
@@ -269,7 +272,7 @@ def _runs(starts: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int]]
 def _cache(location: Location, cache_dir: str | Path | None) -> Path:
     """Where the Arrow files of a set are; in a folder that several sets share, each has a folder of its own."""
     if location.folder is not None and cache_dir is None:
-        own = location.folder / ".cache"
+        own = location.folder / CACHE
         if os.access(own if own.exists() else location.folder, os.W_OK):
             return own
     name = f"{location.repo_id}@{location.snapshot.name}" if location.folder is None else location.folder.resolve()

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..bars import progress_bar
-from ..files import atomic_file, locked
+from ..files import atomic_file, clean_up, locked
 from ..integrity import sha256
 from ..simulation.assets import AssetSet
 from ..simulation.demonstrator import ACTION_NOISE, Demonstration, Demonstrator
@@ -24,7 +24,7 @@ from ..simulation.environment import LiberoEnvironment
 from ..simulation.headless import choose_gl, libero_folder
 from ..simulation.jobs import LostJobError, work_off
 from ..simulation.suites import Task
-from .mapped import prepare_recorded
+from .mapped import CACHE, prepare_recorded
 from .recorded import (
     FOOTER_KEY,
     DemonstrationManifest,
@@ -109,6 +109,7 @@ def record_demonstrations(
         seed=seed,
     )
     with locked(Path(folder), "recording into"):
+        clean_up(folder, but=Path(folder) / CACHE)
         manifest = _record_missing(Path(folder), settings, tasks, episodes, assets, num_workers, progress)
         prepare_recorded(folder)
     return manifest
