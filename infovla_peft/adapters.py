@@ -488,6 +488,8 @@ def read_statistics(folder: str | os.PathLike[str]) -> dict[str, Any]:
                 values = check.typed(numbers.get(name, []), list, f"{part}, {name}")
                 if not all(type(value) in (int, float) for value in values):
                     check.fail(f"{part}, {name}", "numbers", values)
+            mask = check.typed(numbers.get("mask", []), list, f"{part}, mask")
+            check.need(all(type(value) is bool for value in mask), f"{part}, mask", "true or false each", mask)
     key = read_info(folder).unnorm_key if (Path(folder) / INFO).is_file() else ""
     if key and statistics and not {key, f"{key}_no_noops"} & set(statistics):
         raise AdapterError(f"{file} lacks {key!r:.80}, which {INFO} beside it names; {cure}")

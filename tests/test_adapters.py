@@ -295,6 +295,12 @@ def test_statistics_have_the_key_that_the_adapter_names(tmp_path: Path) -> None:
         read_statistics(folder)
 
 
+def test_a_mask_of_statistics_is_true_or_false(tmp_path: Path) -> None:
+    (tmp_path / "dataset_statistics.json").write_text('{"a": {"action": {"mask": [true, [false]]}}}')
+    with pytest.raises(AdapterError, match=r"statistics\.json: action, mask must be true or false each"):
+        read_statistics(tmp_path)
+
+
 def test_fields_of_later_versions_are_ignored(tmp_path: Path) -> None:
     policy = tiny_policy()
     folder = save_adapter(

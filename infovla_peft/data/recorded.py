@@ -165,7 +165,8 @@ class DemonstrationManifest:
             raise DemonstrationError(f"{error}: delete the folder and record the set again") from error
         except (KeyError, TypeError, AttributeError) as error:
             raise DemonstrationError(
-                f"{path} is damaged ({type(error).__name__}: {error}): delete the folder and record the set again"
+                f"{path} is damaged ({type(error).__name__}: {error!s:.300}): delete the folder and record the set "
+                "again"
             ) from error
         return DemonstrationManifest(settings, tasks)
 
