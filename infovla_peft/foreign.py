@@ -7,14 +7,13 @@ trained, so whoever loads it answers for the base. Its file also carries the bas
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -28,7 +27,9 @@ from .adapters import (
     digest_config,
     digest_weights,
     read_adapter_weights,
+    read_lora,
 )
+from .reading import read_json
 
 _SUPPORTED = {"peft_type": "LORA", "megatron_config": None, "modules_to_save": None, "bias": "none"}
 
@@ -41,11 +42,10 @@ def read_reference_info(folder: str | os.PathLike[str]) -> AdapterInfo:
             package whose `infovla.json` is missing.
     """
     file = Path(folder) / PEFT_CONFIG
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        base = content.get("base_model_name_or_path") or ""
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise AdapterError(f"{file} is damaged ({error}); copy the adapter again") from error
+    content = read_json(file, error=AdapterError, cure="copy the adapter again")
+    if not isinstance(content, dict):
+        raise AdapterError(f"{file} is damaged (it holds no object); copy the adapter again")
+    base = content.get("base_model_name_or_path") or ""
     if str(base).startswith("."):  # this package names a base so that lies beside the adapter, the recipe none
         raise AdapterError(
             f"{file.with_name(INFO)} is missing: the adapter goes onto the base at {base!r}, and without that file it "
@@ -65,7 +65,7 @@ def load_reference_adapter(model: nn.Module, folder: str | os.PathLike[str], nam
         FileNotFoundError, AdapterError: see `read_adapter_weights`, `read_reference_info`.
     """
     read_reference_info(folder)
-    peft_model = attach(model, name, LoraConfig.from_pretrained(os.fspath(folder)), empty=True)
+    peft_model = attach(model, name, read_lora(folder), empty=True)
     read_adapter_weights(peft_model, name, Path(folder))
     activate(peft_model, name)
     return peft_model

@@ -26,7 +26,7 @@ from infovla_peft.adapters import (
     read_info,
     write_info,
 )
-from infovla_peft.foreign import fingerprint_of_files
+from infovla_peft.foreign import fingerprint_of_files, load_reference_adapter
 from infovla_peft.library import find_adapters
 from infovla_peft.merging import merge, save_merged, unmerge
 from infovla_peft.models.openvla import load_openvla
@@ -138,6 +138,27 @@ def test_the_fingerprint_of_the_files_is_that_of_the_model(run: Path) -> None:
     assert fingerprint_of_files(run / "base", model.config, {}) == fingerprint(model)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_modules": "([a-z_]+)+!"}, "not a pattern"),  # PEFT would search for it for ever
+        ({"init_lora_weights": "pissa"}, "which changes the base"),
+        ({"base_model_name_or_path": "./base"}, "infovla.json is missing"),
+    ],
+)
+def test_a_plain_adapter_is_lora_on_layers_that_it_names(
+    run: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    plain = tmp_path / "plain"
+    shutil.copytree(find_adapters(run)[0].folder, plain)
+    (plain / "infovla.json").unlink()
+    content = json.loads((plain / "adapter_config.json").read_text())
+    (plain / "adapter_config.json").write_text(json.dumps({**content, "base_model_name_or_path": "a/b", **change}))
+    model, _ = load_openvla(run / "base")
+    with pytest.raises(AdapterError, match=message):
+        load_reference_adapter(model, plain, "plain")
+
+
 @pytest.mark.shared
 def test_an_adapter_of_the_original_recipe_acts_as_recorded(shared: Path) -> None:
     golden = shared / "golden"
@@ -165,7 +186,7 @@ def test_a_plain_adapter_that_is_no_lora_of_the_recipe_is_refused(tmp_path: Path
     for content, message in [
         ('{"peft_type": "IA3"}', "peft_type is 'IA3'"),
         ('{"peft_type": "LORA", "megatron_config": {}}', "megatron_config"),
-        ("{", "is damaged"),
+        ("{", "is no valid JSON"),
     ]:
         config.write_text(content)
         with pytest.raises(AdapterError, match=message):
