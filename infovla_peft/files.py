@@ -130,14 +130,12 @@ def locked(folder: Path, what: str) -> Iterator[None]:
 def clean_up(folder: str | os.PathLike[str], *, but: Path | None = None) -> list[Path]:
     """Remove what killed processes have left half written below `folder`, at any depth.
 
-    Call it holding the lock under which files are written there: what another process has just made, and not yet
-    locked, would look abandoned.
+    What a living process writes it holds locked, whichever container it is in, so that no process number is trusted.
+    A folder that was moved aside and not replaced is put back. Call it holding the lock under which files are written
+    there: what another process has just made, and not yet locked, would look abandoned.
 
     Args:
         but: a folder below it whose files are written under a lock of its own.
-
-    What a living process writes it holds locked, whichever container it is in, so that no process number is trusted.
-    A folder that was moved aside and not replaced is put back.
 
     Returns:
         What was put back.
