@@ -13,7 +13,7 @@ from .inference import Policy
 from .integrity import SUMS, checksums, read_sealed, write_sealed
 from .methods import METHODS
 from .plan import Stage, step_name, workers
-from .report import write_report
+from .report import write_report_apart
 from .results import Results, TaskEntry, Video, collect_versions, source_commit
 from .run_folder import RunError
 
@@ -99,7 +99,7 @@ def measure_stage(stream: Stream, stage: Stage) -> None:
     if main:
         gather_results(stream, stage).save(folder.results)
         if stream.seen(stage):
-            write_report(folder.path)
+            write_report_apart(folder.path)
 
 
 def _unmeasured(stream: Stream, stage: Stage) -> list[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -37,6 +37,10 @@ from .figures import (
 from .files import atomic_folder, write_text
 from .metrics import average_by_stage
 from .results import Results, Video
+from .simulation.jobs import work_off
+
+PATIENCE = 900.0
+"""Seconds for one picture; that of 50 stages takes about three."""
 
 LOSS_TERMS = {
     "policy_loss": "policy loss",
@@ -118,11 +122,12 @@ ANALYSIS_TEXTS = {
 """Figure of the analysis -> its heading, and how to read it."""
 
 
-def write_report(run_folder: str | os.PathLike[str]) -> Path:
+def write_report(run_folder: str | os.PathLike[str], *, alive: Callable[[], None] = lambda: None) -> Path:
     """Draw the figures and write the page of a run; an older report is replaced as a whole.
 
     Args:
         run_folder: holds results.json, and usually stages/ (training logs) and videos/.
+        alive: called after each picture; what it raises ends the drawing, and the older report stays.
 
     Returns:
         The page, `run_folder`/report/index.html.
@@ -140,17 +145,37 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
     analysis = Analysis.load(run) if (run / ANALYSIS).exists() else None
     with atomic_folder(run / "report") as folder:
         draw_success_matrix(results, folder / "success_matrix.png")
-        draw_success_by_stage(results, folder / "success_by_stage.png", columns=3)
-        draw_success_by_stage(results, folder / "success_by_stage_narrow.png", columns=1)
-        if curves:
-            draw_loss_terms(curves, LOSS_TERMS, folder / "loss_terms.png", columns=3)
-            draw_loss_terms(curves, LOSS_TERMS, folder / "loss_terms_narrow.png", columns=1)
+        alive()
+        for columns, suffix in ((3, ""), (1, "_narrow")):
+            draw_success_by_stage(results, folder / f"success_by_stage{suffix}.png", columns=columns)
+            alive()
+            if curves:
+                draw_loss_terms(curves, LOSS_TERMS, folder / f"loss_terms{suffix}.png", columns=columns)
+                alive()
         figures = [name for name, drawn in draw_analysis(analysis, run, folder).items() if drawn] if analysis else []
         page = render_page(
             results, run, has_curves=bool(curves), unreadable_log_lines=unreadable, analysis_figures=figures
         )
         write_text(folder / "index.html", page)
+        alive()
     return run / "report" / "index.html"
+
+
+def write_report_apart(run_folder: str | os.PathLike[str]) -> Path:
+    """`write_report` in a process of its own, so that a long run does not keep what its figures took: they grow.
+
+    Should this process end meanwhile, the other ends too, and the older report stays.
+
+    Raises:
+        LostJobError: three processes were lost, one after another: out of memory, most likely.
+        FileNotFoundError, ResultsError, AnalysisError, ValueError: as `write_report`.
+    """
+    (page,) = work_off(_write_for, [os.fspath(run_folder)], workers=1, patience=PATIENCE, name="the report of {}".format)
+    return page
+
+
+def _write_for(run_folder: str, alive: Callable[[], None]) -> Path:
+    return write_report(run_folder, alive=alive)
 
 
 def read_loss_curves(run: Path) -> tuple[list[LossCurve], int]:

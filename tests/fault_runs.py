@@ -158,7 +158,7 @@ def prepare(folder: Path) -> None:
     quiet_libraries(loading_bars=False)
     patch = pytest.MonkeyPatch()
     install_fakes(patch, folder)
-    patch.setattr(infovla_peft.measurement, "write_report", _page)
+    patch.setattr(infovla_peft.measurement, "write_report_apart", _page)
     patch.setattr(infovla_peft.data.recording, "record_demonstrations", _record)
 
 

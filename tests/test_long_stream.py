@@ -48,10 +48,7 @@ def long_stages(count: int) -> list[Stage]:
 
 
 def watch(folder: Path, stages: int) -> list[dict[str, float]]:
-    """Learn and remember all stages, and note after each what the process holds.
-
-    Not measured: a report's figures grow with the matrix of results, and with them what the process takes.
-    """
+    """Learn, remember, measure and report all stages, and note after each what the process holds."""
     from infovla_peft.trainer import InfoVLATrainer
 
     config = StreamConfig(**{**STREAM, "demonstrations": 1, "stage_steps": 8, "base_steps": 2})
@@ -76,10 +73,12 @@ def watch(folder: Path, stages: int) -> list[dict[str, float]]:
         stream.record()
         stream.learn_base()
         stream.remember(stream.stages[0])
+        stream.measure(stream.stages[0])
         for stage in stream.stages[1:]:
             seconds.clear()
             stream.learn(stage)
             stream.remember(stage)
+            stream.measure(stage)
             gc.collect()
             sizes = {file.name: file.stat().st_size for file in (folder / "run" / "adapters" / stage.name).iterdir()}
             info = sizes.pop("infovla.json")  # lists the tasks learned so far

@@ -48,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 
     with pytest.MonkeyPatch.context() as patch:
         install_fakes(patch, folder)
-        patch.setattr("infovla_peft.measurement.write_report", lambda _: None)
+        patch.setattr("infovla_peft.measurement.write_report_apart", lambda _: None)
         with open_run(folder / "finished") as stream:
             stream.record()
             DemonstrationManifest(SETTINGS).save(folder / "finished" / "demonstrations")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from infovla_peft.figures import cell_colours
 from infovla_peft.metrics import average_by_stage
-from infovla_peft.report import read_loss_curves, write_report
+from infovla_peft.report import read_loss_curves, write_report, write_report_apart
 from infovla_peft.results import Results, ResultsError, TaskEntry, Video
 
 FIGURES = {"success_matrix.png", "success_by_stage.png", "success_by_stage_narrow.png"}
@@ -175,6 +175,41 @@ def test_damaged_or_empty_results_leave_the_report_alone(tmp_path: Path) -> None
     with pytest.raises(ResultsError):
         write_report(tmp_path)
     assert not (tmp_path / "report").exists()
+
+
+def test_a_process_of_its_own_writes_the_same(tmp_path: Path) -> None:
+    write_run(tmp_path)
+
+    def written() -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in (tmp_path / "report").iterdir()}
+
+    assert write_report_apart(tmp_path) == tmp_path / "report" / "index.html"
+    apart = written()
+    write_report(tmp_path)
+    assert apart == written()
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(ResultsError):
+        write_report_apart(tmp_path)
+    assert apart == written()
+
+
+@pytest.mark.parametrize("pictures", range(len(FIGURES | CURVES) + 1))
+def test_a_report_that_nobody_waits_for_is_not_written(tmp_path: Path, pictures: int) -> None:
+    write_run(tmp_path, stages=1)
+    older = write_report(tmp_path).read_bytes()
+    (tmp_path / "results.json").unlink()
+    write_run(tmp_path / "more")
+    (tmp_path / "more" / "results.json").rename(tmp_path / "results.json")
+    left = iter(range(pictures))
+
+    def alive() -> None:
+        if next(left, None) is None:
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        write_report(tmp_path, alive=alive)
+    assert (tmp_path / "report" / "index.html").read_bytes() == older
+    assert not list(tmp_path.glob(".*report*"))
 
 
 def test_logs_of_a_killed_and_resumed_run(tmp_path: Path) -> None:

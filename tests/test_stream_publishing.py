@@ -32,7 +32,7 @@ def test_a_stream_pushes_after_every_stage(
 ) -> None:
     install_fakes(monkeypatch, tmp_path)
     monkeypatch.setattr("infovla_peft.remote.time.sleep", lambda _seconds: None)
-    monkeypatch.setattr("infovla_peft.measurement.write_report", lambda _folder: None)  # figures take seconds
+    monkeypatch.setattr("infovla_peft.measurement.write_report_apart", lambda _folder: None)  # figures take seconds
     token = hub.token("me")
     run = tmp_path / "run"
     publish, seen = Stream.publish, []
