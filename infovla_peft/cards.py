@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
-from .adapters import AdapterInfo
+from .adapter_files import AdapterInfo
 from .data.sources import Location
 from .figures import stage_name
 from .methods import METHODS

@@ -17,18 +17,9 @@ from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .adapters import (
-    INFO,
-    PEFT_CONFIG,
-    AdapterError,
-    AdapterInfo,
-    activate,
-    attach,
-    digest_config,
-    digest_weights,
-    read_adapter_weights,
-    read_lora,
-)
+from .adapter_files import INFO, PEFT_CONFIG, AdapterError, AdapterInfo, read_lora
+from .adapters import activate, attach, read_adapter_weights
+from .fingerprints import digest_config, digest_weights
 from .reading import read_json
 
 _SUPPORTED = {"peft_type": "LORA", "megatron_config": None, "modules_to_save": None, "bias": "none"}

@@ -13,17 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .adapters import (
-    INFO,
-    PEFT_CONFIG,
-    STATISTICS,
-    WEIGHTS,
-    AdapterError,
-    AdapterInfo,
-    base_model,
-    fingerprint,
-    read_statistics,
-)
+from .adapter_files import INFO, PEFT_CONFIG, STATISTICS, WEIGHTS, AdapterError, AdapterInfo, read_statistics
+from .adapters import base_model, fingerprint
 from .data.normalisation import Normaliser
 from .foreign import fingerprint_of_files
 from .inference import Policy

@@ -7,19 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .adapters import (
-    BASE,
-    INFO,
-    PEFT_CONFIG,
-    STATISTICS,
-    AdapterError,
-    AdapterInfo,
-    active_adapter,
-    deactivate,
-    load_adapter,
-    read_info,
-    switch,
-)
+from .adapter_files import INFO, PEFT_CONFIG, STATISTICS, AdapterError, AdapterInfo, read_info
+from .adapters import BASE, active_adapter, deactivate, load_adapter, switch
 from .foreign import load_reference_adapter, read_reference_info
 from .task_names import instruction_of, same_task
 

@@ -15,7 +15,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from .adapters import AdapterError, active_adapter, base_model
+from .adapter_files import AdapterError
+from .adapters import active_adapter, base_model
 from .files import atomic_folder
 from .models.openvla.quantization import quantization_of
 

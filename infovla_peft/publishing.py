@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .adapters import INFO, PEFT_CONFIG, STATISTICS, WEIGHTS, AdapterError, AdapterInfo, check_adapter, write_info
+from .adapter_files import INFO, PEFT_CONFIG, STATISTICS, WEIGHTS, AdapterError, AdapterInfo, check_adapter, write_info
 from .cards import card, eval_results
 from .files import write_json
 from .integrity import SUMS, DamagedFileError, check_files, checksums, read_sealed, write_sealed

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
-from .adapters import AdapterError
+from .adapter_files import AdapterError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo
@@ -120,7 +120,7 @@ def check_names(files: Sequence[str], where: str | os.PathLike[str]) -> None:
     >>> check_names(["../infovla.json"], "user/name")
     Traceback (most recent call last):
     ...
-    infovla_peft.adapters.AdapterError: user/name names a file outside itself, '../infovla.json'; it is not loaded
+    infovla_peft.adapter_files.AdapterError: user/name names a file outside itself, '../infovla.json'; it is not loaded
     """
     for name in files:
         if not is_inside(name):
@@ -141,7 +141,7 @@ def check_no_pickles(files: Sequence[str], where: str | os.PathLike[str]) -> Non
     >>> check_no_pickles(["adapter_model.safetensors", "stage_01/adapter_model.bin"], "user/name")
     Traceback (most recent call last):
     ...
-    infovla_peft.adapters.AdapterError: user/name holds stage_01/adapter_model.bin, which can run code when it is \
+    infovla_peft.adapter_files.AdapterError: user/name holds stage_01/adapter_model.bin, which can run code when it is \
 read; adapters are safetensors and JSON. It is not loaded: ask its owner to remove the file
     """
     for name in files:

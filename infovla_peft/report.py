@@ -170,7 +170,9 @@ def write_report_apart(run_folder: str | os.PathLike[str]) -> Path:
         LostJobError: three processes were lost, one after another: out of memory, most likely.
         FileNotFoundError, ResultsError, AnalysisError, ValueError: as `write_report`.
     """
-    (page,) = work_off(_write_for, [os.fspath(run_folder)], workers=1, patience=PATIENCE, name="the report of {}".format)
+    (page,) = work_off(
+        _write_for, [os.fspath(run_folder)], workers=1, patience=PATIENCE, name="the report of {}".format
+    )
     return page
 
 

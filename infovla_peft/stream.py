@@ -17,16 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 
-from .adapters import (
-    STATISTICS,
-    AdapterInfo,
-    add_adapter,
-    base_model,
-    fingerprint,
-    load_adapter,
-    merge_adapters,
-    save_adapter,
-)
+from .adapter_files import STATISTICS, AdapterInfo
+from .adapters import add_adapter, base_model, fingerprint, load_adapter, merge_adapters, save_adapter
 from .analysis import analyse_run
 from .analysis_results import FILE as ANALYSIS
 from .checkpoints import STAGING, checkpoints

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from .adapters import AdapterError, check_adapter
+from .adapter_files import AdapterError, check_adapter
 from .analysis_results import FILE as ANALYSIS
 from .analysis_results import Analysis
 from .checkpoints import check_checkpoint, checkpoints

@@ -16,7 +16,8 @@ from pathlib import Path
 from tiny_run import STATISTICS
 
 from infovla_peft import load_policy
-from infovla_peft.adapters import WEIGHTS, AdapterInfo, add_adapter, fingerprint, save_adapter
+from infovla_peft.adapter_files import WEIGHTS, AdapterInfo
+from infovla_peft.adapters import add_adapter, fingerprint, save_adapter
 from infovla_peft.config import InfoVLAConfig
 from infovla_peft.models.openvla import build_tiny_openvla, load_openvla
 from infovla_peft.progress import quiet_libraries

@@ -14,7 +14,7 @@ from fuzz_harness import Reader
 from fuzz_readers import make_adapter
 from test_demonstrations import TASKS, FakeDemonstrator, write
 
-from infovla_peft.adapters import (
+from infovla_peft.adapter_files import (
     INFO,
     PEFT_CONFIG,
     STATISTICS,

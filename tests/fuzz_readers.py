@@ -19,15 +19,8 @@ from test_results import example
 from torch import nn
 from toy_demonstrations import TASKS, toy_demonstrations
 
-from infovla_peft.adapters import (
-    INFO,
-    WEIGHTS,
-    AdapterError,
-    AdapterInfo,
-    read_adapter_weights,
-    read_info,
-    save_adapter,
-)
+from infovla_peft.adapter_files import INFO, WEIGHTS, AdapterError, AdapterInfo, read_info
+from infovla_peft.adapters import read_adapter_weights, save_adapter
 from infovla_peft.analysis_results import AffinityPair, Analysis, AnalysisError, ProbedTask, SimilarityPair
 from infovla_peft.benchmark import BenchmarkError, load_benchmark
 from infovla_peft.comparison import ComparisonError, load_comparison

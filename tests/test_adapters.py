@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 from tiny_policy import TinyPolicy, tiny_policy
 from torch import nn
 
+from infovla_peft.adapter_files import AdapterError, AdapterInfo, read_info, read_lora, read_statistics, write_info
 from infovla_peft.adapters import (
-    AdapterError,
-    AdapterInfo,
     activate,
     adapter_parameters,
     add_adapter,
@@ -26,12 +25,8 @@ from infovla_peft.adapters import (
     freeze_unused,
     load_adapter,
     read_adapter_weights,
-    read_info,
-    read_lora,
-    read_statistics,
     save_adapter,
     target_modules,
-    write_info,
 )
 from infovla_peft.config import InfoVLAConfig
 from infovla_peft.integrity import write_sealed

@@ -9,7 +9,8 @@ import pytest
 from launcher import ROOT
 from tiny_policy import tiny_policy
 
-from infovla_peft.adapters import AdapterInfo, add_adapter, save_adapter
+from infovla_peft.adapter_files import AdapterInfo
+from infovla_peft.adapters import add_adapter, save_adapter
 from infovla_peft.config import InfoVLAConfig
 from infovla_peft.costs import (
     Shape,

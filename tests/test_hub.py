@@ -12,7 +12,7 @@ import pytest
 from tiny_run import SHAPE, STATISTICS, TASKS, act, build_run
 
 from infovla_peft import load_policy
-from infovla_peft.adapters import AdapterError, read_info, write_info
+from infovla_peft.adapter_files import AdapterError, read_info, write_info
 from infovla_peft.data.normalisation import Normaliser
 from infovla_peft.inference import Policy
 from infovla_peft.library import find_adapters

@@ -17,7 +17,8 @@ from tiny_policy import tiny_policy
 from toy_demonstrations import TASKS, toy_demonstrations
 
 from infovla_peft import files
-from infovla_peft.adapters import AdapterError, AdapterInfo, add_adapter, fingerprint, load_adapter, save_adapter
+from infovla_peft.adapter_files import AdapterError, AdapterInfo
+from infovla_peft.adapters import add_adapter, fingerprint, load_adapter, save_adapter
 from infovla_peft.checkpoints import checkpoints
 from infovla_peft.config import InfoVLAConfig
 from infovla_peft.files import atomic_file, atomic_folder, clean_up, remove_folder, scratch_folder

@@ -12,7 +12,8 @@ import torch
 from tiny_policy import TinyPolicy, tiny_policy
 from torch.nn import functional as F
 
-from infovla_peft.adapters import AdapterError, adapter_parameters, add_adapter, merge_adapters
+from infovla_peft.adapter_files import AdapterError
+from infovla_peft.adapters import adapter_parameters, add_adapter, merge_adapters
 from infovla_peft.config import InfoVLAConfig
 from infovla_peft.consolidation import Consolidation
 from infovla_peft.features import Features, extract_features

@@ -20,7 +20,7 @@ from local_hub import LocalHub
 from tiny_run import TASKS, act, add_results, build_run
 
 from infovla_peft import create_collection, list_adapters, load_policy, push_to_hub
-from infovla_peft.adapters import AdapterError, read_info, write_info
+from infovla_peft.adapter_files import AdapterError, read_info, write_info
 from infovla_peft.cards import LIBERO, card, template_path
 from infovla_peft.cli import main
 from infovla_peft.library import find_adapters

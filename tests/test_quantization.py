@@ -11,7 +11,8 @@ import pytest
 import torch
 from tiny_policy import tiny_policy
 
-from infovla_peft.adapters import AdapterError, AdapterInfo, add_adapter, fingerprint, load_adapter, save_adapter
+from infovla_peft.adapter_files import AdapterError, AdapterInfo
+from infovla_peft.adapters import add_adapter, fingerprint, load_adapter, save_adapter
 from infovla_peft.config import InfoVLAConfig
 from infovla_peft.hub import load_policy
 from infovla_peft.memory import ReplayMemory

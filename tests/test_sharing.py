@@ -17,15 +17,8 @@ from safetensors.torch import load_file
 from tiny_run import TASKS, act, build_run
 
 from infovla_peft import load_policy
-from infovla_peft.adapters import (
-    AdapterError,
-    active_adapter,
-    adapter_parameters,
-    base_model,
-    fingerprint,
-    read_info,
-    write_info,
-)
+from infovla_peft.adapter_files import AdapterError, read_info, write_info
+from infovla_peft.adapters import active_adapter, adapter_parameters, base_model, fingerprint
 from infovla_peft.foreign import fingerprint_of_files, load_reference_adapter
 from infovla_peft.library import find_adapters
 from infovla_peft.merging import merge, save_merged, unmerge
@@ -108,7 +101,7 @@ def test_one_forward_serves_a_batch_of_several_tasks(run: Path) -> None:
 def test_adapters_with_other_statistics_do_not_share_a_policy(run: Path, tmp_path: Path) -> None:
     import shutil
 
-    from infovla_peft.adapters import read_info, write_info
+    from infovla_peft.adapter_files import read_info, write_info
 
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     folder = find_adapters(copy)[0].folder

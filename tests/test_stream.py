@@ -16,7 +16,7 @@ from launcher import launch_two
 from safetensors.torch import load_file
 from stream_fakes import FRAMES, STREAM, TRAINING, FakePool, install_fakes
 
-from infovla_peft.adapters import AdapterError
+from infovla_peft.adapter_files import AdapterError
 from infovla_peft.config import InfoVLAConfig, StreamConfig
 from infovla_peft.hub import load_policy
 from infovla_peft.inference import Policy

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from infovla_peft.adapters import AdapterInfo, add_adapter, fingerprint, save_adapter
+from infovla_peft.adapter_files import AdapterInfo
+from infovla_peft.adapters import add_adapter, fingerprint, save_adapter
 from infovla_peft.config import InfoVLAConfig
 from infovla_peft.inference import Policy
 from infovla_peft.models.openvla import build_tiny_openvla
