@@ -28,6 +28,7 @@ import json
 import os
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,20 +168,25 @@ class Benchmark:
     cores_per_run: int
     workers: int | None
 
-    def select(self, methods: Iterable[str] | None = None, *, held: Container[RunKey] = ()) -> list[Job]:
-        """The runs of some methods, and the bases they need; all if None.
+    def select(self, only: Iterable[str] | None = None, *, held: Container[RunKey] = ()) -> list[Job]:
+        """Some of the runs, and the bases they need, in the benchmark's order.
 
         Args:
+            only: methods, or names of runs as `status` shows them, with wildcards ("libero_object/*"); None for all.
             held: runs to leave out, as another machine has finished them.
 
         Raises:
-            ValueError: no run has one of the methods.
+            ValueError: no run is meant by one of `only`.
         """
-        known = {job.key.method for job in self.jobs if job.key}
-        wanted = known if methods is None else set(methods)
-        if wanted - known:
-            raise ValueError(f"no run of {', '.join(sorted(wanted - known))}; there are {', '.join(sorted(known))}")
-        chosen = {job.name for job in self.jobs if job.key and job.key.method in wanted and job.key not in held}
+        runs = {job.name: job.key for job in self.jobs if job.key}
+        chosen = set(runs)
+        if only is not None:
+            meant = {one: {run for run, key in runs.items() if key.method == one or fnmatch(run, one)} for one in only}
+            if strange := ", ".join(sorted(one for one in meant if not meant[one])):
+                methods = ", ".join(sorted({key.method for key in runs.values()}))
+                raise ValueError(f"no run of {strange}; there are {methods}, and the names that `status` shows")
+            chosen = set().union(*meant.values())
+        chosen = {name for name in chosen if runs[name] not in held}
         chosen |= {job.base.name for job in self.jobs if job.base and job.name in chosen}
         return [job for job in self.jobs if job.name in chosen]
 

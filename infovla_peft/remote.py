@@ -141,8 +141,8 @@ def check_no_pickles(files: Sequence[str], where: str | os.PathLike[str]) -> Non
     >>> check_no_pickles(["adapter_model.safetensors", "stage_01/adapter_model.bin"], "user/name")
     Traceback (most recent call last):
     ...
-    infovla_peft.adapter_files.AdapterError: user/name holds stage_01/adapter_model.bin, which can run code when it is \
-read; adapters are safetensors and JSON. It is not loaded: ask its owner to remove the file
+    infovla_peft.adapter_files.AdapterError: user/name holds stage_01/adapter_model.bin, which can run code when it \
+is read; adapters are safetensors and JSON. It is not loaded: ask its owner to remove the file
     """
     for name in files:
         if name.lower().endswith(PICKLES):

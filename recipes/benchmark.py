@@ -32,6 +32,7 @@ from infovla_peft.progress import quiet_libraries
 from infovla_peft.run_queue import RunQueue, describe_status
 
 RECIPES = Path(__file__).resolve().parent
+_ONLY = "the runs of these methods, or of these names (as `status` shows them; 'libero_object/*'), and their bases"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -43,7 +44,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     run = commands.add_parser("run", help="work the runs off; what is finished is not repeated")
     run.add_argument("config", type=Path, help="YAML of a benchmark")
     run.add_argument("--workers", type=int, help="runs at once; default: the YAML's, else as many as cores allow")
-    run.add_argument("--only", nargs="+", metavar="METHOD", help="the runs of these methods, and their bases")
+    run.add_argument("--only", nargs="+", metavar="METHOD", help=_ONLY)
     run.add_argument("--held", **held, help="aggregates of other machines: what they hold is not run here")
     run.add_argument("--dry-run", action="store_true", help="check every recipe and show what would be run, in order")
     run.set_defaults(handler=run_queue)

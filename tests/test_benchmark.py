@@ -240,7 +240,18 @@ def test_a_checkpoint_stays_the_base(tmp_path: Path) -> None:
 def test_methods_are_selected_with_their_bases(benchmark: Benchmark) -> None:
     assert [job.folder.name.split("_")[0] for job in benchmark.select(["rac_only"])] == ["base"] + ["rac"] * 4
     with pytest.raises(ValueError, match="no run of ewc; there are er, rac_only"):
-        benchmark.select(["ewc"])
+        benchmark.select(["rac_only", "ewc"])
+
+
+def test_runs_are_selected_by_name(benchmark: Benchmark) -> None:
+    runs = [job.name for job in benchmark.jobs if not job.is_base]
+    assert [job.name for job in benchmark.select([runs[1]]) if not job.is_base] == [runs[1]]
+    assert [job.is_base for job in benchmark.select([runs[1]])] == [True, False]
+    assert benchmark.select(["libero_goal/*"]) == list(benchmark.jobs)
+    both = benchmark.select(["er", "libero_goal/rac_only_*"])
+    assert both == list(benchmark.jobs)
+    with pytest.raises(ValueError, match=r"no run of libero_object/\*"):
+        benchmark.select(["er", "libero_object/*"])
 
 
 @pytest.mark.parametrize(
