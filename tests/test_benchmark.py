@@ -121,7 +121,8 @@ def results_of(job: Job) -> Results:
 
 
 def fake_command(tmp_path: Path) -> Callable[[Job, Path], list[str]]:
-    (tmp_path / "fake.py").write_text(FAKE_RUN, encoding="utf-8")
+    if not (tmp_path / "fake.py").exists():  # another queue's run may be reading it
+        (tmp_path / "fake.py").write_text(FAKE_RUN, encoding="utf-8")
 
     def command(job: Job, recipe: Path) -> list[str]:
         assert yaml.safe_load(recipe.read_text(encoding="utf-8")) == job.recipe
