@@ -86,10 +86,20 @@ def choose(
         for name in adapter.learned if stage is None else adapter.info.seen:
             if same_task(task, name):
                 return adapter, instruction_of(name)
-    for name in adapters[0].info.seen if stage in (None, 0) and adapters else []:
+    for name in _of_the_base(adapters[0].info) if stage in (None, 0) and adapters else []:
         if same_task(task, name):
-            return None, instruction_of(name)  # a task of the base
-    raise ValueError(f"{where} has learned no task {task!r}; it has: {listed(adapters)}")
+            return None, instruction_of(name)
+    later = [adapter for adapter in adapters if any(same_task(task, name) for name in adapter.info.seen)]
+    hint = f", but stage={later[0].info.stage} came after it and can be asked for" if later and stage is None else ""
+    raise ValueError(f"{where} has learned no task {task!r}{hint}; it has: {listed(adapters)}")
+
+
+def _of_the_base(info: AdapterInfo) -> list[str]:
+    """Names of the tasks that the base under an adapter had learned, as far as it says."""
+    if info.tasks:
+        return [str(task.get("name")) for task in info.tasks if task.get("stage") == 0]
+    # An earlier format: of a later stage, those of the stages before it would be among them.
+    return [name for name in info.seen if name not in info.task.split(", ")] if info.stage == 1 else []
 
 
 def listed(adapters: Sequence[StoredAdapter]) -> str:
@@ -123,7 +133,10 @@ class AdapterLibrary:
     @property
     def tasks(self) -> list[str]:
         """Names of all tasks that are known here, in the order in which they were learned."""
-        return self.adapters[-1].info.seen if self.adapters else []
+        if not self.adapters:
+            return []
+        known = {*_of_the_base(self.adapters[0].info), *(task for each in self.adapters for task in each.learned)}
+        return [task for task in self.adapters[-1].info.seen if task in known]
 
     def choose(self, task: str | None = None, stage: int | None = None) -> tuple[StoredAdapter | None, str | None]:
         """See `choose`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from tiny_run import SHAPE, STATISTICS, TASKS, act, build_run
 
 from infovla_peft import load_policy
 from infovla_peft.adapter_files import AdapterError, read_info, write_info
+from infovla_peft.adapters import active_adapter
 from infovla_peft.data.normalisation import Normaliser
 from infovla_peft.inference import Policy
 from infovla_peft.library import find_adapters
@@ -93,6 +95,21 @@ def test_a_base_elsewhere_must_be_the_same_base(run: Path, tmp_path: Path) -> No
 def test_an_unknown_choice_lists_what_there_is(original: Path, options: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_policy(original, **options)  # type: ignore[arg-type]
+
+
+def test_a_task_whose_adapter_is_not_there_is_not_the_base_s(run: Path) -> None:
+    """A folder of a later stage alone knows of the tasks before it, but not how to do them."""
+    later = find_adapters(run)[1].folder
+    for tasks in ([], [{"name": name, "instruction": "", "stage": stage} for stage, name in enumerate(TASKS)]):
+        write_info(later, replace(read_info(later), tasks=tasks))
+        with pytest.raises(ValueError, match="no task 'turn on the stove', but stage=2 came after it"):
+            load_policy(later, task="turn on the stove")
+        policy = load_policy(later, task="turn on the stove", stage=2)
+        assert (active_adapter(policy.model), policy.instruction) == ("stage_02", "turn on the stove")
+    assert policy.tasks == [TASKS[0], TASKS[2]]
+    assert active_adapter(policy.use("open the drawer").model) is None  # which the base has learned
+    with pytest.raises(ValueError, match="has learned no task"):
+        load_policy(run, task="turn on the stove", stage=0)
 
 
 def test_fields_of_the_wrong_type_and_deep_nesting_are_named(run: Path) -> None:
