@@ -206,7 +206,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _demos(options: argparse.Namespace) -> None:
     from .data.demonstrations import DemonstrationManifest, load_demonstrations
-    from .data.lerobot_export import export_lerobot
+    from .data.lerobot_export import check_target, export_lerobot
     from .data.recording import record_demonstrations
     from .plan import workers
     from .progress import quiet_libraries
@@ -215,6 +215,12 @@ def _demos(options: argparse.Namespace) -> None:
     quiet_libraries(loading_bars=False)
     names = options.tasks or [task.name for task in suite_tasks(options.suite)]
     tasks = [find_task(options.suite, name) for name in names]
+    if options.lerobot:
+        check_target(Path(options.lerobot))
+        if options.image_size % 2:
+            raise ValueError(f"--lerobot writes videos, which need an even --image_size, not {options.image_size}")
+        if Path(options.folder).resolve().is_relative_to(Path(options.lerobot).resolve()):
+            raise ValueError(f"--lerobot would replace what is recorded in {options.folder}; name another folder")
     if options.dry_run:
         try:
             recorded = DemonstrationManifest.load(options.folder).tasks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import libero_installed
 from data_files import FRAMES, SIDE, TASKS, numbers, picture, png, write_lerobot, write_libero_hdf5
 from test_demonstrations import write as write_recorded
 
+from infovla_peft.cli import main
 from infovla_peft.data import lerobot, recording
 from infovla_peft.data.demonstrations import DemonstrationError, load_demonstrations
 from infovla_peft.data.lerobot import LeRobotSource
@@ -569,6 +572,34 @@ def test_an_export_that_fails_leaves_what_was_there(files: dict[str, Path], tmp_
         export_lerobot([], target)
     assert (target / "meta" / "info.json").read_text() == before
     assert [path.name for path in tmp_path.glob("*set*")] == ["set"]
+
+
+def test_an_export_replaces_nothing_but_a_lerobot_set(files: dict[str, Path], tmp_path: Path) -> None:
+    source = Path(shutil.copytree(files["hdf5"], tmp_path / "source"))
+    frames = load_demonstrations(source, streaming=True)
+    before = sorted(path.name for path in source.iterdir())
+    for target in (source, source / before[0]):
+        with pytest.raises(FileExistsError, match="holds no LeRobot data set, so it is not replaced"):
+            export_lerobot(frames, target)
+    assert sorted(path.name for path in source.iterdir()) == before
+    (tmp_path / "empty").mkdir()
+    assert export_lerobot(frames, tmp_path / "empty") == export_lerobot(frames, tmp_path / "empty")
+
+
+@pytest.mark.skipif(not libero_installed(), reason="names of tasks are LIBERO's")
+def test_demos_says_before_it_records_that_it_cannot_export(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "set"
+    for options, message in (
+        (["--lerobot", str(tmp_path)], "holds no LeRobot data set"),
+        (["--lerobot", str(tmp_path / "recorded")], "would replace what is recorded in"),
+        (["--lerobot", str(target), "--image_size", "113"], "need an even --image_size, not 113"),
+    ):
+        (tmp_path / "thesis.tex").touch()
+        assert main(["demos", str(tmp_path / "recorded"), "--tasks", "0", *options]) == 1
+        assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_statistics_are_exact() -> None:

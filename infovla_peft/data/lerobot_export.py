@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -47,7 +48,7 @@ def export_lerobot(
 
     Args:
         frames: what `load_demonstrations` gives, streamed or not: episode after episode.
-        folder: is replaced as a whole, once all is written.
+        folder: a new one; or a LeRobot data set, which is replaced as a whole once all is written.
         frames_per_second: of the recording; LIBERO acts at 20 Hz.
         robot_type: written to `meta/info.json`.
         codec: encoder of the videos; `libsvtav1` is LeRobot's own, smaller and slower.
@@ -58,6 +59,7 @@ def export_lerobot(
 
     Raises:
         ImportError: PyAV is not installed.
+        FileExistsError: the folder holds something else, which stays.
         DemonstrationError: no frames, no pictures, pictures of an odd size, or frames that are not in order.
 
     Example:
@@ -65,6 +67,7 @@ def export_lerobot(
         >>> export_lerobot(frames, "libero_scripted")  # doctest: +SKIP
     """
     folder = Path(folder)
+    check_target(folder)
     with atomic_folder(folder) as temporary:
         writer = _Writer(temporary, frames_per_second, codec, quality)
         try:
@@ -74,6 +77,19 @@ def export_lerobot(
             writer.close()
         writer.finish(robot_type)
     return folder
+
+
+def check_target(folder: Path) -> None:
+    """See that an export can be made, before anything is recorded for it.
+
+    Raises:
+        ImportError: PyAV is not installed.
+        FileExistsError: the folder holds something else than a LeRobot data set.
+    """
+    if importlib.util.find_spec("av") is None:
+        raise ImportError("writing videos needs PyAV: pip install 'infovla-peft[data]'")
+    if folder.exists() and not (folder / INFO).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} holds no LeRobot data set, so it is not replaced by one; name another folder")
 
 
 def _episodes(frames: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
