@@ -540,6 +540,35 @@ def test_an_export_is_read_back_and_has_lerobot_s_fields(files: dict[str, Path],
     assert stored["index"] == list(range(ROWS))
 
 
+def test_every_image_column_is_exported(files: dict[str, Path], tmp_path: Path) -> None:
+    columns = {"front": "obs/agentview_rgb", "image": None}
+    frames = load_demonstrations(files["hdf5"], columns=columns)
+    assert {"front", "wrist_image"} <= set(frames.column_names)
+    exported = export_lerobot(frames, tmp_path / "set")
+    names = {"front": "observation.images.front", "image": None}
+    for ours, theirs in zip(frames, load_demonstrations(exported, columns=names), strict=True):
+        for name in ("front", "wrist_image"):
+            assert largest_difference(ours[name], theirs[name]) <= VIDEO_ERROR
+    with pytest.raises(DemonstrationError, match="image2 and wrist_image have the same name"):
+        export_lerobot(frames.rename_column("front", "image2"), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"codec": "nonsense"}, "no encoder 'nonsense' here: choose another"),
+        ({"frames_per_second": 0}, "must be a positive integer, got 0"),
+        ({"frames_per_second": 29.97}, "must be a positive integer, got 29.97"),
+    ],
+)
+def test_an_export_names_the_option_that_cannot_be(
+    files: dict[str, Path], tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        export_lerobot(load_demonstrations(files["hdf5"], streaming=True), tmp_path / "set", **options)
+    assert not (tmp_path / "set").exists()
+
+
 def test_large_sets_are_cut_into_files(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

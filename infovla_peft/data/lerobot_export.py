@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from PIL import Image
 
 from ..files import atomic_folder, write_json
 from .lerobot import COLUMNS, EPISODES, INFO, STATS, TASKS
@@ -44,12 +45,13 @@ def export_lerobot(
 ) -> Path:
     """Write frames as a LeRobot data set v3.0: Parquet, MP4 and metadata, in the names of `HuggingFaceVLA/libero`.
 
-    Pictures are compressed with loss; numbers are kept as they are. Actions stay in LIBERO's convention.
+    Pictures are compressed with loss; numbers are kept as they are. Actions stay in LIBERO's convention. An image
+    column of another name is written as `observation.images.<name>`.
 
     Args:
         frames: what `load_demonstrations` gives, streamed or not: episode after episode.
         folder: a new one; or a LeRobot data set, which is replaced as a whole once all is written.
-        frames_per_second: of the recording; LIBERO acts at 20 Hz.
+        frames_per_second: of the recording, ≥ 1; LIBERO acts at 20 Hz.
         robot_type: written to `meta/info.json`.
         codec: encoder of the videos; `libsvtav1` is LeRobot's own, smaller and slower.
         quality: constant rate factor of the encoder: 0 = without loss, higher is smaller.
@@ -61,6 +63,7 @@ def export_lerobot(
         ImportError: PyAV is not installed.
         FileExistsError: the folder holds something else, which stays.
         DemonstrationError: no frames, no pictures, pictures of an odd size, or frames that are not in order.
+        ValueError: `frames_per_second` is no positive integer, or FFmpeg has no such encoder.
 
     Example:
         >>> frames = load_demonstrations("runs/quickstart/demonstrations")  # doctest: +SKIP
@@ -68,6 +71,8 @@ def export_lerobot(
     """
     folder = Path(folder)
     check_target(folder)
+    if type(frames_per_second) is not int or frames_per_second < 1:
+        raise ValueError(f"frames_per_second must be a positive integer, got {frames_per_second!r}")
     with atomic_folder(folder) as temporary:
         writer = _Writer(temporary, frames_per_second, codec, quality)
         try:
@@ -108,6 +113,18 @@ def _episodes(frames: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str,
         rows.append(row)
     if rows:
         yield rows
+
+
+def _cameras(row: Mapping[str, Any]) -> dict[str, str]:
+    """LeRobot's name of every image column -> ours."""
+    found: dict[str, str] = {}
+    for name, value in row.items():
+        encoded = isinstance(value, Mapping) and "bytes" in value
+        if name in ("image", "wrist_image") or encoded or isinstance(value, Image.Image):
+            other = found.setdefault(str(COLUMNS.get(name, f"observation.images.{name}")), name)
+            if other != name:
+                raise DemonstrationError(f"{name} and {other} have the same name in a LeRobot set: rename one of them")
+    return found
 
 
 @dataclass
@@ -156,13 +173,12 @@ class _Writer:
         }
         statistics: dict[str, dict[str, Any]] = {}
         place: dict[str, Any] = {}
-        for name in (name for name in ("image", "wrist_image") if name in rows[0]):
-            key = str(COLUMNS[name])
+        for key, name in _cameras(rows[0]).items():
             histogram = ChannelHistogram()
             place |= self._add_video(key, [decode(row[name]) for row in rows], histogram)
             statistics[key] = histogram.describe()
         if not place:
-            raise DemonstrationError("the frames have no pictures (image, wrist_image): a policy needs some")
+            raise DemonstrationError("the frames have no pictures: a policy needs some")
         for key, values in columns.items():
             own = Moments()
             for moments in (own, self._moments.setdefault(key, Moments())):
@@ -290,7 +306,10 @@ class _Writer:
         video.path = self._folder / _numbered(VIDEO_PATH, video.number, video_key=key)
         video.path.parent.mkdir(parents=True, exist_ok=True)
         video.container = av.open(str(video.path), "w")
-        video.stream = video.container.add_stream(self._codec, rate=self._rate)
+        try:
+            video.stream = video.container.add_stream(self._codec, rate=self._rate)
+        except ValueError as error:
+            raise ValueError(f"FFmpeg has no encoder {self._codec!r} here: choose another `codec`") from error
         video.stream.width, video.stream.height, video.stream.pix_fmt = width, height, "yuv420p"
         # A key frame every other frame, as LeRobot has it: training reads single frames at random.
         video.stream.codec_context.gop_size = 2
@@ -330,10 +349,11 @@ class _Writer:
 
 
 def _close(video: _Video) -> None:
-    if video.container is not None:
+    if video.stream is not None:
         video.container.mux(video.stream.encode())
+    if video.container is not None:
         video.container.close()
-        video.container = None
+    video.container = video.stream = None
 
 
 def _numbered(pattern: str, number: int, **names: str) -> str:
