@@ -337,13 +337,22 @@ def _push(options: argparse.Namespace) -> None:
     import tempfile
 
     from .progress import quiet_libraries
-    from .publishing import prepare, push_to_hub
+    from .publishing import base_files, prepare, push_to_hub
+    from .remote import check_repo_id
 
     quiet_libraries(loading_bars=True)
     message, base_repo = options.commit_message, options.base_repo
     if options.dry_run:
+        check_repo_id(options.repo)
         with tempfile.TemporaryDirectory() as workspace:
-            base = (base_repo, "") if base_repo else None
+            base = None
+            if base_repo is not None:
+                check_repo_id(base_repo)
+                files, base = base_files(options.run, options.repo, base_repo), (base_repo, "")
+                size = sum(file.stat().st_size for file in files.values())
+                print(f"to {base_repo}: the base, {size:,} bytes in {len(files)} files, one commit")
+            made = {None: "", True: ", private", False: ", public if it is new"}[options.private]
+            print(f"to {options.repo}, branch {options.revision or 'main'}{made}:")
             print(prepare(options.run, options.repo, Path(workspace), base=base, message=message).describe())
         return
     done = push_to_hub(

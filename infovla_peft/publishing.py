@@ -101,8 +101,8 @@ def push_to_hub(
         revision: branch to commit to; made from the main branch if it does not exist.
         commit_message: first line of the commit; None says which stages.
         token: with write access; None is that of `hf auth login`.
-        base_repo: user/name under which a base that was trained here is published for itself. None: it goes into
-            the same repository, as base/.
+        base_repo: user/name, another one, under which a base that was trained here is published for itself. None: it
+            goes into the same repository, as base/.
 
     Raises:
         FileNotFoundError, ValueError: nothing to publish, or it is damaged; nothing is sent then.
@@ -113,14 +113,15 @@ def push_to_hub(
 
     hub, branch = api(token), revision or "main"
     check_run(run_folder)
+    own_base = None if base_repo is None else base_files(run_folder, repo_id, base_repo)
     with explained(repo_id), tempfile.TemporaryDirectory(prefix="infovla-push-") as temporary:
         url = _open_repository(hub, repo_id, private)
         repo_id = url.repo_id
         if revision is not None:
             retried(lambda: hub.create_branch(repo_id, branch=branch, exist_ok=True))
         base: tuple[str, str] | None = None
-        if base_repo is not None:
-            base = _push_base(hub, Path(run_folder), base_repo, private)
+        if base_repo is not None and own_base is not None:
+            base = _push_base(hub, own_base, base_repo, private)
         publication = prepare(run_folder, repo_id, Path(temporary), base=base, message=commit_message)
         before = retried(lambda: hub.model_info(repo_id, revision=branch))
         there = {sibling.rfilename for sibling in before.siblings or ()}
@@ -407,25 +408,38 @@ def _open_repository(hub: Any, repo_id: str, private: bool | None) -> Any:
     return made
 
 
-def _push_base(hub: Any, run: Path, base_repo: str, private: bool | None) -> tuple[str, str]:
-    adapter = check_run(run)[-1]
+def base_files(run_folder: str | Path, repo_id: str, base_repo: str) -> dict[str, Path]:
+    """What a push of a run puts into the repository of its base: path there → file here.
+
+    Raises:
+        FileNotFoundError, ValueError: see `check_run`; the base is published already; both repositories are the same.
+    """
+    adapter = check_run(run_folder)[-1]
     folder = _local_base(adapter)
     if folder is None:
         raise ValueError(
-            f"the base of {run} is {adapter.info.base_model}, which is published already; leave out base_repo"
+            f"the base of {run_folder} is {adapter.info.base_model}, which is published already; leave out base_repo"
         )
+    if base_repo == repo_id:
+        raise ValueError(
+            f"{repo_id} cannot hold the adapters and, at its root too, the base: leave out base_repo, and the base "
+            "goes into its folder base/; or give another name"
+        )
+    return {file.relative_to(folder).as_posix(): file for file in _checkpoint_files(folder)}
+
+
+def _push_base(hub: Any, files: Mapping[str, Path], base_repo: str, private: bool | None) -> tuple[str, str]:
     from huggingface_hub import CommitOperationAdd
 
-    url = _open_repository(hub, base_repo, private)
-    files = {file.relative_to(folder).as_posix(): file for file in _checkpoint_files(folder)}
-
-    def commit() -> str:
+    def commit(url: Any) -> str:
         additions = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
         parent = hub.model_info(url.repo_id).sha
         message = "The base of infovla adapters"
         return str(hub.create_commit(url.repo_id, additions, commit_message=message, parent_commit=parent).oid)
 
-    return url.repo_id, retried(commit)
+    with explained(base_repo):
+        url = _open_repository(hub, base_repo, private)
+        return url.repo_id, retried(lambda: commit(url))
 
 
 def check_access(repo_id: str | None, folder: str | Path, *, private: bool | None, token: str | bool | None) -> str:

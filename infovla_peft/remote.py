@@ -152,6 +152,21 @@ is read; adapters are safetensors and JSON. It is not loaded: ask its owner to r
             )
 
 
+def check_repo_id(name: str) -> None:
+    """Refuse what cannot be the name of a repository, without asking the Hub.
+
+    Raises:
+        ValueError: it is neither `name` nor `user/name`.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"{name!r} is no Hub id user/name ({error})") from error
+
+
 def api(token: str | bool | None) -> HfApi:
     """The Hub's client; `token` None is the one of `hf auth login`."""
     from huggingface_hub import HfApi

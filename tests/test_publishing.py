@@ -151,6 +151,21 @@ def test_private_branch_and_base_of_its_own(hub: LocalHub, finished: Path) -> No
         load_policy(REPO, revision="draft")
 
 
+def test_a_base_of_its_own_that_cannot_be_is_refused_before_anything_is_made(hub: LocalHub, run: Path) -> None:
+    with pytest.raises(ValueError, match="cannot hold the adapters and, at its root too, the base"):
+        push(hub, run, base_repo=REPO)
+    for adapter in find_adapters(run):
+        write_info(adapter.folder, replace(adapter.info, base_model="me/base"))
+    with pytest.raises(ValueError, match="is me/base, which is published already; leave out base_repo"):
+        push(hub, run, base_repo="me/another")
+    assert not hub.repositories
+
+
+def test_what_the_hub_refuses_of_the_base_is_said_of_its_repository(hub: LocalHub, finished: Path) -> None:
+    with pytest.raises(HubError, match=r"^somebody/base: the token may not do this"):
+        push(hub, finished, base_repo="somebody/base")
+
+
 # --- what goes wrong ---
 
 
@@ -648,6 +663,15 @@ def test_push_and_list_on_the_command_line(
     planned = capsys.readouterr().out
     assert "stage_02/adapter_model.safetensors" in planned
     assert "one commit: infovla on libero_10, B1-2N1: stages 1 to 2 of 2" in planned
+    assert planned.startswith(f"to {REPO}, branch main:")
+    dry = ["push", str(finished), "--dry-run", "--private", "--revision", "v2", "--base_repo", "me/base"]
+    assert main([*dry, "--repo", REPO]) == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"to me/base: the base, [\d,]+ bytes in 7 files, one commit", first)
+    assert second == f"to {REPO}, branch v2, private:"
+    for repo, message in (("a/b/c", "'a/b/c' is no Hub id user/name"), ("me/base", "cannot hold the adapters and")):
+        assert main([*dry, "--repo", repo]) == 1
+        assert message in capsys.readouterr().err
     assert not hub.requests
     assert main(["push", str(finished), "--repo", REPO, "--private", "--commit_message", "first"]) == 0
     assert "commit" in capsys.readouterr().out
