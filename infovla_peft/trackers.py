@@ -162,7 +162,7 @@ def make_trackers(training: InfoVLAConfig, run: Path) -> list[Tracker]:
     """Those of `training.report_to` that show more than curves.
 
     Raises:
-        ImportError: one is not installed.
+        ValueError, ImportError: see `check_trackers`.
     """
     check_trackers(training.report_to)
     trackers: list[Tracker] = []
@@ -190,12 +190,18 @@ def make_trackers(training: InfoVLAConfig, run: Path) -> list[Tracker]:
 
 
 def check_trackers(report_to: str | Sequence[str] | None) -> None:
-    """See that what is asked for is installed, before anything is spent.
+    """See that what is asked for is there, before anything is spent.
 
     Raises:
-        ImportError: it is not; the message has the command.
+        ValueError: no tracker has this name.
+        ImportError: it is not installed; the message has the command.
     """
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
     for name in _names(report_to):
+        if name not in (JSONL, *INTEGRATION_TO_CALLBACK):
+            known = ", ".join([JSONL, *INTEGRATION_TO_CALLBACK])
+            raise ValueError(f"report_to names {name!r}, which is no tracker; there are {known}, and none")
         if name in INSTALL and importlib.util.find_spec(name) is None:
             raise ImportError(f"report_to names {name}, which is not installed: pip install {INSTALL[name]}")
 

@@ -127,6 +127,17 @@ def test_a_tracker_that_is_not_installed_is_named_first(tmp_path: Path, monkeypa
         trackers.check_trackers(["jsonl", "trackio"])
 
 
+@pytest.mark.libero
+def test_a_tracker_that_does_not_exist_is_named_before_anything_is_recorded(tmp_path: Path) -> None:
+    training = InfoVLAConfig(**{**TRAINING, "report_to": ["jsonl", "tensorbord"]}, output_dir=str(tmp_path / "run"))
+    with (
+        pytest.raises(ValueError, match=r"'tensorbord', which is no tracker; there are jsonl, .*tensorboard"),
+        Stream(StreamConfig(**{**STREAM, "stream": "B1-1N1"}), training),
+    ):
+        pass
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_trainer_writes_json_lines(tmp_path: Path) -> None:
     tiny = tiny_policy(episodes=1, frames=4)
     args = InfoVLAConfig(
