@@ -133,6 +133,13 @@ def describe_plan(
             f"  {f'stage {stage.index}' if stage.index else 'base':<14}{names}\n"
             f"{'':16}{what}{seen} x {episodes} rollouts, {_about(seconds)}"
         )
+    if training.push_to_hub:
+        where = training.hub_model_id or Path(str(training.output_dir)).resolve().name
+        branch = f", branch {training.hub_revision}" if training.hub_revision else ""
+        lines.append(
+            f"  published     on the Hub after every stage: {where}{branch}"
+            + ", private" * (training.hub_private_repo is True)
+        )
     return "\n".join([*lines, f"  together      {_about(total)} from now; results in {training.output_dir}"])
 
 
