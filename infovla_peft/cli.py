@@ -135,7 +135,7 @@ def split_recipe(argv: Sequence[str], prog: str) -> tuple[Path | None, list[str]
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from .evaluation import evaluate
+    from .evaluation import check_episodes, evaluate
     from .files import write_json
     from .metrics import wilson_interval
     from .plan import workers
@@ -144,6 +144,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .simulation import find_assets, find_task, suite_tasks
     from .simulation.workers import EnvironmentPool
 
+    check_episodes(options.episodes)
     if options.dry_run:
         from .hub import recipe_of
 

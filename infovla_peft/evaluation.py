@@ -82,6 +82,19 @@ def policy_actions(policy: Policy) -> Callable[[Sequence[Observation], Sequence[
     return act
 
 
+def check_episodes(episodes: int, first_state: int = 0) -> None:
+    """See that there are that many initial states.
+
+    Raises:
+        ValueError: there are not.
+    """
+    if not (episodes >= 1 and 0 <= first_state <= BENCHMARK_STATES - episodes):
+        raise ValueError(
+            f"LIBERO has {BENCHMARK_STATES} initial states per task; episodes must be 1 to 50, got {episodes}"
+            + f" from state {first_state} on" * bool(first_state)
+        )
+
+
 def evaluate(
     policy: Policy,
     tasks: Sequence[Task],
@@ -116,11 +129,7 @@ def evaluate(
     Raises:
         ValueError: there are not that many initial states.
     """
-    if not (episodes >= 1 and 0 <= first_state <= BENCHMARK_STATES - episodes):
-        raise ValueError(
-            f"LIBERO has {BENCHMARK_STATES} initial states per task; episodes must be 1 to 50, got {episodes}"
-            + f" from state {first_state} on" * bool(first_state)
-        )
+    check_episodes(episodes, first_state)
     from .simulation.workers import Episode
 
     act = policy_actions(policy)

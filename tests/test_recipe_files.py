@@ -206,6 +206,7 @@ def test_a_dry_run_says_what_and_does_nothing(tmp_path: Path, capsys: pytest.Cap
         ([str(finished), "--stage", "7"], "no adapter of stage 7"),
         ([str(finished), "--base", str(tmp_path / "absent")], "correct `base`"),
         ([str(finished / "base"), "--stage", "1"], "is a checkpoint without adapter"),
+        ([str(finished), "--episodes", "51"], "episodes must be 1 to 50, got 51"),
     ):
         assert main(["evaluate", *wrong, "--dry-run"]) == 1
         assert message in capsys.readouterr().err
