@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -186,16 +187,20 @@ def _evaluate(options: argparse.Namespace) -> None:
         cameras=policy.cameras,
         renderer=chosen["renderer"],
     ) as pool:
-        for result in evaluate(
-            policy,
-            tasks,
-            pool,
-            episodes=options.episodes,
-            open_loop_steps=chosen["open_loop_steps"],
-            max_steps=options.max_steps,
-            videos=options.videos if output else 0,
-            video_folder=output / "videos" if output else None,
-        ):
+        rollouts = (
+            evaluate(
+                policy,
+                some,
+                pool,
+                episodes=options.episodes,
+                open_loop_steps=chosen["open_loop_steps"],
+                max_steps=options.max_steps,
+                videos=options.videos if output else 0,
+                video_folder=output / "videos" if output else None,
+            )
+            for some in _by_policy(policy, tasks, options.stage)
+        )
+        for result in chain.from_iterable(rollouts):
             low, high = wilson_interval(sum(result.successes), result.episodes)
             print(f"{result.rate:6.1%}  [{low:.0%}, {high:.0%}]  {result.task}", flush=True)
             content["results"].append(result.to_dict())
@@ -203,6 +208,25 @@ def _evaluate(options: argparse.Namespace) -> None:
                 write_json(output / "evaluation.json", content)
     rates = [sum(row["successes"]) / len(row["successes"]) for row in content["results"]]
     print(f"{sum(rates) / len(rates):6.1%}  mean of {len(rates)} tasks")
+
+
+def _by_policy(policy: Any, tasks: Sequence[Any], stage: int | None) -> Iterator[Sequence[Any]]:
+    """The tasks, each while the policy is the one that its run has measured on it; first those it has not learned.
+
+    Of `single_task` that is the adapter of the task, of other methods the latest one.
+    """
+    from .methods import METHODS
+
+    method = METHODS.get(policy.recipe.get("method", ""))
+    if stage is not None or method is None or method.policy != "own":
+        yield tasks
+        return
+    if others := [task for task in tasks if task.name not in policy.tasks]:
+        yield others
+    for task in tasks:
+        if task.name in policy.tasks:
+            policy.use(task.name)
+            yield [task]
 
 
 def _demos(options: argparse.Namespace) -> None:

@@ -5,14 +5,25 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tiny_run import build_run
 
 from infovla_peft import __version__
+from infovla_peft.adapter_files import write_info
+from infovla_peft.adapters import active_adapter
 from infovla_peft.cli import explain, main, run_command
+from infovla_peft.evaluation import TaskResult
+from infovla_peft.library import find_adapters
 
-COMMANDS = ["evaluate", "analyse", "demos", "report", "act", "push", "list", "bench", "doctor", "setup-libero"]
+COMMANDS = [
+    "evaluate", "analyse", "demos", "report", "verify", "act", "push", "list", "cp", "docs", "bench", "doctor",
+    "setup-libero",
+]  # fmt: skip
 
 
 def one_error(capsys: pytest.CaptureFixture[str]) -> str:
@@ -179,3 +190,36 @@ def test_act_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "no revisions" in one_error(capsys)
     assert main([*arguments, *state]) == 1
     assert "instruction" in one_error(capsys)
+
+
+@pytest.mark.libero
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("single_task", [], {"8": "stage_02", "7": "stage_01", "4": "stage_02", "3": None}),
+        ("single_task", ["--stage", "2"], dict.fromkeys("8743", "stage_02")),
+        ("infovla", [], dict.fromkeys("8743", "stage_02")),
+    ],
+)
+def test_a_run_of_single_tasks_is_evaluated_as_it_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, options: list[str], expected: dict[str, str | None]
+) -> None:
+    """Each task by the adapter that learned it; one that none has learned by the latest."""
+    from infovla_peft.simulation import find_task
+
+    run = build_run(tmp_path / "run")
+    names = [find_task("libero_goal", number).name for number in (3, 7, 4)]
+    for stage, adapter in enumerate(find_adapters(run), start=1):
+        info = replace(adapter.info, task=names[stage], seen=names[: stage + 1], suite="libero_goal")
+        write_info(adapter.folder, replace(info, training={"method": method, "assets": "primitive"}))
+    used: dict[str, str | None] = {}
+
+    def rollouts(policy: Any, tasks: Any, _pool: Any, **_options: Any) -> Any:
+        for task in tasks:
+            used[task.name] = active_adapter(policy.model)
+            yield TaskResult(task.suite, task.name, [True], [1], 0.0, [])
+
+    monkeypatch.setattr("infovla_peft.evaluation.evaluate", rollouts)
+    monkeypatch.setattr("infovla_peft.simulation.workers.EnvironmentPool", lambda *_, **__: nullcontext())
+    assert main(["evaluate", str(run), "--suite", "libero_goal", "--tasks", *expected, *options]) == 0
+    assert used == {find_task("libero_goal", int(number)).name: name for number, name in expected.items()}
