@@ -63,7 +63,7 @@ def load_reference_adapter(model: nn.Module, folder: str | os.PathLike[str], nam
 
 
 def fingerprint_of_files(location: str | os.PathLike[str], config: Any, options: Mapping[str, Any]) -> dict[str, str]:
-    """`adapters.fingerprint` of a checkpoint as it lies on disk: what a quantised model no longer shows.
+    """`adapters.fingerprint` of a checkpoint as it lies on disk: what a model in 4 bits or in float16 no longer shows.
 
     Args:
         location: folder, or Hub id of a checkpoint that was just loaded.

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .adapter_files import INFO, PEFT_CONFIG, STATISTICS, WEIGHTS, AdapterError, AdapterInfo, read_statistics
 from .adapters import base_model, fingerprint
 from .data.normalisation import Normaliser
@@ -71,7 +73,7 @@ def load_policy(
         revision: branch, tag or commit of the repository; None for its main branch.
         base: where the base is, if not where the adapter says. It must be the very base the adapter was trained on.
         unnorm_key: data set whose statistics un-normalise, for a checkpoint without adapter that has several.
-        device, dtype: of the model; None for the CPU and for the base's own.
+        device, dtype: of the model; None for the CPU and for the base's own. A type or its name, as in transformers.
         quantization_config: load the base quantised, as in transformers' `from_pretrained`; None = as it was held when
             the adapter was trained (`AdapterInfo.quantization`).
         token: for a private repository; None is that of `hf auth login`.
@@ -109,8 +111,10 @@ def load_policy(
     if quantization_config is None:
         options["quantization"] = reference.quantization
     model, processor = load_openvla(location, **options)
-    only_now = quantization_config is not None and reference.quantization == "none"  # not when it was trained
-    found = fingerprint_of_files(location, model.config, options) if only_now else fingerprint(model)
+    # In 4 bits or float16 it no longer shows the bfloat16 values of its files, in which a fingerprint is taken.
+    changed = quantization_config is not None or model.dtype == torch.float16
+    of_files = changed and reference.quantization == "none"
+    found = fingerprint_of_files(location, model.config, options) if of_files else fingerprint(model)
     library = AdapterLibrary(adapters, place.folder, place.fetch, found)
     for adapter, _ in reversed(chosen):
         model = library.switch(model, adapter)

@@ -7,9 +7,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_run import SHAPE, STATISTICS, TASKS, act, build_run
 
 from infovla_peft import load_policy
@@ -82,6 +84,22 @@ def test_a_base_elsewhere_must_be_the_same_base(run: Path, tmp_path: Path) -> No
     processor.save_pretrained(tmp_path / "other")
     with pytest.raises(AdapterError, match="another base"):
         load_policy(adapter, base=tmp_path / "other")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", torch.bfloat16, "float16", torch.float16])
+def test_the_type_of_the_weights_is_chosen_as_in_transformers(original: Path, dtype: Any) -> None:
+    """In half precision the base is still the one that the adapter was trained on."""
+    policy = load_policy(original, task="turn on the stove", dtype=dtype)
+    wanted = {"auto": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype, dtype)
+    assert policy.model.dtype == wanted
+    assert {parameter.dtype for parameter in policy.model.parameters()} == {wanted}
+    expected = act(load_policy(original), "close the door")
+    np.testing.assert_allclose(act(policy.use("close the door"), None), expected, atol=0.05)
+
+
+def test_a_type_that_does_not_exist_is_named(original: Path) -> None:
+    with pytest.raises(ValueError, match=r"a valid `torch\.dtype`"):
+        load_policy(original, dtype="bf16")
 
 
 @pytest.mark.parametrize(

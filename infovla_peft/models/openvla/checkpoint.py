@@ -49,9 +49,12 @@ def read_config(path: str, kwargs: dict[str, Any]) -> tuple[OpenVLAConfig, dict[
         )
     if "decoding" not in raw and "decoding" not in kwargs:
         kwargs = {**_fields_of_components(find_components(path, kwargs)), **kwargs}
-    config, unused = OpenVLAConfig.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+    # The model's to read: a configuration takes "auto" for the name of a type.
+    own = {name: kwargs[name] for name in ("dtype", "torch_dtype") if name in kwargs}
+    fields = {name: value for name, value in kwargs.items() if name not in own}
+    config, unused = OpenVLAConfig.from_pretrained(path, return_unused_kwargs=True, **fields)
     config.check()
-    return config, {**_hub_arguments(kwargs), **unused}
+    return config, {**_hub_arguments(kwargs), **unused, **own}
 
 
 def _fields_of_components(files: dict[str, Path]) -> dict[str, Any]:
