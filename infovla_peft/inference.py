@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 
 from .adapters import mixed_adapters
 from .data.images import central_crop
@@ -18,7 +19,8 @@ from .models.openvla import build_prompt
 if TYPE_CHECKING:
     from .library import AdapterLibrary
 
-Images = NDArray[np.uint8] | Sequence[NDArray[np.uint8]] | Mapping[str, NDArray[np.uint8]]
+Picture = NDArray[np.uint8] | Image.Image
+Images = Picture | Sequence[Picture] | Mapping[str, Picture]
 
 
 class Policy:
@@ -99,7 +101,8 @@ class Policy:
         """The next actions.
 
         Args:
-            images: upright uint8 RGB (H, W, 3): one, or one per camera, in a sequence or by camera name.
+            images: upright uint8 RGB (H, W, 3), or a PIL image: one, or one per camera, in a sequence or by camera
+                name.
             instruction: e.g. "turn on the stove"; may be left out if the policy was loaded for one task.
             proprio: raw state, (8,) in LIBERO: hand position (m), axis-angle (rad), finger positions (m). Needed
                 where the model has proprioception, not used elsewhere.
@@ -206,11 +209,12 @@ class Policy:
         if isinstance(images, Mapping):
             if missing := [camera for camera in self.cameras if camera not in images]:
                 raise ValueError(f"the policy sees {list(self.cameras)}, but there is no image of {missing}")
-            return [images[camera] for camera in self.cameras]
-        row = [images] if isinstance(images, np.ndarray) and images.ndim == 3 else list(images)
+            return [_pixels(images[camera]) for camera in self.cameras]
+        one = isinstance(images, np.ndarray) and images.ndim < 4
+        row: list[Any] = [images] if one or isinstance(images, Image.Image) else list(images)
         if len(row) != len(self.cameras):
             raise ValueError(f"the policy sees {list(self.cameras)}: give {len(self.cameras)} images, not {len(row)}")
-        return row
+        return [_pixels(image) for image in row]
 
     def _normalised_state(self, proprio: Sequence[ArrayLike] | None, batch: int) -> torch.Tensor:
         expected = (batch, self._config.proprio_dim)
@@ -221,3 +225,13 @@ class Policy:
                 f"axis-angle, fingers), got an array of shape {state.shape[1:] if proprio is not None else None}"
             )
         return torch.from_numpy(self.normaliser.normalise_proprio(state))
+
+
+def _pixels(image: Any) -> NDArray[np.uint8]:
+    """An image as uint8 RGB (H, W, 3)."""
+    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(
+            f"an image must be a PIL image or a uint8 array (height, width, 3), got {pixels.dtype} {pixels.shape}"
+        )
+    return pixels

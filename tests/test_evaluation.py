@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from infovla_peft.data.normalisation import Normaliser
 from infovla_peft.evaluation import TaskResult, episode_seed, evaluate, policy_actions
@@ -115,11 +116,29 @@ def test_a_policy_of_one_task_needs_no_instruction(policy: Policy) -> None:
         (np.zeros((8, 8, 3), np.uint8), None, "needs proprioception of 8"),
         (np.zeros((8, 8, 3), np.uint8), np.zeros(7), "needs proprioception of 8"),
         (np.zeros((8, 8, 3), np.float32), np.zeros(8), "uint8"),
+        (np.zeros((3, 8, 8), np.uint8), np.zeros(8), r"uint8 array .*, got uint8 \(3, 8, 8\)"),
+        (np.zeros((8, 8), np.uint8), np.zeros(8), r"uint8 array .*, got uint8 \(8, 8\)"),
     ],
 )
-def test_unusable_observations_are_explained(policy: Policy, images: Any, proprio: Any, message: str) -> None:
+@pytest.mark.parametrize("crop", [False, True])
+def test_unusable_observations_are_explained(
+    policy: Policy, images: Any, proprio: Any, message: str, crop: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "crop", crop)
     with pytest.raises(ValueError, match=message):
         policy.act(images, "turn on the stove", proprio)
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_a_pil_image_is_an_image(policy: Policy, crop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "crop", crop)
+    seen = observation(3)
+    (camera,) = policy.cameras
+    pixels = seen.images[camera]
+    picture = Image.fromarray(pixels)
+    expected = policy.act(pixels, "turn on the stove", seen.state)
+    for images in (picture, [picture], {camera: picture}, picture.convert("RGBA")):
+        np.testing.assert_array_equal(policy.act(images, "turn on the stove", seen.state), expected)
 
 
 def test_results_come_task_by_task_from_the_first_benchmark_states(policy: Policy) -> None:
