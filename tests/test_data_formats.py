@@ -177,6 +177,14 @@ def test_noops_follow_openvla_s_rule() -> None:
     assert noops(actions).tolist() == [True, False, False, True, False, False]
 
 
+def test_options_that_cannot_be(files: dict[str, Path]) -> None:
+    for source in (files["hdf5"], files["lerobot_images"]):
+        with pytest.raises(ValueError, match="names an image 'done', as a column is called already"):
+            load_demonstrations(source, columns={"done": "obs/agentview_rgb"}, streaming=True)
+        with pytest.raises(ValueError, match="there are no revisions; leave `revision` out"):
+            load_demonstrations(source, revision="v1", streaming=True)
+
+
 def test_columns_of_another_robot(tmp_path: Path) -> None:
     folder = write_lerobot(tmp_path, cameras=("observation.images.top",))
     with pytest.raises(

@@ -79,7 +79,7 @@ def load_demonstrations(
             action. `auto` finds it out for every demonstration, from the arm's joints in `states` and
             `obs/joint_states`, and takes `before` where these are not there or do not tell.
         action_dim, state_dim: A and P, what the data must have.
-        revision, token: of a repository, as in `huggingface_hub`.
+        revision, token: of a repository (a folder has no revision), as in `huggingface_hub`.
         cache_dir: for what is prepared; default: `.cache` in a folder of our own recordings if it can be written,
             else `demonstrations` in the package's cache (`INFOVLA_CACHE`). Repositories are kept in the Hub's own
             cache.
@@ -92,7 +92,7 @@ def load_demonstrations(
         FileNotFoundError: no demonstrations there.
         DemonstrationError: a task or an episode is missing, or a file is not what it should be: a column is missing,
             another dimension, NaN, truncated. The message names the file and the cure.
-        ValueError: `episodes` is below 1.
+        ValueError: `episodes` is below 1, `revision` of a folder, or `columns` that cannot be.
 
     Example:
         >>> frames = load_demonstrations("LIBERO/datasets/libero_goal", ["turn on the stove"])  # doctest: +SKIP

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import datasets
 
 CAMERA_COLUMNS: Mapping[str, str] = {"agentview": "image", "robot0_eye_in_hand": "wrist_image"}
+MADE_COLUMNS = frozenset({"instruction", "task", "suite", "episode_index", "frame_index", "done"})
 STATE_DIM, ACTION_DIM = 8, 7
 NOOP_THRESHOLD = 1e-4
 """Norm of the six deltas below which OpenVLA's `regenerate_libero_dataset.py` takes an action for none."""

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from ..reading import is_inside
 from ..task_names import SCENE, instruction_of
-from .rows import DemonstrationError, Episode
+from .rows import MADE_COLUMNS, DemonstrationError, Episode
 
 Columns = Mapping[str, str | Sequence[str] | None]
 """Our column -> the name it has there, several to be joined, or None to leave it out."""
@@ -94,8 +94,11 @@ class Location:
 
         Raises:
             FileNotFoundError: neither.
+            ValueError: a revision of what lies here.
         """
         if Path(source).exists():
+            if hub.get("revision") is not None:
+                raise ValueError(f"{source} is here, where there are no revisions; leave `revision` out")
             return cls(Path(source))
         name = str(source).removeprefix("hf://datasets/").removeprefix("datasets/")
         if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
@@ -303,8 +306,10 @@ def mapped(columns: Columns | None, defaults: Columns) -> dict[str, tuple[str, .
     """Our columns -> names there, with the user's mapping over the format's own.
 
     Raises:
-        ValueError: action or state is left out.
+        ValueError: action or state is left out, or an image named as a column that is made here.
     """
+    if taken := sorted(set(columns or {}) & MADE_COLUMNS):
+        raise ValueError(f"`columns` names an image {taken[0]!r}, as a column is called already: give it another name")
     joined = {**defaults, **(columns or {})}
     result = {
         name: (there,) if isinstance(there, str) else tuple(there)
