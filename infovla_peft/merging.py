@@ -79,9 +79,15 @@ def save_merged(
 
     `model` is used up: its adapters are gone afterwards.
 
+    Args:
+        folder: a new or an empty one.
+
     Raises:
         AdapterError: see `merge`; nothing is written then.
+        FileExistsError: the folder holds something, which stays.
     """
+    if Path(folder).exists() and not (Path(folder).is_dir() and not any(Path(folder).iterdir())):
+        raise FileExistsError(f"{folder} is not empty; name a new folder for the merged checkpoint, or empty this one")
     merge(model, tolerance=tolerance)
     tuner: Any = model.base_model
     merged = tuner.unload()

@@ -246,6 +246,15 @@ def test_a_merged_checkpoint_needs_no_adapter(run: Path, tmp_path: Path) -> None
     assert np.abs(np.array(act(load_policy(run, stage=0))) - expected).max() > 1e-2
 
 
+def test_a_merged_checkpoint_replaces_nothing(run: Path) -> None:
+    policy = load_policy(run)
+    before = fingerprint(load_openvla(run / "base")[0])
+    with pytest.raises(FileExistsError, match="base is not empty; name a new folder"):
+        save_merged(policy.model, policy.processor, run / "base")
+    assert active_adapter(policy.model) == "stage_02"  # and nothing is merged
+    assert fingerprint(load_openvla(run / "base")[0]) == fingerprint(policy.model) == before
+
+
 def test_a_merged_checkpoint_acts_with_the_adapter_s_prompt_crop_and_cameras(run: Path, tmp_path: Path) -> None:
     folder = find_adapters(Path(shutil.copytree(run, tmp_path / "run")))[0].folder
     told = replace(
