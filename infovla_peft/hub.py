@@ -149,10 +149,6 @@ def recipe_of(
         raise FileNotFoundError(f"no adapter weights at {chosen.folder / WEIGHTS}; copy the whole folder again")
     if base is None and place.snapshot is None:
         _base_location(place, reference)
-    elif (
-        base is not None and not Path(base).is_dir() and (Path(base).is_absolute() or os.fspath(base).count("/") != 1)
-    ):
-        raise FileNotFoundError(f"there is no folder {base}, and no Hub id user/name has this form; correct `base`")
     return reference.info.training
 
 
@@ -160,6 +156,8 @@ def _adapters_in(
     place: Place, name: str | os.PathLike[str], *, chooses: bool, base: str | os.PathLike[str] | None
 ) -> list[StoredAdapter]:
     """The adapters of a place; none of a checkpoint, among which nothing can be chosen."""
+    if base is not None and not Path(base).is_dir() and (Path(base).is_absolute() or os.fspath(base).count("/") != 1):
+        raise FileNotFoundError(f"there is no folder {base}, and no Hub id user/name has this form; correct `base`")
     adapters = find_adapters(place.folder)
     if not adapters and (place.folder / "config.json").is_file():
         if chooses or base is not None:

@@ -84,6 +84,9 @@ def test_a_base_elsewhere_must_be_the_same_base(run: Path, tmp_path: Path) -> No
     processor.save_pretrained(tmp_path / "other")
     with pytest.raises(AdapterError, match="another base"):
         load_policy(adapter, base=tmp_path / "other")
+    for absent in ("base", "runs/old/base", tmp_path / "absent"):
+        with pytest.raises(FileNotFoundError, match="no Hub id user/name has this form; correct `base`"):
+            load_policy(adapter, base=absent)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", torch.bfloat16, "float16", torch.float16])
