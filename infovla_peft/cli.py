@@ -370,15 +370,15 @@ def _push(options: argparse.Namespace) -> None:
     if options.dry_run:
         check_repo_id(options.repo)
         with tempfile.TemporaryDirectory() as workspace:
-            base = None
+            base, lines = None, []
             if base_repo is not None:
                 check_repo_id(base_repo)
                 files, base = base_files(options.run, options.repo, base_repo), (base_repo, "")
                 size = sum(file.stat().st_size for file in files.values())
-                print(f"to {base_repo}: the base, {size:,} bytes in {len(files)} files, one commit")
-            made = {None: "", True: ", private", False: ", public if it is new"}[options.private]
-            print(f"to {options.repo}, branch {options.revision or 'main'}{made}:")
-            print(prepare(options.run, options.repo, Path(workspace), base=base, message=message).describe())
+                lines = [f"to {base_repo}: the base, {size:,} bytes in {len(files)} files, one commit"]
+            planned = prepare(options.run, options.repo, Path(workspace), base=base, message=message).describe()
+        made = {None: "", True: ", private", False: ", public if it is new"}[options.private]
+        print("\n".join([*lines, f"to {options.repo}, branch {options.revision or 'main'}{made}:", planned]))
         return
     done = push_to_hub(
         options.run,

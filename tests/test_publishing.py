@@ -671,7 +671,9 @@ def test_push_and_list_on_the_command_line(
     assert second == f"to {REPO}, branch v2, private:"
     for repo, message in (("a/b/c", "'a/b/c' is no Hub id user/name"), ("me/base", "cannot hold the adapters and")):
         assert main([*dry, "--repo", repo]) == 1
-        assert message in capsys.readouterr().err
+        printed = capsys.readouterr()
+        assert message in printed.err
+        assert not printed.out
     assert not hub.requests
     assert main(["push", str(finished), "--repo", REPO, "--private", "--commit_message", "first"]) == 0
     assert "commit" in capsys.readouterr().out
