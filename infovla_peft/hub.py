@@ -100,7 +100,7 @@ def load_policy(
     tasks = [task] if task is None or isinstance(task, str) else list(task)
     if not tasks:
         raise ValueError("task names no task; leave it out, or name one of those that the adapters have learned")
-    chosen = [choose(adapters, place.folder, each, stage) for each in tasks]
+    chosen = [choose(adapters, place.folder, os.fspath(repo_or_path), each, stage) for each in tasks]
     if not adapters:
         return _base_policy(base or place.folder / "base", unnorm_key, options)
     reference = (chosen[0][0] or adapters[0]).info
@@ -115,7 +115,7 @@ def load_policy(
     changed = quantization_config is not None or model.dtype == torch.float16
     of_files = changed and reference.quantization == "none"
     found = fingerprint_of_files(location, model.config, options) if of_files else fingerprint(model)
-    library = AdapterLibrary(adapters, place.folder, place.fetch, found)
+    library = AdapterLibrary(adapters, place.folder, os.fspath(repo_or_path), place.fetch, found)
     for adapter, _ in reversed(chosen):
         model = library.switch(model, adapter)
     key, config = unnorm_key or reference.unnorm_key or None, base_model(model).config
@@ -141,7 +141,7 @@ def recipe_of(
     """
     place = _place(repo_or_path, revision, token)
     adapters = _adapters_in(place, repo_or_path, chooses=stage not in (None, 0), base=base)
-    chosen, _ = choose(adapters, place.folder, None, stage)
+    chosen, _ = choose(adapters, place.folder, os.fspath(repo_or_path), None, stage)
     if not adapters:
         return {}
     reference = chosen or adapters[0]

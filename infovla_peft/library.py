@@ -64,9 +64,13 @@ def find_adapters(folder: Path) -> list[StoredAdapter]:
 
 
 def choose(
-    adapters: Sequence[StoredAdapter], where: Path | str, task: str | None, stage: int | None
+    adapters: Sequence[StoredAdapter], folder: Path, where: str, task: str | None, stage: int | None
 ) -> tuple[StoredAdapter | None, str | None]:
     """The adapter that learned `task` (of `stage`, if given; the latest without both) and the task's instruction.
+
+    Args:
+        folder: where the adapters lie.
+        where: its name, for messages.
 
     Returns:
         None for the base: of stage 0, or where a task was learned by the base.
@@ -78,7 +82,7 @@ def choose(
     if stage != 0 and not candidates and (stage is not None or task is not None):
         raise ValueError(f"{where} has no adapter of stage {stage or 1}; it has: {listed(adapters)}")
     if task is None:
-        alone = len(adapters) == 1 and adapters[0].folder == where
+        alone = len(adapters) == 1 and adapters[0].folder == folder
         return (candidates[-1] if candidates else None), (adapters[0].info.instruction or None if alone else None)
     if len(adapters) == 1 and adapters[0].reference:  # it does not say what it has learned
         return adapters[0], instruction_of(task)
@@ -115,7 +119,7 @@ class AdapterLibrary:
 
     Args:
         adapters: those of one place.
-        where: its name, for messages.
+        folder, where: the place, and its name, for messages.
         fetch: makes sure that the files of one are on this machine.
         base_fingerprint: of the base that they go onto, see `adapters.fingerprint`.
     """
@@ -123,11 +127,12 @@ class AdapterLibrary:
     def __init__(
         self,
         adapters: Sequence[StoredAdapter],
-        where: Path | str,
+        folder: Path,
+        where: str,
         fetch: Callable[[StoredAdapter], Any],
         base_fingerprint: dict[str, str],
     ) -> None:
-        self.adapters, self.where = list(adapters), where
+        self.adapters, self.folder, self.where = list(adapters), folder, where
         self._fetch, self._fingerprint = fetch, base_fingerprint
 
     @property
@@ -140,7 +145,7 @@ class AdapterLibrary:
 
     def choose(self, task: str | None = None, stage: int | None = None) -> tuple[StoredAdapter | None, str | None]:
         """See `choose`."""
-        return choose(self.adapters, self.where, task, stage)
+        return choose(self.adapters, self.folder, self.where, task, stage)
 
     def load(self, model: Any, adapter: StoredAdapter) -> Any:
         """`model` with this adapter among its own, which keep their state.

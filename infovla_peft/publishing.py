@@ -230,7 +230,7 @@ def prepare(
 
 def create_collection(
     title: str,
-    repo_ids: Sequence[str] | Mapping[str, str],
+    repo_ids: str | Sequence[str] | Mapping[str, str],
     *,
     description: str | None = None,
     namespace: str | None = None,
@@ -243,7 +243,7 @@ def create_collection(
 
     Args:
         title: of the collection.
-        repo_ids: models in their order; as a mapping, each with a note.
+        repo_ids: one model, or several in their order; as a mapping, each with a note.
         description: at most 150 characters.
         namespace: user or organisation; None for the token's.
 
@@ -254,6 +254,7 @@ def create_collection(
         ValueError: no models, or a description that is too long.
         HubError, FileNotFoundError: the Hub refuses; a model does not exist.
     """
+    repo_ids = [repo_ids] if isinstance(repo_ids, str) else repo_ids
     notes = dict(repo_ids) if isinstance(repo_ids, Mapping) else dict.fromkeys(repo_ids, "")
     if not notes:
         raise ValueError("a collection needs at least one repository")

@@ -289,7 +289,7 @@ def _reason(error: BaseException) -> str:
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
     status = _status(cause)
     known = {
-        401: "the Hub does not accept the token; `hf auth login` again, or pass another `token`",
+        401: "not signed in, or the Hub does not accept the token; `hf auth login` again, or pass another `token`",
         403: "the token may not do this; use one with write access to this repository, or another name",
         409: "the Hub reports a conflict; somebody changes the repository at the same time, give the command again",
         412: "the repository was changed at the same time; give the command again",

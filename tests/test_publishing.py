@@ -321,6 +321,10 @@ def test_one_adapter_is_downloaded_and_found_again_offline(
 ) -> None:
     push(hub, finished)
     policy = load_policy(REPO, task="turn on the stove")
+    with pytest.raises(ValueError, match=f"^{REPO} has learned no task 'juggle'"):  # not the folder of the cache
+        policy.use("juggle")
+    with pytest.raises(ValueError, match=f"^{REPO} has no adapter of stage 7"):
+        load_policy(REPO, stage=7)
     assert act(policy, None) == act(load_policy(finished, stage=1), "turn on the stove")
     assert hub.asked("GET", r"/cdn/") == 2  # the base and one adapter; no figure, no video, no other stage
     assert not any(token for _, path, token in hub.requests if path.startswith("/cdn/"))
@@ -645,6 +649,7 @@ def test_a_collection_gathers_a_benchmark(hub: LocalHub, finished: Path) -> None
     (slug,) = hub.collections
     assert address == f"{hub.url}/collections/{slug}"
     assert create_collection("LIBERO", [REPO], token=token) == address  # again: nothing twice
+    assert create_collection("LIBERO", REPO, token=token) == address
     (item,) = hub.collections[slug]["items"]
     assert (item["id"], item["note"]["text"]) == (REPO, "infovla, seed 0")
     with pytest.raises(FileNotFoundError, match="me/absent"):
