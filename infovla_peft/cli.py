@@ -170,8 +170,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     assets = find_assets(chosen["assets"], options.assets_folder)
     output = Path(options.output) if options.output else None
     print(f"{options.policy} on {chosen['suite']}: {assets.name} assets, {chosen['renderer']} renderer")
+    given = ("policy", "stage", "revision", "base", "unnorm_key", "dtype", "episodes")
     content: dict[str, Any] = {
-        **{key: getattr(options, key) for key in ("policy", "stage", "revision", "base", "unnorm_key", "episodes")},
+        **{key: getattr(options, key) for key in given},
         "center_crop": policy.crop,
         **chosen,
         "assets": assets.name,
@@ -345,6 +346,7 @@ def _policy(options: argparse.Namespace, task: str | None = None) -> Any:
         base=options.base,
         unnorm_key=options.unnorm_key,
         device=options.device,
+        dtype=options.dtype,
         token=options.token,
     )
     if options.center_crop is not None:
@@ -535,6 +537,7 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="where the base is, if not where the adapter says")
     parser.add_argument("--unnorm_key", help="statistics to un-normalise with, for a checkpoint without adapter")
     parser.add_argument("--device", default="cpu", help="where the policy runs")
+    parser.add_argument("--dtype", help="of the weights, such as bfloat16; the base's own if not given")
     parser.add_argument(
         "--center_crop",
         action=argparse.BooleanOptionalAction,

@@ -183,9 +183,11 @@ def test_act_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main([*arguments, "--instruction", "open it", *state]) == 0
     actions = json.loads(capsys.readouterr().out)
     assert (len(actions), len(actions[0])) == (3, 7)
-    for option, same in (("--center_crop", False), ("--no-center_crop", True)):
+    for option, same in (("--center_crop", False), ("--no-center_crop", True), ("--dtype=bfloat16", False)):
         assert main([*arguments, "--instruction", "open it", *state, option]) == 0
         assert (json.loads(capsys.readouterr().out) == actions) == same
+    assert main([*arguments, "--instruction", "open it", *state, "--dtype", "bf16"]) == 1
+    assert "a valid `torch.dtype`" in one_error(capsys)
     assert main([*arguments, "--instruction", "open it", *state, "--revision", "v1"]) == 1
     assert "no revisions" in one_error(capsys)
     assert main([*arguments, *state]) == 1
