@@ -21,11 +21,13 @@ from test_demonstrations import write as write_recorded
 
 from infovla_peft.cli import main
 from infovla_peft.data import lerobot, recording
+from infovla_peft.data.chunks import ChunkDataset
 from infovla_peft.data.demonstrations import DemonstrationError, load_demonstrations
 from infovla_peft.data.lerobot import LeRobotSource
 from infovla_peft.data.lerobot_export import export_lerobot
 from infovla_peft.data.lerobot_statistics import ChannelHistogram, Moments
 from infovla_peft.data.rows import noops
+from infovla_peft.data.statistics import statistics_of
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "hdf5": write_libero_hdf5,
@@ -183,6 +185,14 @@ def test_options_that_cannot_be(files: dict[str, Path]) -> None:
             load_demonstrations(source, columns={"done": "obs/agentview_rgb"}, streaming=True)
         with pytest.raises(ValueError, match="there are no revisions; leave `revision` out"):
             load_demonstrations(source, revision="v1", streaming=True)
+
+
+def test_a_stream_is_no_table_to_train_on(files: dict[str, Path]) -> None:
+    stream = load_demonstrations(files["hdf5"], streaming=True)
+    with pytest.raises(ValueError, match="a stream has no rows that can be chosen from: call load_demonstrations w"):
+        ChunkDataset(stream, None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a stream has no rows"):
+        statistics_of(stream)  # type: ignore[arg-type]
 
 
 def test_columns_of_another_robot(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from ..bars import progress_bar
 from .images import ImagePipeline
 from .normalisation import to_model_action
-from .rows import DemonstrationError
+from .rows import DemonstrationError, check_table
 
 IMAGE_CACHE_LIMIT = 2**30
 """Bytes of decoded images that are kept. Decoding 32 frames of 112 pixels anew takes about 25 ms of one core, a few
@@ -105,8 +105,8 @@ class ChunkDataset(torch.utils.data.Dataset[Samples]):
             the same.
 
     Raises:
-        ValueError: a column is missing, there are no frames, an episode's frames are not in order, or values are not
-            finite.
+        ValueError: `frames` is a stream, a column is missing, there are no frames, an episode's frames are not in
+            order, or values are not finite.
     """
 
     def __init__(
@@ -118,6 +118,7 @@ class ChunkDataset(torch.utils.data.Dataset[Samples]):
         cameras: Sequence[str] = ("image",),
         cache_images: bool = True,
     ) -> None:
+        check_table(frames)
         missing = [name for name in (*_COLUMNS, *cameras) if name not in frames.column_names]
         if missing or not len(frames):
             raise ValueError(

@@ -171,6 +171,19 @@ def episode_rows(episode: Episode, options: RowOptions) -> Iterator[dict[str, An
         yield {**row, "frame_index": number, "done": number == len(kept) - 1}
 
 
+def check_table(frames: Any) -> None:
+    """Refuse a stream, whose rows cannot be addressed.
+
+    Raises:
+        ValueError: `frames` is one.
+    """
+    if not hasattr(frames, "__len__"):
+        raise ValueError(
+            "a stream has no rows that can be chosen from: call load_demonstrations without streaming=True, or make a "
+            "table of the stream by datasets.Dataset.from_generator"
+        )
+
+
 def png(picture: NDArray[np.uint8], *, compress_level: int = 4) -> bytes:
     """A uint8 RGB picture (H, W, 3) as a PNG file."""
     buffer = io.BytesIO()

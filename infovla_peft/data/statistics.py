@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .normalisation import compute_statistics
+from .rows import check_table
 
 if TYPE_CHECKING:
     import datasets
@@ -23,7 +24,11 @@ def statistics_of(frames: datasets.Dataset) -> dict[str, Any]:
 
     Actions of another controller, which leave [-1, 1] or use less than a tenth of it in every dimension (metres and
     radians, say), have bounds as proprioception has: their own, moved outwards.
+
+    Raises:
+        ValueError: `frames` is a stream.
     """
+    check_table(frames)
     columns = frames.select_columns(["action", "state", "task", "episode_index"]).with_format("numpy")[:]
     episodes = len(set(zip(columns["task"], columns["episode_index"].tolist(), strict=True)))
     statistics = compute_statistics(np.stack(columns["action"]), np.stack(columns["state"]), episodes)
