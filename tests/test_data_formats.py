@@ -187,6 +187,16 @@ def test_options_that_cannot_be(files: dict[str, Path]) -> None:
             load_demonstrations(source, revision="v1", streaming=True)
 
 
+def test_two_files_of_one_task_are_not_mixed(tmp_path: Path) -> None:
+    for name in ("libero_goal", "libero_goal_no_noops"):
+        write_libero_hdf5(tmp_path / "sets" / name, TASKS[:1] if name.endswith("noops") else TASKS)
+    message = f"'{TASKS[0]}' twice, in libero_goal/{TASKS[0]}_demo.hdf5 and in libero_goal_no_noops/.* give the folder"
+    for tasks in (None, TASKS[0]):
+        with pytest.raises(DemonstrationError, match=message):
+            load_demonstrations(tmp_path / "sets", tasks, streaming=True)
+    assert len(load_demonstrations(tmp_path / "sets", TASKS[1])) == 2 * FRAMES
+
+
 def test_a_stream_is_no_table_to_train_on(files: dict[str, Path]) -> None:
     stream = load_demonstrations(files["hdf5"], streaming=True)
     with pytest.raises(ValueError, match="a stream has no rows that can be chosen from: call load_demonstrations w"):

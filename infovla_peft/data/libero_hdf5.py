@@ -60,7 +60,7 @@ class LiberoHDF5Source:
 
     Raises:
         ImportError: h5py is not installed.
-        DemonstrationError: a file is damaged, lacks a column, or has it in another file.
+        DemonstrationError: a file is damaged, lacks a column, or has it in another file; two files hold the same task.
     """
 
     upside_down = True
@@ -78,6 +78,13 @@ class LiberoHDF5Source:
         self._optional = {"wrist_image"} - set(columns or {})
         names = _files_of(location.glob(*PATTERNS), tasks)
         self._entries = [entry for name in names for entry in self._demonstrations(name)]
+        files: dict[str, str] = {}
+        for entry in self._entries:
+            if (other := files.setdefault(entry.task, entry.file)) != entry.file:
+                raise DemonstrationError(
+                    f"{location} holds {entry.task!r} twice, in {other} and in {entry.file}, which would be mixed: "
+                    "give the folder of one of them, or rename a file"
+                )
         self._images = self._find_images()
 
     @property
