@@ -33,7 +33,8 @@ SUITES = {
     "libero_10": "LIBERO-Long",
     "libero_90": "LIBERO-90",
 }
-_LICENCE = "apache-2.0"
+LICENCE = "apache-2.0"
+"""Of adapters whose owner names no other."""
 
 
 def template_path(name: str) -> Path:
@@ -50,7 +51,13 @@ def template_path(name: str) -> Path:
 
 
 def card(
-    results: Results, info: AdapterInfo, repo_id: str, *, files: Sequence[str], stages: Sequence[AdapterInfo]
+    results: Results,
+    info: AdapterInfo,
+    repo_id: str,
+    *,
+    files: Sequence[str],
+    stages: Sequence[AdapterInfo],
+    license: str = LICENCE,
 ) -> str:
     """The whole README.md of a repository, metadata included.
 
@@ -58,6 +65,7 @@ def card(
         info: of the adapter at the root.
         files: what the repository holds, so that nothing else is shown.
         stages: descriptions of all adapters.
+        license: as the Hub names it.
     """
     suite, last = SUITES.get(results.suite, results.suite), results.stages - 1
     name = repo_id.rsplit("/", maxsplit=1)[-1]
@@ -65,7 +73,7 @@ def card(
     videos = [f"videos/{task.name}.mp4" for task in results.tasks]
     text = str(
         ModelCard.from_template(
-            card_data(results, info, repo_id),
+            card_data(results, info, repo_id, license),
             template_path=str(template_path("adapters.md")),
             title=_plain(name),
             repo_id=repo_id,
@@ -101,10 +109,10 @@ _POLICY_LIMITS = {
 }
 
 
-def card_data(results: Results, info: AdapterInfo, repo_id: str) -> ModelCardData:
+def card_data(results: Results, info: AdapterInfo, repo_id: str, license: str = LICENCE) -> ModelCardData:
     """The metadata at the head of the card, with the success rates after the last stage as `model-index`."""
     data = ModelCardData(
-        license=_LICENCE,
+        license=license,
         library_name="peft",
         pipeline_tag="robotics",
         base_model=repo_id if info.base_model.startswith(".") else info.base_model,

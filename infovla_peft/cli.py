@@ -389,6 +389,7 @@ def _push(options: argparse.Namespace) -> None:
         revision=options.revision,
         commit_message=message,
         base_repo=base_repo,
+        license=options.license,
         token=options.token,
     )
     print(f"{done.url}: {f'commit {done.commit}' if done.changed else 'everything was there already'}")
@@ -515,6 +516,7 @@ def make_parser() -> argparse.ArgumentParser:
     push.add_argument("--revision", help="branch; made if it does not exist; the main one if not given")
     push.add_argument("--commit_message", help="first line of the commit; names the stages if not given")
     push.add_argument("--base_repo", help="publish a base that was trained here under this name of its own")
+    push.add_argument("--license", help="such as mit; what the repository's card says, apache-2.0 for a new one")
     _add_token(push)
     push.add_argument("--dry-run", action="store_true", help="say what would be pushed, and push nothing")
 

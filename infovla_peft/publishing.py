@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapter_files import INFO, PEFT_CONFIG, STATISTICS, WEIGHTS, AdapterError, AdapterInfo, check_adapter, write_info
-from .cards import card, eval_results
+from .cards import LICENCE, card, eval_results
 from .files import write_json
 from .integrity import SUMS, DamagedFileError, check_files, checksums, read_sealed, write_sealed
 from .library import StoredAdapter, find_adapters
@@ -90,6 +90,7 @@ def push_to_hub(
     commit_message: str | None = None,
     token: str | bool | None = None,
     base_repo: str | None = None,
+    license: str | None = None,
 ) -> Pushed:
     """Publish what a run has finished so far, as one commit.
 
@@ -103,6 +104,8 @@ def push_to_hub(
         token: with write access; None is that of `hf auth login`.
         base_repo: user/name, another one, under which a base that was trained here is published for itself. None: it
             goes into the same repository, as base/.
+        license: of the adapters, as the Hub names it. None: what the repository's card says; of a new one,
+            "apache-2.0".
 
     Raises:
         FileNotFoundError, ValueError: nothing to publish, or it is damaged; nothing is sent then.
@@ -122,8 +125,9 @@ def push_to_hub(
         base: tuple[str, str] | None = None
         if base_repo is not None and own_base is not None:
             base = _push_base(hub, own_base, base_repo, private)
-        publication = prepare(run_folder, repo_id, Path(temporary), base=base, message=commit_message)
         before = retried(lambda: hub.model_info(repo_id, revision=branch))
+        chosen = license or _license_of(before)
+        publication = prepare(run_folder, repo_id, Path(temporary), base=base, message=commit_message, license=chosen)
         there = {sibling.rfilename for sibling in before.siblings or ()}
         gone = [name for name in sorted(there - set(publication.files)) if name.startswith(_OURS)]
 
@@ -148,6 +152,12 @@ def push_to_hub(
             return Pushed(repo_id, branch, done.oid, str(url), changed=done.oid != before.sha)
 
         return retried(commit)
+
+
+def _license_of(repository: Any) -> str | None:
+    """What the card of a repository says; its owner may have changed it there."""
+    said = getattr(repository.card_data, "license", None)
+    return said if isinstance(said, str) else None
 
 
 def check_run(run_folder: str | Path) -> list[StoredAdapter]:
@@ -182,12 +192,14 @@ def prepare(
     *,
     base: tuple[str, str] | None = None,
     message: str | None = None,
+    license: str | None = None,
 ) -> Publication:
     """What a push of a run would put into a repository; nothing is sent.
 
     Args:
         workspace: empty folder for what has to be written anew: cards, results, descriptions.
         base: repository and commit of the base, if it is published for itself.
+        message, license: see `push_to_hub`.
 
     Raises:
         FileNotFoundError, ValueError: see `check_run`.
@@ -219,7 +231,8 @@ def prepare(
     if entries:
         (workspace / "eval_results.yaml").write_text(entries, encoding="utf-8")
         files[EVAL_RESULTS] = workspace / "eval_results.yaml"
-    text = card(results, info, repo_id, files=sorted(files), stages=[adapter.info for adapter in adapters])
+    described = [adapter.info for adapter in adapters]
+    text = card(results, info, repo_id, files=sorted(files), stages=described, license=license or LICENCE)
     (workspace / CARD).write_text(text, encoding="utf-8")
     files[CARD] = workspace / CARD
     stages = [adapter.info.stage for adapter in adapters]

@@ -454,7 +454,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _info(self, name: str, revision: str = "main") -> Any:
         repository, commit = self._at(name, revision)
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
-        return {"id": name, "sha": commit.sha, "private": repository.private, "siblings": siblings, "tags": []}
+        about = {"id": name, "sha": commit.sha, "private": repository.private, "siblings": siblings, "tags": []}
+        if "README.md" in commit.files:
+            text = self.server_hub.blobs[commit.files["README.md"].sha256].decode()
+            about["cardData"] = (yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None) or {}
+        return about
 
     def _tree(self, name: str, revision: str, folder: str | None = None) -> Any:
         below = f"{folder.rstrip('/')}/" if folder else ""

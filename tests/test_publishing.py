@@ -151,6 +151,21 @@ def test_private_branch_and_base_of_its_own(hub: LocalHub, finished: Path) -> No
         load_policy(REPO, revision="draft")
 
 
+def test_the_licence_is_the_owner_s(hub: LocalHub, finished: Path) -> None:
+    def licence() -> Any:
+        return ModelCard(hub.file(REPO, "README.md").decode()).data.license
+
+    push(hub, finished)
+    assert licence() == "apache-2.0"
+    push(hub, finished, license="mit")
+    assert licence() == "mit"
+    assert not push(hub, finished).changed  # a later push keeps it
+    changed = hub.file(REPO, "README.md").replace(b"license: mit", b"license: llama2")
+    hub.put(REPO, {"README.md": changed})  # on the repository's page
+    push(hub, finished)
+    assert licence() == "llama2"
+
+
 def test_a_base_of_its_own_that_cannot_be_is_refused_before_anything_is_made(hub: LocalHub, run: Path) -> None:
     with pytest.raises(ValueError, match="cannot hold the adapters and, at its root too, the base"):
         push(hub, run, base_repo=REPO)
