@@ -242,6 +242,10 @@ class InfoVLAConfig(TrainingArguments):
     logging_steps: float = _option(10, "Log every so many steps; a number below 1 is a share of all steps.")
     remove_unused_columns: bool = _option(False, "Must stay False: batches carry more than the model's arguments.")
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Trainer pickles its configuration beside what it saves, and pushes both.
+        return {**self.__dict__, "hub_token": None}
+
     def __post_init__(self) -> None:
         for name in ("torch_compile_backend", "torch_compile_mode"):
             if getattr(self, name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import pickle
 import re
 import time
 import traceback
@@ -141,6 +142,8 @@ def test_tokens_are_kept_nowhere(tmp_path: Path) -> None:
     assert TOKEN not in str(error.value)
     assert TOKEN not in str(training)
     assert TOKEN not in repr(training)
+    assert TOKEN.encode() not in pickle.dumps(training)  # as in Trainer's training_args.bin
+    assert training.hub_token == TOKEN
     kept = [file for file in tmp_path.rglob("*") if file.is_file() and TOKEN in file.read_text(encoding="utf-8")]
     assert kept == []
 
