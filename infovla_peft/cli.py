@@ -233,7 +233,7 @@ def _by_policy(policy: Any, tasks: Sequence[Any], stage: int | None) -> Iterator
 def _demos(options: argparse.Namespace) -> None:
     from .data.demonstrations import DemonstrationManifest, load_demonstrations
     from .data.lerobot_export import check_target, export_lerobot
-    from .data.recording import record_demonstrations
+    from .data.recording import check_episodes, record_demonstrations
     from .plan import workers
     from .progress import quiet_libraries
     from .simulation import find_assets, find_task, suite_tasks
@@ -248,6 +248,7 @@ def _demos(options: argparse.Namespace) -> None:
         if Path(options.folder).resolve().is_relative_to(Path(options.lerobot).resolve()):
             raise ValueError(f"--lerobot would replace what is recorded in {options.folder}; name another folder")
     if options.dry_run:
+        check_episodes(options.episodes, workers(options.workers))
         try:
             recorded = DemonstrationManifest.load(options.folder).tasks
         except FileNotFoundError:

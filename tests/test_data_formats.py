@@ -683,3 +683,9 @@ def test_a_source_can_be_sent_to_a_worker(files: dict[str, Path]) -> None:
     for path in files.values():
         source = pickle.loads(pickle.dumps(open_source(Location.find(path))))
         assert len(source.read(source.entries()[0])) == FRAMES
+
+
+def test_a_lerobot_episode_without_an_instruction_is_refused(tmp_path: Path) -> None:
+    folder = write_lerobot(tmp_path / "set", tasks=("turn_on_the_stove", ""), videos=False)
+    with pytest.raises(DemonstrationError, match=r"episode 1 has no task.*meta/tasks\.parquet"):
+        load_demonstrations(folder)

@@ -192,6 +192,8 @@ def test_a_dry_run_says_what_and_does_nothing(tmp_path: Path, capsys: pytest.Cap
     assert "published     on the Hub after every stage: me/x, branch v1, private\n" in capsys.readouterr().out
     assert main(["train", str(recipe), "--dry-run", "--push_to_hub", "true"]) == 0
     assert "on the Hub after every stage: run\n" in capsys.readouterr().out
+    assert main(["demos", str(tmp_path / "demos"), "--tasks", "7", "--episodes", "0", "--dry_run"]) == 1
+    assert "at least 1" in capsys.readouterr().err
     assert main(["demos", str(tmp_path / "demos"), "--tasks", "7", "--episodes", "3", "--dry_run"]) == 0
     assert "turn_on_the_stove: 0 of 3 are there" in capsys.readouterr().out
     finished = build_run(tmp_path / "finished")

@@ -104,6 +104,11 @@ class LeRobotSource:
         found: dict[str, list[EpisodeEntry]] = {}
         for row in sorted(self._episode_rows(), key=lambda row: row["episode_index"]):
             text = " ".join(row["tasks"]).strip()
+            if not text:
+                raise DemonstrationError(
+                    f"{self.location}: episode {row['episode_index']} has no task, which is the instruction that a "
+                    "policy reads; write it into meta/tasks.parquet and the episode's entry in meta/episodes"
+                )
             file = self._file("data_path", row["data/chunk_index"], row["data/file_index"])
             place: dict[str, Any] = {
                 "episode": row["episode_index"],
