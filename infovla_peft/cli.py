@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -142,17 +142,17 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .plan import workers
     from .progress import quiet_libraries
     from .results import collect_versions, source_commit
-    from .simulation import find_assets, find_task, suite_tasks
+    from .simulation import find_assets
     from .simulation.workers import EnvironmentPool
 
     check_episodes(options.episodes)
     if options.dry_run:
-        from .hub import recipe_of
+        from .hub import describe_policy
 
         where = {name: getattr(options, name) for name in ("stage", "revision", "base", "token")}
-        recipe = recipe_of(options.policy, **where)
-        suite = str(options.suite or recipe.get("suite") or EVALUATION_DEFAULTS["suite"])
-        planned = [find_task(suite, name) for name in options.tasks or range(len(suite_tasks(suite)))]
+        described = describe_policy(options.policy, **where)
+        suite = str(options.suite or described.recipe.get("suite") or EVALUATION_DEFAULTS["suite"])
+        planned = _tasks_to_evaluate(options, suite, described.recipe, described.tasks)
         plural = "s" * (len(planned) != 1)
         print(f"{options.policy} on {suite}: {len(planned)} task{plural} x {options.episodes} rollouts")
         print("\n".join(f"  {task.name}" for task in planned))
@@ -165,8 +165,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         **{key: policy.recipe[key] for key in EVALUATION_DEFAULTS if key in policy.recipe},
     }
     chosen |= {key: value for key, value in vars(options).items() if key in chosen and value is not None}
-    names = options.tasks or range(len(suite_tasks(chosen["suite"])))
-    tasks = [find_task(chosen["suite"], name) for name in names]
+    tasks = _tasks_to_evaluate(options, chosen["suite"], policy.recipe, policy.tasks_after(options.stage))
     assets = find_assets(chosen["assets"], options.assets_folder)
     output = Path(options.output) if options.output else None
     print(f"{options.policy} on {chosen['suite']}: {assets.name} assets, {chosen['renderer']} renderer")
@@ -209,6 +208,16 @@ def _evaluate(options: argparse.Namespace) -> None:
                 write_json(output / "evaluation.json", content)
     rates = [sum(row["successes"]) / len(row["successes"]) for row in content["results"]]
     print(f"{sum(rates) / len(rates):6.1%}  mean of {len(rates)} tasks")
+
+
+def _tasks_to_evaluate(
+    options: argparse.Namespace, suite: str, recipe: Mapping[str, Any], learned: Sequence[str]
+) -> list[Any]:
+    """Those that were named, or that the policy has learned; all of a suite of which it has learned nothing."""
+    from .simulation import find_task, suite_tasks
+
+    known = learned if recipe.get("suite") == suite else ()
+    return [find_task(suite, name) for name in options.tasks or known or range(len(suite_tasks(suite)))]
 
 
 def _by_policy(policy: Any, tasks: Sequence[Any], stage: int | None) -> Iterator[Sequence[Any]]:
@@ -338,6 +347,7 @@ def _act(options: argparse.Namespace) -> None:
 def _policy(options: argparse.Namespace, task: str | None = None) -> Any:
     """The policy that the options of `_add_policy` describe."""
     from .hub import load_policy
+    from .models.openvla.quantization import quantization_config
 
     policy = load_policy(
         options.policy,
@@ -348,6 +358,7 @@ def _policy(options: argparse.Namespace, task: str | None = None) -> Any:
         unnorm_key=options.unnorm_key,
         device=options.device,
         dtype=options.dtype,
+        quantization_config=quantization_config(options.quantization),
         token=options.token,
     )
     if options.center_crop is not None:
@@ -542,6 +553,12 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="where the policy runs")
     parser.add_argument("--dtype", help="of the weights, such as bfloat16; the base's own if not given")
     parser.add_argument(
+        "--quantization",
+        default="none",
+        choices=("none", "nf4"),
+        help="nf4: hold the base in 4 bits; one under whose 4-bit form the adapter was trained is held so anyway",
+    )
+    parser.add_argument(
         "--center_crop",
         action=argparse.BooleanOptionalAction,
         default=None,
@@ -557,7 +574,8 @@ def _add_simulation(parser: argparse.ArgumentParser, *, trained: bool = False) -
     default: dict[str, Any] = {} if trained else EVALUATION_DEFAULTS
     note = "; as trained if not given" if trained else ""
     parser.add_argument("--suite", default=default.get("suite"), help=f"LIBERO suite{note}")
-    parser.add_argument("--tasks", nargs="+", help="by number or name; all of the suite if not given")
+    default_tasks = "those that the policy has learned, or else all of the suite," if trained else "all of the suite"
+    parser.add_argument("--tasks", nargs="+", help=f"by number or name; {default_tasks} if not given")
     sets = ("auto", "official", "primitive")
     parser.add_argument("--assets", default=default.get("assets"), choices=sets, help=f"asset set{note}")
     parser.add_argument("--assets_folder", help="folder of the official assets")

@@ -68,9 +68,10 @@ def fingerprint_of_files(location: str | os.PathLike[str], config: Any, options:
     Args:
         location: folder, or Hub id of a checkpoint that was just loaded.
         config: of the loaded model.
-        options: `revision` and `token` of the Hub.
+        options: `revision`, `token`, `cache_dir` and `local_files_only` of the Hub.
     """
-    hub = {name: options[name] for name in ("revision", "token") if name in options}
+    names = ("revision", "token", "cache_dir", "local_files_only")
+    hub = {name: options[name] for name in names if name in options}
     folder = Path(location) if Path(location).is_dir() else None
     folder = folder or Path(snapshot_download(os.fspath(location), allow_patterns=["*.safetensors"], **hub))
     tensors: list[tuple[str, Tensor]] = []

@@ -20,10 +20,10 @@ from .adapters import base_model, fingerprint
 from .data.normalisation import Normaliser
 from .foreign import fingerprint_of_files
 from .inference import Policy
-from .library import AdapterLibrary, StoredAdapter, choose, find_adapters
+from .library import AdapterLibrary, StoredAdapter, choose, find_adapters, tasks_after
 from .models.openvla import load_openvla
 from .publishing import RESULTS, check_base, create_collection, push_to_hub
-from .remote import Snapshot, check_names, check_no_pickles, is_inside, open_snapshot
+from .remote import Access, Snapshot, check_names, check_no_pickles, is_inside, open_snapshot
 from .results import Results
 
 __all__ = ["ListedAdapter", "create_collection", "list_adapters", "load_policy", "push_to_hub", "relative_base"]
@@ -61,6 +61,8 @@ def load_policy(
     dtype: Any = None,
     quantization_config: Any = None,
     token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> Policy:
     """A policy ready to act. Rank, statistics, cameras and prompt come with it and are never asked for.
 
@@ -77,6 +79,8 @@ def load_policy(
         quantization_config: load the base quantised, as in transformers' `from_pretrained`; None = as it was held when
             the adapter was trained (`AdapterInfo.quantization`).
         token: for a private repository; None is that of `hf auth login`.
+        cache_dir, local_files_only: where downloads are kept, and whether to take only what is there; as in
+            transformers, for the base too.
 
     Raises:
         FileNotFoundError: nothing loadable at `repo_or_path`, or the base is not where it should be.
@@ -89,9 +93,10 @@ def load_policy(
         >>> policy.act(image, proprio=state).shape  # doctest: +SKIP
         (8, 7)
     """
-    place = _place(repo_or_path, revision, token)
+    access = Access(token, cache_dir, local_files_only)
+    place = _place(repo_or_path, revision, access)
     adapters = _adapters_in(place, repo_or_path, chooses=task is not None or stage not in (None, 0), base=base)
-    options = {"device": device, "dtype": dtype, "token": token, "quantization_config": quantization_config}
+    options = {"device": device, "dtype": dtype, "quantization_config": quantization_config, **vars(access)}
     options = {name: value for name, value in options.items() if value is not None}
     if not adapters and (place.folder / "config.json").is_file():
         if place.snapshot is not None:
@@ -126,30 +131,45 @@ def load_policy(
     )
 
 
-def recipe_of(
+@dataclass(frozen=True)
+class DescribedPolicy:
+    """What is known of a policy without its weights.
+
+    Attributes:
+        recipe: how it was trained (the resolved configuration); empty for a checkpoint alone.
+        tasks: names of those that it has learned, in that order.
+    """
+
+    recipe: dict[str, Any]
+    tasks: list[str]
+
+
+def describe_policy(
     repo_or_path: str | os.PathLike[str],
     *,
     stage: int | None = None,
     revision: str | None = None,
     base: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
-) -> dict[str, Any]:
-    """How the policy that `load_policy` gives was trained (empty for a checkpoint alone), without reading weights.
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> DescribedPolicy:
+    """Look at the policy that `load_policy` gives, without reading weights.
 
     Raises:
         As `load_policy`, as far as it is seen without the weights.
     """
-    place = _place(repo_or_path, revision, token)
+    place = _place(repo_or_path, revision, Access(token, cache_dir, local_files_only))
     adapters = _adapters_in(place, repo_or_path, chooses=stage not in (None, 0), base=base)
     chosen, _ = choose(adapters, place.folder, os.fspath(repo_or_path), None, stage)
     if not adapters:
-        return {}
+        return DescribedPolicy({}, [])
     reference = chosen or adapters[0]
     if chosen is not None and place.snapshot is None and not (chosen.folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"no adapter weights at {chosen.folder / WEIGHTS}; copy the whole folder again")
     if base is None and place.snapshot is None:
         _base_location(place, reference)
-    return reference.info.training
+    return DescribedPolicy(reference.info.training, tasks_after(adapters, stage))
 
 
 def _adapters_in(
@@ -195,9 +215,17 @@ class ListedAdapter:
 
 
 def list_adapters(
-    repo_or_path: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
+    repo_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> list[ListedAdapter]:
     """What a repository, a run or an adapter's folder holds, by stage, without downloading weights.
+
+    Args:
+        revision, token, cache_dir, local_files_only: see `load_policy`.
 
     Raises:
         FileNotFoundError: no such repository or folder.
@@ -207,7 +235,7 @@ def list_adapters(
         >>> [adapter.tasks for adapter in list_adapters("user/infovla-libero-goal")]  # doctest: +SKIP
         [['put_the_bowl_on_top_of_the_cabinet'], ['turn_on_the_stove']]
     """
-    place = _place(repo_or_path, revision, token)
+    place = _place(repo_or_path, revision, Access(token, cache_dir, local_files_only))
     results = Results.load(place.folder / RESULTS) if (place.folder / RESULTS).is_file() else None
     return [_listing(adapter, place.folder, results) for adapter in find_adapters(place.folder)]
 
@@ -236,7 +264,7 @@ def relative_base(base: str | os.PathLike[str], adapter_folder: Path) -> str:
     return os.path.relpath(base, adapter_folder) if Path(base).is_dir() else str(base)
 
 
-def _place(repo_or_path: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Place:
+def _place(repo_or_path: str | os.PathLike[str], revision: str | None, access: Access) -> Place:
     """The folder, or what a repository says of itself; refused if it holds what must not be in it."""
     name = os.fspath(repo_or_path)
     if Path(name).is_dir():
@@ -249,7 +277,7 @@ def _place(repo_or_path: str | os.PathLike[str], revision: str | None, token: st
             f"there is no folder {name}; give an adapter's or a run's folder, or a Hub id user/name"
         )
     else:
-        snapshot = open_snapshot(name, _DESCRIPTIONS, revision=revision, token=token)
+        snapshot = open_snapshot(name, _DESCRIPTIONS, revision=revision, access=access)
         place = Place(snapshot.folder, snapshot)
         files = snapshot.files or [file.relative_to(place.folder).as_posix() for file in place.folder.rglob("*")]
     # A checkpoint of OpenVLA-OFT has .pt files, and beside them the adapter that was merged into it.

@@ -14,6 +14,7 @@ from PIL import Image
 from .adapters import mixed_adapters
 from .data.images import central_crop
 from .data.normalisation import Normaliser
+from .library import tasks_after
 from .models.openvla import build_prompt
 
 if TYPE_CHECKING:
@@ -65,6 +66,10 @@ class Policy:
     def tasks(self) -> list[str]:
         """Names of the tasks that `use` and `act(..., task=...)` know, in the order in which they were learned."""
         return list(self._library.tasks) if self._library else []
+
+    def tasks_after(self, stage: int | None = None) -> list[str]:
+        """Names of all tasks learned by the end of a stage (0 is the base, None the last one), in that order."""
+        return tasks_after(self._library.adapters, stage) if self._library else []
 
     def use(self, task: str | None = None, *, stage: int | None = None) -> Policy:
         """Act with another adapter from now on: the one that learned `task`, or the policy after `stage`.
@@ -219,6 +224,11 @@ class Policy:
     def _normalised_state(self, proprio: Sequence[ArrayLike] | None, batch: int) -> torch.Tensor:
         expected = (batch, self._config.proprio_dim)
         state = np.asarray([] if proprio is None else proprio, dtype=np.float32)
+        if not np.isfinite(state).all():
+            raise ValueError(
+                f"the proprioception holds {np.count_nonzero(~np.isfinite(state))} numbers that are NaN or infinite; "
+                "give the state as the robot measured it"
+            )
         if state.shape != expected:
             raise ValueError(
                 f"the policy needs proprioception of {expected[1]} numbers per observation (hand position, "

@@ -98,6 +98,13 @@ def choose(
     raise ValueError(f"{where} has learned no task {task!r}{hint}; it has: {listed(adapters)}")
 
 
+def tasks_after(adapters: Sequence[StoredAdapter], stage: int | None = None) -> list[str]:
+    """Names of the tasks learned by the end of a stage (0 is the base, None the last one), as far as they say."""
+    if not adapters or stage == 0:
+        return _of_the_base(adapters[0].info) if adapters else []
+    return list(next(each for each in reversed(adapters) if stage in (None, each.info.stage)).info.seen)
+
+
 def _of_the_base(info: AdapterInfo) -> list[str]:
     """Names of the tasks that the base under an adapter had learned, as far as it says."""
     if info.tasks:

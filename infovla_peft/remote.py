@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
@@ -33,6 +33,21 @@ class HubError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Access:
+    """How to reach the Hub, in the words of huggingface_hub.
+
+    Attributes:
+        token: None is that of `hf auth login`; never shown.
+        cache_dir: None is huggingface_hub's own.
+        local_files_only: take what is in the cache and ask nobody.
+    """
+
+    token: str | bool | None = field(default=None, repr=False)
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """A repository at one commit, as far as it is in the cache.
 
@@ -40,14 +55,14 @@ class Snapshot:
         repo_id, commit: what it is.
         folder: where its files lie.
         files: names of all its files, None where the Hub could not be asked (offline).
-        token: for further downloads; never shown.
+        access: for further downloads.
     """
 
     repo_id: str
     commit: str
     folder: Path
     files: tuple[str, ...] | None
-    token: str | bool | None = None
+    access: Access = Access()
 
     def fetch(self, *patterns: str) -> Path:
         """Download the files that match, unless they are there; returns `folder`."""
@@ -58,7 +73,8 @@ class Snapshot:
                 self.repo_id,
                 revision=self.commit,
                 allow_patterns=list(patterns),
-                token=self.token,
+                token=self.access.token,
+                cache_dir=self.access.cache_dir,
                 local_files_only=self.files is None,
             )
         return self.folder
@@ -68,7 +84,7 @@ class Snapshot:
 
 
 def open_snapshot(
-    repo_id: str, patterns: Sequence[str], *, revision: str | None = None, token: str | bool | None = None
+    repo_id: str, patterns: Sequence[str], *, revision: str | None = None, access: Access | None = None
 ) -> Snapshot:
     """Look at a repository and download the files that match; out of the cache where the Hub cannot be reached.
 
@@ -82,16 +98,25 @@ def open_snapshot(
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    access = access or Access()
+
     def snapshot(files: tuple[str, ...] | None) -> Snapshot:
         folder = snapshot_download(
-            repo_id, revision=revision, allow_patterns=list(patterns), token=token, local_files_only=files is None
+            repo_id,
+            revision=revision,
+            allow_patterns=list(patterns),
+            token=access.token,
+            cache_dir=access.cache_dir,
+            local_files_only=files is None,
         )
-        return Snapshot(repo_id, Path(folder).name, Path(folder), files, token)
+        return Snapshot(repo_id, Path(folder).name, Path(folder), files, access)
 
     def ask() -> ModelInfo:
-        return HfApi(token=token).model_info(repo_id, revision=revision)
+        return HfApi(token=access.token).model_info(repo_id, revision=revision)
 
     with explained(repo_id):
+        if access.local_files_only:
+            return snapshot(None)
         try:
             info = retried(ask, when=_overloaded)
         except Exception as error:
@@ -269,7 +294,7 @@ def explained(repo_id: str) -> Iterator[None]:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise FileNotFoundError(
             f"{repo_id} is no folder here, is not in the cache, and the Hub cannot be reached; check the name, the "
-            "network, and that HF_HUB_OFFLINE is not set"
+            "network, and that neither HF_HUB_OFFLINE nor local_files_only is set"
         ) from error
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"{repo_id} lacks a file: {_first_line(error)}") from error

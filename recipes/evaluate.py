@@ -32,7 +32,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("policy", help="folder or Hub id of an adapter, a run or a checkpoint")
     parser.add_argument("--stage", type=int, help="the policy after this stage of a run; 0 is the base")
     parser.add_argument("--suite", default="libero_goal", help="LIBERO suite")
-    parser.add_argument("--tasks", nargs="+", help="by number or name; all of the suite if not given")
+    parser.add_argument("--tasks", nargs="+", help="by number or name; those it has learned if not given")
     parser.add_argument("--episodes", type=int, default=20, help="rollouts per task, from the first of 50 states")
     parser.add_argument("--workers", type=int, default=0, help="simulation processes; 0 = one per core")
     parser.add_argument("--output", type=Path, default=Path("runs/evaluation"), help="for evaluation.json and videos")
@@ -41,8 +41,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(options: argparse.Namespace) -> None:
     """Load, then roll out task after task; print and store each result as it comes."""
-    tasks = [find_task(options.suite, name) for name in options.tasks or range(len(suite_tasks(options.suite)))]
     policy = load_policy(options.policy, stage=options.stage)
+    names = options.tasks or policy.tasks_after(options.stage) or range(len(suite_tasks(options.suite)))
+    tasks = [find_task(options.suite, name) for name in names]
     # Assets and pictures as they were in training: a stand-in looks different from LIBERO's own object.
     assets = find_assets(policy.recipe.get("assets", "auto"))
     look = {name: policy.recipe[name] for name in ("image_size", "renderer") if name in policy.recipe}

@@ -115,6 +115,7 @@ def test_a_policy_of_one_task_needs_no_instruction(policy: Policy) -> None:
         ([np.zeros((8, 8, 3), np.uint8)] * 2, np.zeros(8), "give 1 images, not 2"),
         (np.zeros((8, 8, 3), np.uint8), None, "needs proprioception of 8"),
         (np.zeros((8, 8, 3), np.uint8), np.zeros(7), "needs proprioception of 8"),
+        (np.zeros((8, 8, 3), np.uint8), [0.0, np.nan, *[0.0] * 5, np.inf], "2 numbers that are NaN or infinite"),
         (np.zeros((8, 8, 3), np.float32), np.zeros(8), "uint8"),
         (np.zeros((3, 8, 8), np.uint8), np.zeros(8), r"uint8 array .*, got uint8 \(3, 8, 8\)"),
         (np.zeros((8, 8), np.uint8), np.zeros(8), r"uint8 array .*, got uint8 \(8, 8\)"),

@@ -354,6 +354,20 @@ def test_one_adapter_is_downloaded_and_found_again_offline(
     assert len(hub.requests) == asked
 
 
+def test_a_cache_of_one_s_own_is_read_without_asking_anybody(hub: LocalHub, finished: Path, tmp_path: Path) -> None:
+    push(hub, finished)
+    mine = tmp_path / "mine"
+    expected = act(load_policy(REPO, cache_dir=mine))
+    assert list(mine.glob("models--*/snapshots/*/stage_02/adapter_model.safetensors"))
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").glob("models--*"))
+    asked = len(hub.requests)
+    assert act(load_policy(REPO, cache_dir=mine, local_files_only=True)) == expected
+    assert len(list_adapters(REPO, cache_dir=mine, local_files_only=True)) == 2
+    with pytest.raises(FileNotFoundError, match=r"not in the cache.* nor local_files_only is set"):
+        load_policy(REPO, local_files_only=True)
+    assert len(hub.requests) == asked
+
+
 def test_without_a_connection_the_cache_is_looked_at_before_the_hub_is_asked_again(
     hub: LocalHub, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,14 +6,18 @@ import argparse
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
 from tiny_run import build_run
 
+from infovla_peft.adapter_files import write_info
 from infovla_peft.cli import main, make_parser, split_recipe
 from infovla_peft.command_options import apply_config
+from infovla_peft.hub import load_policy
+from infovla_peft.library import find_adapters
 from infovla_peft.recipe_files import copy_recipe, list_recipes, recipes_folder
 
 
@@ -181,6 +185,8 @@ def test_a_benchmark_takes_its_options_from_a_file(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.libero
 def test_a_dry_run_says_what_and_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from infovla_peft.simulation import find_task
+
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"stream: B1-1N1\nuse_cpu: true\nreport_to: none\noutput_dir: {tmp_path / 'run'}\n")
     assert main(["train", str(recipe), "--dry-run"]) == 0
@@ -202,6 +208,16 @@ def test_a_dry_run_says_what_and_does_nothing(tmp_path: Path, capsys: pytest.Cap
         == 0
     )
     assert "1 task x 4 rollouts" in capsys.readouterr().out
+    assert main(["evaluate", str(finished), "--episodes", "4", "--dry-run", "--suite", "libero_goal"]) == 0
+    assert "10 tasks x 4 rollouts" in capsys.readouterr().out  # it has learned none of this suite
+    names = [find_task("libero_goal", number).name for number in (3, 7, 4)]
+    for stage, adapter in enumerate(find_adapters(finished), start=1):
+        info = replace(adapter.info, task=names[stage], seen=names[: stage + 1], training={"suite": "libero_goal"})
+        write_info(adapter.folder, replace(info, tasks=[]))
+    for options, learned in (((), names), (("--stage", "1"), names[:2]), (("--stage", "0"), names[:1])):
+        assert main(["evaluate", str(finished), *options, "--dry-run"]) == 0
+        assert capsys.readouterr().out.split()[-len(learned) :] == learned
+        assert load_policy(finished).tasks_after(int(options[1]) if options else None) == learned
     for wrong, message in (
         ([str(tmp_path / "absent")], "there is no folder"),
         ([str(tmp_path)], "holds no adapter"),
