@@ -102,3 +102,19 @@ def _converted(action: argparse.Action, value: Any, where: str) -> Any:
     if action.choices and result not in action.choices:
         raise ValueError(f"{where} must be one of {', '.join(map(str, action.choices))}, not {result!r:.80}")
     return result
+
+
+def split_recipe(argv: Sequence[str], prog: str) -> tuple[Path | None, list[str]]:
+    """The recipe's path, if the arguments begin with one or name it as `--config`, and the options.
+
+    Raises:
+        ValueError: neither a recipe nor an option was given, or two recipes.
+    """
+    if not argv:
+        raise ValueError(f"say what to do: {prog} RECIPE.yaml [--option value ...]; --help explains every option")
+    named, others = find_config(argv)
+    if not others or others[0].startswith("-"):
+        return named, others
+    if named is not None:
+        raise ValueError(f"two recipes, {others[0]} and --config {named}; give one, and its changes as options")
+    return Path(others[0]), others[1:]

@@ -14,7 +14,6 @@ from PIL import Image
 from .adapters import mixed_adapters
 from .data.images import central_crop
 from .data.normalisation import Normaliser
-from .library import tasks_after
 from .models.openvla import build_prompt
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ class Policy:
 
     def tasks_after(self, stage: int | None = None) -> list[str]:
         """Names of all tasks learned by the end of a stage (0 is the base, None the last one), in that order."""
-        return tasks_after(self._library.adapters, stage) if self._library else []
+        return self._library.tasks_after(stage) if self._library else []
 
     def use(self, task: str | None = None, *, stage: int | None = None) -> Policy:
         """Act with another adapter from now on: the one that learned `task`, or the policy after `stage`.

@@ -150,6 +150,10 @@ class AdapterLibrary:
         known = {*_of_the_base(self.adapters[0].info), *(task for each in self.adapters for task in each.learned)}
         return [task for task in self.adapters[-1].info.seen if task in known]
 
+    def tasks_after(self, stage: int | None = None) -> list[str]:
+        """See `tasks_after`."""
+        return tasks_after(self.adapters, stage)
+
     def choose(self, task: str | None = None, stage: int | None = None) -> tuple[StoredAdapter | None, str | None]:
         """See `choose`."""
         return choose(self.adapters, self.folder, self.where, task, stage)

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 from infovla_peft import InfoVLATrainer
 from infovla_peft.adapters import add_adapter
-from infovla_peft.cli import run_command, split_recipe
+from infovla_peft.cli import run_command
+from infovla_peft.command_options import split_recipe
 from infovla_peft.config import load_recipe
 from infovla_peft.progress import quiet_libraries, show_progress
 from infovla_peft.stream import Stage, Stream

@@ -19,7 +19,8 @@ from data_files import TASKS, write_lerobot, write_libero_hdf5
 from stream_fakes import STREAM, TRAINING, FakePool, install_fakes
 from tiny_run import build_run
 
-from infovla_peft.cli import make_parser, split_recipe
+from infovla_peft.cli import make_parser
+from infovla_peft.command_options import split_recipe
 from infovla_peft.config import InfoVLAConfig, StreamConfig, load_recipe
 from infovla_peft.hub import load_policy
 from infovla_peft.speed.command import make_parser as bench_parser

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "infovla_peft"
-FOLDERS = {"models/openvla", "simulation", "data", "speed"}  # each one entry of the list
+FOLDERS = {"models/openvla", "simulation", "data", "speed", "commands"}  # each one entry of the list
 
 
 def picture() -> list[str]:

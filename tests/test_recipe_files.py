@@ -14,8 +14,8 @@ from conftest import REPOSITORY
 from tiny_run import build_run
 
 from infovla_peft.adapter_files import write_info
-from infovla_peft.cli import main, make_parser, split_recipe
-from infovla_peft.command_options import apply_config
+from infovla_peft.cli import main, make_parser
+from infovla_peft.command_options import apply_config, split_recipe
 from infovla_peft.hub import load_policy
 from infovla_peft.library import find_adapters
 from infovla_peft.recipe_files import copy_recipe, list_recipes, recipes_folder

@@ -1,0 +1,1 @@
+"""What `infovla <command>` does: each file a few commands, with their options."""

@@ -1,0 +1,196 @@
+"""`infovla evaluate | act`: what a policy can do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from .options import EVALUATION_DEFAULTS, AddCommand, add_simulation, add_token
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from ..evaluation import check_episodes, evaluate
+    from ..files import write_json
+    from ..metrics import wilson_interval
+    from ..plan import workers
+    from ..progress import quiet_libraries
+    from ..results import collect_versions, source_commit
+    from ..simulation import find_assets
+    from ..simulation.workers import EnvironmentPool
+
+    check_episodes(options.episodes)
+    if options.dry_run:
+        from ..hub import describe_policy
+
+        where = {name: getattr(options, name) for name in ("stage", "revision", "base", "token")}
+        described = describe_policy(options.policy, **where)
+        suite = str(options.suite or described.recipe.get("suite") or EVALUATION_DEFAULTS["suite"])
+        planned = _tasks_to_evaluate(options, suite, described.recipe, described.tasks)
+        plural = "s" * (len(planned) != 1)
+        print(f"{options.policy} on {suite}: {len(planned)} task{plural} x {options.episodes} rollouts")
+        print("\n".join(f"  {task.name}" for task in planned))
+        return
+    quiet_libraries(loading_bars=True)
+    policy = _policy(options)
+    # What is not said on the command line is as it was in training.
+    chosen = {
+        **EVALUATION_DEFAULTS,
+        **{key: policy.recipe[key] for key in EVALUATION_DEFAULTS if key in policy.recipe},
+    }
+    chosen |= {key: value for key, value in vars(options).items() if key in chosen and value is not None}
+    tasks = _tasks_to_evaluate(options, chosen["suite"], policy.recipe, policy.tasks_after(options.stage))
+    assets = find_assets(chosen["assets"], options.assets_folder)
+    output = Path(options.output) if options.output else None
+    print(f"{options.policy} on {chosen['suite']}: {assets.name} assets, {chosen['renderer']} renderer")
+    given = ("policy", "stage", "revision", "base", "unnorm_key", "dtype", "episodes")
+    content: dict[str, Any] = {
+        **{key: getattr(options, key) for key in given},
+        "center_crop": policy.crop,
+        **chosen,
+        "assets": assets.name,
+        "step_cap": options.max_steps or tasks[0].max_steps,
+        "versions": collect_versions(),
+        "commit": source_commit(),
+        "results": [],
+    }
+    with EnvironmentPool(
+        workers(options.workers),
+        assets=assets,
+        image_size=chosen["image_size"],
+        cameras=policy.cameras,
+        renderer=chosen["renderer"],
+    ) as pool:
+        rollouts = (
+            evaluate(
+                policy,
+                some,
+                pool,
+                episodes=options.episodes,
+                open_loop_steps=chosen["open_loop_steps"],
+                max_steps=options.max_steps,
+                videos=options.videos if output else 0,
+                video_folder=output / "videos" if output else None,
+            )
+            for some in _by_policy(policy, tasks, options.stage)
+        )
+        for result in chain.from_iterable(rollouts):
+            low, high = wilson_interval(sum(result.successes), result.episodes)
+            print(f"{result.rate:6.1%}  [{low:.0%}, {high:.0%}]  {result.task}", flush=True)
+            content["results"].append(result.to_dict())
+            if output:
+                write_json(output / "evaluation.json", content)
+    rates = [sum(row["successes"]) / len(row["successes"]) for row in content["results"]]
+    print(f"{sum(rates) / len(rates):6.1%}  mean of {len(rates)} tasks")
+
+
+def _tasks_to_evaluate(
+    options: argparse.Namespace, suite: str, recipe: Mapping[str, Any], learned: Sequence[str]
+) -> list[Any]:
+    """Those that were named, or that the policy has learned; all of a suite of which it has learned nothing."""
+    from ..simulation import find_task, suite_tasks
+
+    known = learned if recipe.get("suite") == suite else ()
+    return [find_task(suite, name) for name in options.tasks or known or range(len(suite_tasks(suite)))]
+
+
+def _by_policy(policy: Any, tasks: Sequence[Any], stage: int | None) -> Iterator[Sequence[Any]]:
+    """The tasks, each while the policy is the one that its run has measured on it; first those it has not learned.
+
+    Of `single_task` that is the adapter of the task, of other methods the latest one.
+    """
+    from ..methods import METHODS
+
+    method = METHODS.get(policy.recipe.get("method", ""))
+    if stage is not None or method is None or method.policy != "own":
+        yield tasks
+        return
+    if others := [task for task in tasks if task.name not in policy.tasks]:
+        yield others
+    for task in tasks:
+        if task.name in policy.tasks:
+            policy.use(task.name)
+            yield [task]
+
+
+def _act(options: argparse.Namespace) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from ..progress import quiet_libraries
+
+    quiet_libraries(loading_bars=False)
+    policy = _policy(options, task=options.task)
+    images = [np.asarray(Image.open(path).convert("RGB")) for path in options.images]
+    actions = policy.act(images, options.instruction, options.proprio)
+    print(json.dumps([[round(float(value), 6) for value in action] for action in actions]))
+
+
+def _policy(options: argparse.Namespace, task: str | None = None) -> Any:
+    """The policy that the options of `add_policy` describe."""
+    from ..hub import load_policy
+    from ..models.openvla.quantization import quantization_config
+
+    policy = load_policy(
+        options.policy,
+        task=task,
+        stage=options.stage,
+        revision=options.revision,
+        base=options.base,
+        unnorm_key=options.unnorm_key,
+        device=options.device,
+        dtype=options.dtype,
+        quantization_config=quantization_config(options.quantization),
+        token=options.token,
+    )
+    if options.center_crop is not None:
+        policy.crop = options.center_crop
+    return policy
+
+
+def _add_policy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("policy", help="folder or Hub id of an adapter, a run or a checkpoint")
+    parser.add_argument("--stage", type=int, help="the policy after this stage of a run; 0 is the base")
+    parser.add_argument("--revision", help="branch, tag or commit of a repository; its main branch if not given")
+    add_token(parser)
+    parser.add_argument("--base", help="where the base is, if not where the adapter says")
+    parser.add_argument("--unnorm_key", help="statistics to un-normalise with, for a checkpoint without adapter")
+    parser.add_argument("--device", default="cpu", help="where the policy runs")
+    parser.add_argument("--dtype", help="of the weights, such as bfloat16; the base's own if not given")
+    parser.add_argument(
+        "--quantization",
+        default="none",
+        choices=("none", "nf4"),
+        help="nf4: hold the base in 4 bits; one under whose 4-bit form the adapter was trained is held so anyway",
+    )
+    parser.add_argument(
+        "--center_crop",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="show the central nine tenths of each image, for checkpoints trained with random crops (as trained)",
+    )
+
+
+def register(add: AddCommand) -> None:
+    """Add `evaluate` and `act` to the parser."""
+    evaluate = add("evaluate", "roll a policy out in LIBERO and count successes", _evaluate)
+    _add_policy(evaluate)
+    add_simulation(evaluate, trained=True)
+    evaluate.add_argument("--episodes", type=int, default=20, help="rollouts per task, from the first of 50 states")
+    evaluate.add_argument(
+        "--open_loop_steps", type=int, help="actions executed of each chunk; as trained if not given"
+    )
+    evaluate.add_argument("--max_steps", type=int, help="step cap; the suite's own if not given")
+    evaluate.add_argument("--videos", type=int, default=2, help="MP4s per task below --output, failures first")
+    evaluate.add_argument("--output", help="folder for evaluation.json and videos")
+    evaluate.add_argument("--dry-run", action="store_true", help="say what would be rolled out, and stop")
+
+    act = add("act", "print the actions for one observation, as JSON", _act)
+    _add_policy(act)
+    act.add_argument("--task", help="name or instruction of a learned task: its adapter is taken")
+    act.add_argument("--images", nargs="+", required=True, help="one upright image per camera, in the policy's order")
+    act.add_argument("--instruction", help="what to do; may be left out with --task")
+    act.add_argument("--proprio", type=float, nargs="+", help="raw state: hand position, axis-angle, fingers")

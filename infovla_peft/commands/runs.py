@@ -1,0 +1,58 @@
+"""`infovla report | verify | analyse`: what a run has left."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .options import AddCommand
+
+
+def _report(options: argparse.Namespace) -> None:
+    from ..report import write_report
+
+    print(write_report(options.run))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from ..verify import verify_run
+
+    found = verify_run(options.run)
+    print(found.describe())
+    return 0 if found.ok else 1
+
+
+def _analyse(options: argparse.Namespace) -> None:
+    from ..analysis import analyse_run, compare_analyses, is_analysed
+    from ..progress import quiet_libraries
+
+    quiet_libraries(loading_bars=False)
+    for run in options.runs:
+        if options.again or not is_analysed(run):
+            analyse_run(
+                run,
+                frames=options.frames,
+                demonstrations=options.demonstrations_folder,
+                device=options.device,
+            )
+    print(compare_analyses(options.runs, options.output).table())
+    print("\n".join(f"report: {Path(run) / 'report' / 'index.html'}" for run in options.runs))
+    if options.output:
+        print(f"figure: {options.output}")
+
+
+def register(add: AddCommand) -> None:
+    """Add `report`, `verify` and `analyse` to the parser."""
+    report = add("report", "draw the figures and the page of a run again", _report)
+    report.add_argument("run", help="folder of a run")
+
+    verify = add("verify", "check every file of a run; the exit code is 1 if one is damaged", _verify)
+    verify.add_argument("run", metavar="RUN_DIR", help="folder of a run")
+
+    analyse = add("analyse", "show what the stages of runs have kept, and compare the runs", _analyse)
+    analyse.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    analyse.add_argument("--output", help="PNG of the comparison")
+    analyse.add_argument("--frames", type=int, default=32, help="probe frames per task")
+    analyse.add_argument("--demonstrations_folder", help="where they are, if not where the run says")
+    analyse.add_argument("--device", default="cpu", help="where the policies run")
+    analyse.add_argument("--again", action="store_true", help="also analyse runs that are analysed already")
