@@ -47,7 +47,7 @@ from .publishing import check_access, push_to_hub
 from .remote import HubError
 from .results import Results, collect_versions
 from .run_folder import RESTORE, RunError, RunFolder
-from .trackers import check_trackers, curves_folder, make_trackers, stage_record
+from .trackers import check_trackers, curves_beside, make_trackers, stage_record
 from .trainer import InfoVLATrainer, LossLog
 from .video import CURE, video_available
 
@@ -314,7 +314,7 @@ class Stream:
         )
         collator = self.collator(model, processor, Normaliser(model.norm_stats, config.suite))
         samples = self.samples(stage.tasks, model, collator)
-        with curves_folder(self.run_folder.path, stage.name):
+        with curves_beside(self.run_folder.path, stage.name, self.training.project):
             trainer = InfoVLATrainer(
                 model, self.stage_training(stage), samples, collator, callbacks=self.callbacks(stage)
             )
@@ -339,7 +339,7 @@ class Stream:
         folder = self.run_folder.adapter(stage.name)
 
         def work() -> None:
-            with curves_folder(self.run_folder.path, stage.name):
+            with curves_beside(self.run_folder.path, stage.name, self.training.project):
                 (train or train_adapter)(self, stage)
 
         step = step_name("learn", stage)

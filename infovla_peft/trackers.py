@@ -176,7 +176,7 @@ def make_trackers(training: InfoVLAConfig, run: Path) -> list[Tracker]:
             start: dict[str, Any] = {"name": f"{training.run_name or run.name}-stream", "resume": "allow"}
             # Where Trainer's callback has put the loss curves.
             if name == "wandb":
-                project = os.getenv("WANDB_PROJECT", training.project)
+                project = os.getenv("WANDB_PROJECT") or training.project
                 start |= {"project": project, "id": _identity(run), "dir": str(run)}
             else:
                 start |= {
@@ -216,15 +216,18 @@ def tensorboard_folder(run: Path) -> Path:
 
 
 @contextmanager
-def curves_folder(run: Path, stage: str) -> Iterator[None]:
-    """While a stage trains, Trainer's TensorBoard curves go to `tensorboard/<stage>` of the run."""
-    name = "TENSORBOARD_LOGGING_DIR"  # the only way that Trainer leaves
-    before = os.environ.get(name)
-    os.environ[name] = before or str(tensorboard_folder(run) / stage)
+def curves_beside(run: Path, stage: str, project: str) -> Iterator[None]:
+    """While a stage trains, Trainer's curves go where the stage's results will: TensorBoard's to `tensorboard/<stage>`
+    of the run, wandb's to `project`. What the environment says comes first.
+    """
+    # The only way that Trainer leaves: its TensorBoard knows no folder, and its wandb not TrainingArguments.project.
+    wanted = {"TENSORBOARD_LOGGING_DIR": str(tensorboard_folder(run) / stage), "WANDB_PROJECT": project}
+    added = {name: value for name, value in wanted.items() if not os.environ.get(name)}
+    os.environ.update(added)
     try:
         yield
     finally:
-        if before is None:
+        for name in added:
             del os.environ[name]
 
 

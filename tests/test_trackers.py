@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -119,6 +120,20 @@ def test_a_stage_is_shown_where_trainer_shows_its_curves(run: Path, monkeypatch:
     assert {start["name"] for start in started} == {"r-stream"}
     assert "space_id" not in started[0]
     assert (started[1]["space_id"], started[1]["bucket_id"], started[1]["private"]) == ("me/space", "me/bucket", True)
+
+
+def test_trainer_s_curves_go_where_the_stages_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(tmp_path / "tensorboard" / "stage_01")
+    for given, expected in (({}, (folder, "p")), ({"WANDB_PROJECT": "mine"}, (folder, "mine"))):
+        for name in ("TENSORBOARD_LOGGING_DIR", "WANDB_PROJECT"):
+            monkeypatch.delenv(name, raising=False)
+            if name in given:
+                monkeypatch.setenv(name, given[name])
+        with trackers.curves_beside(tmp_path, "stage_01", "p"):
+            assert (os.environ["TENSORBOARD_LOGGING_DIR"], os.environ["WANDB_PROJECT"]) == expected
+        assert {
+            name: os.environ[name] for name in ("TENSORBOARD_LOGGING_DIR", "WANDB_PROJECT") if name in os.environ
+        } == given
 
 
 def test_a_tracker_that_is_not_installed_is_named_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
