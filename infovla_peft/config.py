@@ -90,8 +90,9 @@ class InfoVLAConfig(TrainingArguments):
             spreads over all directions. Unverified default.
         cmi_mode: `infonce`, `relational` or `paper`; see `losses.cross_modal_mi_from_summaries`. Unverified default.
         temperature: τ > 0 of both terms. The paper states none; unverified.
-        teacher: `base` = the base model, adapters off; `auto` = the base for its own tasks and, for a task learned
-            later, the frozen adapter that learned it; `previous` = the adapter of stage k−1, frozen (the paper's).
+        teacher: `base` = the base model, adapters off: its features for all of the memory, its answers on the tasks
+            that it has learned itself; `auto` = the base for its own tasks and, for a task learned later, the frozen
+            adapter that learned it (as in Bench-S); `previous` = the adapter of stage k−1, frozen (the paper's).
         tap_layer: layer whose hidden states are the features, counted as in `hidden_states` (-1 = last, after the
             final norm). The paper's "layer that fuses" has no counterpart in a causal language model; unverified.
         anchor_bank: that many stored anchors (at most; chosen once per stage) are the negatives of RAC and of CMI, so
@@ -125,10 +126,11 @@ class InfoVLAConfig(TrainingArguments):
             what the base holds fast. `auto`: `stage` for `infovla`, `task` for the others.
         anchor_views: augmented views of each replayed frame for which anchors are kept, ≥ 1. The first of a memory
             frame is the frame itself, so 1 means that memory samples are not augmented while anchors are in use.
-            Unverified.
+            Unverified; Bench-S has 4, which asks the teacher four times as often.
         counterfactual_share: share of the replay samples that are frames of the current task under the instruction of
             an old one, the teacher's answer being the label; in [0, 1], 0 = none. Unverified.
-        counterfactual_frames: that many such pairs of frame and instruction are chosen per stage. Unverified.
+        counterfactual_frames: that many such pairs of frame and instruction are chosen per stage. Unverified;
+            Bench-S has 1024.
 
     > Parameters that control augmentation
 
@@ -175,7 +177,7 @@ class InfoVLAConfig(TrainingArguments):
     ] = _option(
         "infovla",
         "What is added to plain fine-tuning: sequential (nothing), er (replay), infovla (replay, counterfactual "
-        "frames, RAC, CMI, output), infovla_paper (as in the paper), der++, mir, ewc, lwf, multitask (upper bound), "
+        "frames, RAC, CMI, output), infovla_paper (as in the paper), der++, mir, ewc, lwf, multitask (all is kept), "
         "single_task (an adapter per task, chosen by the task), merge (those merged).",
     )
     lambda_rac: float = _option(
@@ -193,8 +195,8 @@ class InfoVLAConfig(TrainingArguments):
     temperature: float = _option(0.1, "Temperature of both terms.")
     teacher: Literal["base", "auto", "previous"] = _option(
         "base",
-        "Frozen teacher: base (adapters off), auto (the base for its own tasks, for a later one the adapter that "
-        "learned it) or previous (the adapter of the stage before).",
+        "Frozen teacher: base (adapters off; its answers are kept on its own tasks alone), auto (the base for its own "
+        "tasks, for a later one the adapter that learned it) or previous (the adapter of the stage before).",
     )
     tap_layer: int = _option(-1, "Layer whose hidden states are the features; -1 = last, after the final norm.")
     anchor_bank: int = _option(1024, "Stored anchors used as negatives; 0 = those of the mini-batch, as in Eq. 1.")

@@ -26,9 +26,10 @@ class Consolidation:
     those of the end of the stage before. F is the mean of squared gradients of single samples' policy loss (empirical
     Fisher). The penalty is no mean over a batch, so it does not depend on the batch's size.
 
-    Deviations: only the adapter has a Fisher, because only it is trained. The policy loss is a mean over the numbers
-    of a chunk and no log-likelihood, so F is too small by the square of the factor between the two, and the penalty
-    beside the loss by the factor itself: `InfoVLAConfig.lambda_ewc` has it.
+    Deviations: only the adapter has a Fisher, because only it is trained. Of the base's tasks it is that of the first
+    adapter before its training, where B = 0, so that A has no gradient yet: they hold B near 0 and leave A free. The
+    policy loss is a mean over the numbers of a chunk and no log-likelihood, so F is too small by the square of the
+    factor between the two, and the penalty beside the loss by the factor itself: `InfoVLAConfig.lambda_ewc` has it.
 
     Args:
         fisher, reference: by the names of the adapter's parameters, its own name left out.

@@ -18,14 +18,14 @@ def most_interfered(
     """The candidates whose loss grows most under one gradient step on the current samples.
 
     Maximally Interfered Retrieval (Aljundi et al., 1908.04742), MI-1: score_i = ℓ(x_i; θ − η ∇L_current) − ℓ(x_i; θ).
-    Deviation: the virtual step is plain gradient descent although the real one is Adam's; only its direction matters.
+    Deviation: the virtual step is plain gradient descent although the real one is Adam's.
 
     Args:
         model: not wrapped; its trainable parameters take the virtual step and are then as before, bit for bit.
         current: batch of current samples.
         candidates: batch of N ≥ count memory samples.
         count: how many to choose.
-        learning_rate: η > 0.
+        learning_rate: η > 0, large enough that a difference of losses is more than rounding.
 
     Returns:
         (count,) rows of `candidates`, in their order. Without gradient.

@@ -29,8 +29,9 @@ learned them (`replay_balance`).
 - **mir**: Maximally Interfered Retrieval (Aljundi et al., 1908.04742), see `interference.py`. Costs three more forward
   passes per step; gradient steps are as many as everybody's. Each process chooses among its own candidates.
 - **ewc**: online Elastic Weight Consolidation (1612.00796, 1805.06370), see `consolidation.py`. No memory.
-- **multitask**: the upper bound: replay of every demonstration of every task seen so far, with the same batches and
-  steps. Deviation from joint training from the start: a task's own stage gives it more samples than the others.
+- **multitask**: replay of every demonstration of every task seen so far, with the same batches and steps: an upper
+  bound of replay, not of every method. Deviation from joint training from the start: it learns stage by stage, and a
+  task's own stage gives it more samples than the others.
 - **single_task**: the reference without interference: a fresh adapter per task on the frozen base, without replay, and
   at evaluation the task's own adapter (the base for its tasks), so the task's identity must be known.
 - **merge**: those adapters merged into one after each stage, ΔW = w Σ_k B_k A_k exactly (`cat`: rank Σ r_k), as in
@@ -256,7 +257,8 @@ class Term(Protocol):
     Attributes:
         name: under which its curve is logged.
         weight: λ.
-        counterfactual: whether it sees counterfactual frames too, or memory samples alone.
+        counterfactual: whether it sees counterfactual frames too, and of the memory what the teacher has learned, or
+            the whole memory alone.
         network: trained along with the adapter and thrown away after the stage; None for most.
     """
 

@@ -44,6 +44,7 @@ class Rehearsal:
         views: of their rows, for which anchors are kept; None where replayed frames are augmented anew.
         terms: of the loss, for replayed samples.
         teachers: past task → adapter, None = the base; empty where nobody is asked.
+        answers_all: whether each teacher has learned the tasks it is asked about; see `are_answered`.
 
     Raises:
         ValueError: a teacher's adapter is not loaded.
@@ -68,17 +69,25 @@ class Rehearsal:
         self._seed = config.seed if config.data_seed is None else config.data_seed
         if past_tasks is None:
             past_tasks = memory.instructions if memory is not None else {}
+        # Of a task that a later adapter has learned, the base has features to hold to, but no answer worth keeping.
+        unanswered = set(learned_by or {}) if config.teacher == "base" else set()
+        answered = {name: words for name, words in past_tasks.items() if name not in unanswered}
         replays = method.replay and config.replay_fraction > 0
         self.memory = memory if memory is not None and len(memory) and replays else None
         self.remembered: ChunkDataset | None = None
         if self.memory is not None and self.memory.frames is not None:
             self.remembered = current.like(self.memory.frames)
         self.counterfactual: CounterfactualDataset | None = None
-        if past_tasks and method.counterfactual and config.counterfactual_share and config.replay_fraction:
+        if answered and method.counterfactual and config.counterfactual_share and config.replay_fraction:
             self.counterfactual = CounterfactualDataset(
-                current, past_tasks, frames=config.counterfactual_frames, seed=self._seed
+                current, answered, frames=config.counterfactual_frames, seed=self._seed
             )
         self.tables: list[FrameTable] = [each for each in (self.remembered, self.counterfactual) if each is not None]
+        self._answered = torch.ones(sum(map(len, self.tables)), dtype=torch.bool)
+        if self.remembered is not None and unanswered:
+            known = torch.tensor([task not in unanswered for task in self.remembered.tasks])
+            self._answered[: len(self.remembered)] = known[torch.from_numpy(self.remembered.task)]
+        self.answers_all = bool(self._answered.all())
         self._kind: Literal["actions", "logits"] = (
             "actions" if base_model(model).config.action_head == "l1" else "logits"
         )
@@ -98,6 +107,10 @@ class Rehearsal:
     def are_remembered(self, replayed: Tensor) -> Tensor:
         """(R,) bool, which replayed frames, given as (view, row) (R, 2), are of the memory and not counterfactual."""
         return replayed[:, 1] < len(self.remembered or ())
+
+    def are_answered(self, replayed: Tensor) -> Tensor:
+        """(R,) bool, for which replayed frames (view, row) the teacher knows what to do: it has learned their task."""
+        return self._answered[replayed[:, 1]]
 
     @property
     def regresses_answers(self) -> bool:

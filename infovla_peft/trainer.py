@@ -78,7 +78,7 @@ class InfoVLATrainer(Trainer):
             `teacher="previous"`.
         past_tasks: name → instruction of the tasks learned before, for counterfactual frames; None = the memory's.
         learned_by: name of a past task → name of the adapter that learned it; tasks that are not in it are the base's.
-            Only used by `teacher="auto"`.
+            Used by `teacher="auto"`, and by `teacher="base"`, whose answers on tasks of others are not kept.
         consolidation: what past tasks depend on, for `method="ewc"`.
         kwargs: further arguments of `Trainer`.
 
@@ -300,8 +300,9 @@ class InfoVLATrainer(Trainer):
         first = len(inputs["input_ids"]) - candidates
         current = {name: tensor[:first] for name, tensor in inputs.items()}
         offered = {name: tensor[first:] for name, tensor in inputs.items()}
-        rate = self._get_learning_rate() or self.args.learning_rate  # 0 in the first step of a warm-up
         model = cast(nn.Module, self.model)
+        # Not the schedule's: at its end, what such a step changes of a loss is less than float32 holds.
+        rate = self.args.learning_rate
         chosen = most_interfered(model, current, offered, candidates // self.args.mir_candidates, rate)
         return {name: torch.cat((current[name], offered[name][chosen])) for name in inputs}
 
@@ -317,6 +318,11 @@ class InfoVLATrainer(Trainer):
         rows = slice(first, first + len(kept))
         features = extract_features(hidden, outputs.token_roles, rows, longest=contrast.words)
         features = features._replace(output=policy_output(outputs, slice(first, None)))
+        if not self.rehearsal.answers_all:
+            mine_known, theirs_known = (self.rehearsal.are_answered(part) for part in (own, peers))
+            own, peers = own[mine_known], peers[theirs_known]
+            if features.output is not None:
+                features = features._replace(output=features.output[mine_known.to(hidden.device)])
         whole = replace(contrast, own=own)
         for term in self.terms:
             mine, theirs = (own, peers) if term.counterfactual else (kept, others)

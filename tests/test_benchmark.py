@@ -189,13 +189,16 @@ def test_bench_s_is_what_it_says() -> None:
         "mir",
         "multitask",
         "infovla_paper",
+        "infovla_paper_rac_only",
+        "infovla_paper_cmi_only",
         "infovla_rac_only",
         "infovla_cmi_only",
         "infovla_output_only",
+        "infovla_base_teacher",
         "er_by_stage",
     ):
         assert {key.seed for key in keys if key.method == method} == {0, 1, 2}
-    assert len(keys) == len(set(keys)) == 12 + 24 + 10 + 8 + 6
+    assert len(keys) == len(set(keys)) == 12 + 33 + 10 + 8 + 6
 
 
 def test_runs_are_ordered_named_and_not_doubled(benchmark: Benchmark) -> None:

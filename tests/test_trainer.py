@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import weakref
@@ -204,7 +205,7 @@ def test_stored_anchors_are_used_again_while_they_fit(tmp_path: Path) -> None:
 def three_stages(folder: Path, **options: Any) -> InfoVLATrainer:
     """A third stage: the base learned to open the drawer, adapter "one" to turn on the stove; both differ."""
     policy = tiny_policy(autoregressive=options.pop("autoregressive", False))
-    args = config(folder, teacher="auto", **options)
+    args = config(folder, **{"teacher": "auto", **options})
     model = add_adapter(policy.model, "one", args)
     torch.manual_seed(0)
     for _, parameter in adapter_parameters(model, "one"):
@@ -242,6 +243,38 @@ def test_auto_asks_whoever_learned_a_task(tmp_path: Path) -> None:
             model, config(tmp_path, teacher="auto"), policy.dataset.like(policy.task(BOWL)), policy.collator,
             memory=old_tasks(policy),
         )  # fmt: skip
+
+
+def test_the_base_answers_for_its_own_tasks_alone(tmp_path: Path) -> None:
+    """Of a task that an adapter has learned it knows no action that were worth keeping."""
+    options = {"lambda_output": 1.0, "counterfactual_share": 0.5, "counterfactual_frames": 10, "max_steps": 3}
+    found = {teacher: three_stages(tmp_path / teacher, teacher=teacher, **options) for teacher in ("base", "auto")}
+    for teacher, trainer in found.items():
+        anchors, data = trainer.prepare_anchors(), trainer.rehearsal.remembered
+        assert anchors is not None
+        assert data is not None
+        assert trainer.rehearsal.counterfactual is not None
+        foreign = [teacher == "auto" or data.tasks[number] != STOVE for number in data.task]
+        rows = torch.tensor([(0, row) for row in range(sum(map(len, trainer.rehearsal.tables)))])
+        assert trainer.rehearsal.are_answered(rows).tolist() == foreign + [True] * 10
+        assert (STOVE in trainer.rehearsal.counterfactual.tasks) == (teacher == "auto")
+        output = anchors.output.clone()
+        output[:, [row for row, known in enumerate(foreign) if not known]] = torch.nan
+        trainer.rehearsal.use(dataclasses.replace(anchors, output=output))
+        for batch in trainer.get_train_dataloader():
+            assert torch.isfinite(trainer.compute_loss(trainer.model, batch))  # type: ignore[arg-type]
+        assert float(trainer._sums["output"]) > 0
+    # A stream of adapters alone: nothing is left that the base could answer.
+    trainer = three_stages(tmp_path / "none", teacher="base", **options)
+    alone = InfoVLATrainer(
+        trainer.model, trainer.args, trainer.train_dataset, trainer._collator, memory=old_tasks(tiny_policy()),
+        learned_by=dict.fromkeys(trainer.rehearsal.teachers, "one"),
+    )  # fmt: skip
+    alone.prepare_anchors()
+    assert alone.rehearsal.counterfactual is None
+    alone.train()
+    assert all(log["output_skipped"] for log in alone.state.log_history if "policy_loss" in log)
+    assert all(np.isfinite(losses(alone)))
 
 
 @pytest.mark.parametrize("autoregressive", [False, True])
