@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from .benchmark import Benchmark, RunKey, progress, resolved_recipe, unimportant
+from .benchmark import Benchmark, Job, RunKey, progress, resolved_recipe, unimportant
 from .comparison import FORMAT_VERSION, ComparedRun, load_comparison
+from .library import find_adapters
 from .methods import unread_options
 from .results import Results
 from .run_folder import RunFolder, changed_keys
@@ -43,7 +44,8 @@ def aggregate(benchmark: Benchmark, held: Held | None = None) -> tuple[dict[str,
         if found.problem:
             raise ValueError(found.problem)
         if found.done:
-            runs.append(_aggregate_run(job.key, Results.load(RunFolder(job.folder).results), benchmark))
+            run = _aggregate_run(job.key, Results.load(RunFolder(job.folder).results), benchmark)
+            runs.append({**run, "base": _base_of(job)})
         elif held and job.key in held:
             runs.append(asdict(held[job.key]))
         else:
@@ -80,6 +82,12 @@ def load_held(benchmark: Benchmark, aggregates: Iterable[str | os.PathLike[str]]
                 )
             held.setdefault(key, run)
     return held
+
+
+def _base_of(job: Job) -> str | None:
+    """Digest of the weights that the run's adapters were trained on."""
+    adapters = find_adapters(job.folder)
+    return adapters[0].info.base_fingerprint["weights"] if adapters else None
 
 
 def _aggregate_run(key: RunKey, results: Results, benchmark: Benchmark) -> dict[str, Any]:

@@ -153,19 +153,23 @@ def known_with(task: TaskEntry, tasks: Sequence[TaskEntry]) -> list[str]:
 
 
 def compare_analyses(
-    run_folders: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None
+    run_folders: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    names: Sequence[str | None] = (),
 ) -> Comparison:
     """Diffusion, CKA and listening over the stages, per method, mean over the old tasks.
 
     Args:
         run_folders: each with an analysis.json; runs of one method with several seeds are averaged.
         output: a PNG to draw.
+        names: what each run counts as, None for its method: variants of one method need names.
 
     Raises:
         FileNotFoundError: a run is not analysed.
         ValueError: the runs differ in what makes numbers comparable.
     """
-    comparison = compare([Analysis.load(folder) for folder in run_folders])
+    comparison = compare([Analysis.load(folder) for folder in run_folders], names)
     if output is not None:
         draw_comparison(comparison, output)
     return comparison

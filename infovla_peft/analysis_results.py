@@ -40,6 +40,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -322,8 +323,11 @@ def mean_of_runs(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return mean
 
 
-def compare(analyses: Sequence[Analysis]) -> Comparison:
+def compare(analyses: Sequence[Analysis], names: Sequence[str | None] = ()) -> Comparison:
     """Gather analyses by method; runs of one method (its seeds) are kept apart, for their mean and spread.
+
+    Args:
+        names: what each counts as; None, or left out: its method. Variants of one method need names.
 
     Raises:
         ValueError: no analyses, or of different suites, streams, assets or settings, or two of one method with the
@@ -336,16 +340,17 @@ def compare(analyses: Sequence[Analysis]) -> Comparison:
         if len(found) > 1:
             raise ValueError(f"the runs cannot be compared: {name} is {' and '.join(found)}")
     once: set[tuple[Any, ...]] = set()
-    for analysis in analyses:
-        run = (analysis.method, analysis.seed, *(task.name for task in analysis.tasks))
+    groups: dict[str, list[Analysis]] = {}
+    for analysis, name in zip_longest(analyses, names):
+        label = name or analysis.method
+        run = (label, analysis.seed, *(task.name for task in analysis.tasks))
         if run in once:
             raise ValueError(
-                f"two runs of {analysis.method} have seed {analysis.seed} and the same tasks, so they are no "
-                "repetitions; compare them in calls of their own"
+                f"two runs of {label} have seed {analysis.seed} and the same tasks, so they are no repetitions; give "
+                "each a name of its own (name=RUN), or compare them in calls of their own"
             )
         once.add(run)
-    methods = list(dict.fromkeys(analysis.method for analysis in analyses))
-    groups = {method: [one for one in analyses if one.method == method] for method in methods}
+        groups.setdefault(label, []).append(analysis)
     values = {
         column: {
             method: np.stack([analysis.old_mean(table, change=change) for analysis in group])

@@ -13,10 +13,12 @@ An aggregate is strict JSON with these keys and no others::
         commit, versions                      of what made the run
         train_seconds, evaluate_seconds       of the stages after the base
         config                                in what the run differs from the protocol
+        base                                  digest of the base's weights; may be missing or null: not known
     }]
 
 Intervals are percentile bootstrap intervals over runs (seeds and orders): with three runs they are narrower than they
-ought to be, and with one there is none.
+ought to be, and with one there is none. They say what another seed or order would do, on the same base, demonstrations
+and start states.
 """
 
 from __future__ import annotations
@@ -36,6 +38,11 @@ from .reading import Checker, read_json
 
 FORMAT_VERSION = 1
 RESAMPLES = 10_000
+STUDENT = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+"""The 97.5 % quantile of Student's t with 1, 2, … degrees of freedom."""
 
 
 class ComparisonError(ValueError):
@@ -85,6 +92,7 @@ class ComparedRun:
     train_seconds: float
     evaluate_seconds: float
     config: dict[str, Any]
+    base: str | None = None
 
     @property
     def matrix(self) -> NDArray[np.float64]:
@@ -118,12 +126,22 @@ class Comparison:
 
 
 class Estimate(NamedTuple):
-    """A mean with its interval, NaN where there is none, over `n` values."""
+    """A mean with its bootstrap interval and its standard error, NaN where there is none, over `n` values."""
 
     mean: float
     low: float
     high: float
     n: int
+    error: float = math.nan
+
+    def student(self) -> tuple[float, float]:
+        """Student's 95 % interval of the mean: of few values wider, and truer, than a bootstrap's. NaN with one.
+
+        >>> [round(bound, 2) for bound in bootstrap_mean([1.0, 2.0, 3.0]).student()]
+        [-0.48, 4.48]
+        """
+        half = STUDENT[min(self.n - 1, len(STUDENT)) - 1] * self.error if self.n > 1 else math.nan
+        return self.mean - half, self.mean + half
 
 
 # --- statistics --------------------------------------------------------------------------------------------------
@@ -148,7 +166,7 @@ def bootstrap_mean(
 
     Example:
         >>> bootstrap_mean([0.5, 0.5, float("nan")])
-        Estimate(mean=0.5, low=0.5, high=0.5, n=2)
+        Estimate(mean=0.5, low=0.5, high=0.5, n=2, error=0.0)
     """
     given = np.asarray(values, dtype=np.float64)
     if given.ndim != 1 or resamples < 1 or not 0 < confidence < 1:
@@ -165,7 +183,7 @@ def bootstrap_mean(
     drawn = np.random.default_rng(seed).integers(len(kept), size=(resamples, len(kept)))
     means = kept[drawn].mean(axis=1)  # (resamples,)
     low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return Estimate(mean, float(low), float(high), len(kept))
+    return Estimate(mean, float(low), float(high), len(kept), float(kept.std(ddof=1) / math.sqrt(len(kept))))
 
 
 def paired_difference(
@@ -184,7 +202,7 @@ def paired_difference(
 
     >>> estimate = paired_difference({0: 0.5, 1: 0.75, 2: 1.0}, {0: 0.25, 1: 0.5})
     >>> estimate
-    Estimate(mean=0.25, low=0.25, high=0.25, n=2)
+    Estimate(mean=0.25, low=0.25, high=0.25, n=2, error=0.0)
     """
     pairs = [key for key in ours if key in theirs]
     differences = [ours[key] - theirs[key] for key in pairs]
@@ -236,6 +254,17 @@ def same_ranking(by_order: Mapping[str, list[list[str]]]) -> bool | None:
     return all(ranking == found[0] for ranking in found)
 
 
+def comparable(runs: Sequence[ComparedRun]) -> dict[str | None, list[ComparedRun]]:
+    """The runs whose means may stand beside each other: all of them (under None), or those of each order of tasks.
+
+    Apart where not every method was run under all orders: a mean over both and a mean over one differ by the tasks.
+    """
+    orders = [{run.order for run in own} for own in by_method(runs).values()]
+    if all(one == orders[0] for one in orders):
+        return {None: list(runs)}
+    return {order: [run for run in runs if run.order == order] for order in sorted(set().union(*orders))}
+
+
 def method_names(runs: Iterable[ComparedRun]) -> list[str]:
     return list(dict.fromkeys(run.method for run in runs))
 
@@ -260,25 +289,29 @@ def estimates(runs: Iterable[ComparedRun]) -> dict[str, dict[str, Estimate]]:
 def differences(runs: Sequence[ComparedRun], against: str) -> dict[str, dict[str, Estimate]]:
     """Method -> metric -> paired difference to the method `against`, over their common seeds and orders.
 
-    The runs must be of one suite and memory size. Empty if `against` was not run there. Two runs whose base columns
-    differ started from different bases, trained on two machines, and are no pair.
+    The runs must be of one suite and memory size. Empty if `against` was not run there. Two runs whose bases differ,
+    by their digests if both are known, else by their columns of rollouts, were made on two machines and are no pair.
     """
-    values = {
-        method: {(run.order, *_pair(run)): run.metrics() for run in own} for method, own in by_method(runs).items()
-    }
-    if against not in values:
+    keyed = {method: {(run.order, *_pair(run)): run for run in own} for method, own in by_method(runs).items()}
+    if against not in keyed:
         return {}
-    reference = values.pop(against)
-    return {
-        method: {
+    reference = keyed.pop(against)
+    result = {}
+    for method, own in keyed.items():
+        pairs = [pair for pair, run in own.items() if pair in reference and _may_share_base(run, reference[pair])]
+        ours, theirs = ({pair: found[pair].metrics() for pair in pairs} for found in (own, reference))
+        result[method] = {
             name: paired_difference(
-                {pair: found[name] for pair, found in own.items()},
-                {pair: found[name] for pair, found in reference.items()},
+                {pair: values[name] for pair, values in ours.items()},
+                {pair: values[name] for pair, values in theirs.items()},
             )
             for name in METRICS
         }
-        for method, own in values.items()
-    }
+    return result
+
+
+def _may_share_base(one: ComparedRun, other: ComparedRun) -> bool:
+    return None in (one.base, other.base) or one.base == other.base
 
 
 def _pair(run: ComparedRun) -> tuple[Any, ...]:
@@ -336,6 +369,8 @@ class _Reader(Checker[ComparisonError]):
         return Comparison(content["protocol"], runs)
 
     def run(self, value: Any, where: str) -> ComparedRun:
+        if isinstance(value, dict):
+            value = {"base": None, **value}
         record = self.record(value, [item.name for item in fields(ComparedRun)], where)
         for name, kind, expected in _KINDS:
             if not isinstance(record[name], kind) or isinstance(record[name], bool):
@@ -372,5 +407,5 @@ _KINDS: tuple[tuple[str, Any, str], ...] = (
     *((name, list, "a list") for name in ("tasks", "learned_at", "success", "episodes")),
     *((name, (int, float), "a number of seconds") for name in ("train_seconds", "evaluate_seconds")),
     *((name, dict, "an object") for name in ("versions", "config")),
-    ("commit", (str, type(None)), "a string or null"),
+    *((name, (str, type(None)), "a string or null") for name in ("commit", "base")),
 )

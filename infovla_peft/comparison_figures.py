@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
-from .comparison import ComparedRun, Comparison, bootstrap_mean, by_method, estimates
+from .comparison import ComparedRun, Comparison, bootstrap_mean, by_method, comparable, estimates
 from .figures import ACCENT, GRID, MUTED, SECOND, STYLE, cell_colours, save_figure, stage_name
 from .metrics import average_by_stage
 
@@ -30,15 +30,20 @@ LABEL_WIDTH, CELL_WIDTH, CELL_HEIGHT, GAP, TOP = 2.3, 0.44, 0.34, 0.35, 0.62  # 
 def draw_comparison(comparison: Comparison, folder: str | os.PathLike[str]) -> list[Path]:
     """Draw every figure of an aggregate into a folder as PNG; gives their paths.
 
-    Per suite and memory size: `success_over_stages_…`, `retention_…`; and per order of tasks `matrices_…`.
+    Per suite and memory size: `success_over_stages_…`, `retention_…` (one per order of tasks where not every method
+    was run under all of them); and per order `matrices_…`.
     """
     paths = []
     for (suite, memory), runs in comparison.groups().items():
         name = f"{_file_name(suite)}_m{memory}"
         title = f"{suite}, {memory} {'trajectory' if memory == 1 else 'trajectories'} per past task"
-        paths += [Path(folder) / f"{kind}_{name}.png" for kind in ("success_over_stages", "retention")]
-        draw_success_over_stages(runs, title, paths[-2])
-        draw_retention(runs, title, paths[-1])
+        for order, some in comparable(runs).items():
+            which, where = (
+                (name, title) if order is None else (f"{name}_{_file_name(order)}", f"{title}, order {order}")
+            )
+            paths += [Path(folder) / f"{kind}_{which}.png" for kind in ("success_over_stages", "retention")]
+            draw_success_over_stages(some, where, paths[-2])
+            draw_retention(some, where, paths[-1])
         for order in sorted({run.order for run in runs}):
             paths.append(Path(folder) / f"matrices_{name}_{_file_name(order)}.png")
             own = [run for run in runs if run.order == order]

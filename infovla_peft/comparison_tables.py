@@ -20,6 +20,7 @@ from .comparison import (
     Estimate,
     MetricColumn,
     by_method,
+    comparable,
     differences,
     estimates,
     method_names,
@@ -64,7 +65,9 @@ def markdown(comparison: Comparison, against: Sequence[str]) -> str:
     parts.append("\n".join(f"- **{column.label}**: {column.meaning}{_better(column)}" for column in METRICS.values()))
     for (suite, memory), runs in comparison.groups().items():
         parts += [f"## {suite}, {_trajectories(memory)} per past task", _provenance(runs)]
-        parts.append(_markdown_table(*_metric_rows(runs)))
+        for order, some in comparable(runs).items():
+            parts += [f"### Order {order}"] * (order is not None)
+            parts.append(_markdown_table(*_metric_rows(some)))
         for reference in against:
             table = _difference_rows(runs, reference)
             if table is not None:
@@ -80,7 +83,9 @@ def latex(comparison: Comparison, against: Sequence[str]) -> str:
     for (suite, memory), runs in comparison.groups().items():
         where = f"{suite}, {_trajectories(memory)} per past task"
         caption = f"{where}. Mean over runs in per cent, bootstrap 95 % interval in brackets."
-        parts.append(_latex_table(caption, *_metric_rows(runs)))
+        for order, some in comparable(runs).items():
+            which = "" if order is None else f", order {order}"
+            parts.append(_latex_table(caption.replace(". Mean", f"{which}. Mean"), *_metric_rows(some)))
         for reference in against:
             table = _difference_rows(runs, reference)
             if table is not None:
@@ -90,22 +95,31 @@ def latex(comparison: Comparison, against: Sequence[str]) -> str:
 
 
 def metrics_csv(comparison: Comparison) -> str:
-    """One line per suite, memory size, method and metric: mean and bounds in [0, 1], and the number of runs."""
-    rows: list[Sequence[Any]] = [("suite", "memory", "method", "metric", "mean", "low", "high", "runs")]
+    """One line per suite, memory size, order, method and metric: mean and bounds in [0, 1], and the number of runs.
+
+    The order is empty where the mean is one over all of them, see `comparison.comparable`.
+    """
+    rows: list[Sequence[Any]] = [("suite", "memory", "order", "method", "metric", "mean", "low", "high", "runs")]
     for (suite, memory), runs in comparison.groups().items():
-        for method, found in estimates(runs).items():
-            rows += [(suite, memory, method, name, *_numbers(value), value.n) for name, value in found.items()]
+        for order, some in comparable(runs).items():
+            for method, found in estimates(some).items():
+                place = (suite, memory, order or "", method)
+                rows += [(*place, name, *_numbers(value), value.n) for name, value in found.items()]
     return _csv(rows)
 
 
 def differences_csv(comparison: Comparison, against: Sequence[str]) -> str:
-    """One line per suite, memory size, method, reference and metric: mean difference, bounds, number of pairs."""
-    rows: list[Sequence[Any]] = [("suite", "memory", "method", "against", "metric", "mean", "low", "high", "pairs")]
+    """One line per suite, memory size, method, reference and metric: mean difference, bounds, number of pairs.
+
+    `low` and `high` are the bootstrap's, `t_low` and `t_high` Student's.
+    """
+    columns = ("suite", "memory", "method", "against", "metric", "mean", "low", "high", "t_low", "t_high", "pairs")
+    rows: list[Sequence[Any]] = [columns]
     for (suite, memory), runs in comparison.groups().items():
         for reference in against:
             for method, found in differences(runs, reference).items():
                 rows += [
-                    (suite, memory, method, reference, name, *_numbers(value), value.n)
+                    (suite, memory, method, reference, name, *_numbers(value), *_numbers(value.student()), value.n)
                     for name, value in found.items()
                 ]
     return _csv(rows)
@@ -113,7 +127,9 @@ def differences_csv(comparison: Comparison, against: Sequence[str]) -> str:
 
 _INTRODUCTION = (
     "Success in per cent: mean over runs (seeds and task orders), bootstrap 95 % interval in brackets. An interval "
-    "over few runs is narrower than it ought to be; with one run there is none."
+    "over few runs is narrower than it ought to be; with one run there is none. Beside the difference of FAA stands "
+    "Student's interval, which is not. Both are about other seeds and orders on the same base, demonstrations and "
+    "start states. Where not every method was run under all orders, each order has a table."
 )
 
 
@@ -132,11 +148,14 @@ def _difference_rows(runs: Sequence[ComparedRun], against: str) -> tuple[list[st
     found = differences(runs, against)
     if not found:
         return None
-    header = ["method", "pairs", *(column.label for column in METRICS.values())]
-    return header, [
-        [method, str(values["final_average"].n), *(_percent(values[name], signed=True) for name in METRICS)]
-        for method, values in found.items()
-    ]
+    first, *others = METRICS
+    header = ["method", "pairs", METRICS[first].label, "Student's", *(METRICS[name].label for name in others)]
+    rows = []
+    for method, values in found.items():
+        cells = [_percent(values[name], signed=True) for name in METRICS]
+        student = _interval(*values[first].student(), form="+.1f")
+        rows.append([method, str(values[first].n), cells[0], student or NOT_MEASURED, *cells[1:]])
+    return header, rows
 
 
 def _ranking_text(runs: Sequence[ComparedRun]) -> str:
@@ -189,13 +208,20 @@ def _percent(value: Estimate, *, signed: bool = False) -> str:
     if math.isnan(value.mean):
         return NOT_MEASURED
     form = "+.1f" if signed else ".1f"
+    return f"{_number(value.mean, form)} {_interval(value.low, value.high, form=form)}".rstrip()
+
+
+def _interval(low: float, high: float, *, form: str) -> str:
+    return "" if math.isnan(low) else f"[{_number(low, form)}, {_number(high, form)}]"
+
+
+def _number(rate: float, form: str) -> str:
     # Adding 0.0 turns the -0.0 of a small negative number into 0.0.
-    mean, low, high = (f"{round(100 * number, 1) + 0.0:{form}}".replace("-", "−") for number in value[:3])
-    return mean if math.isnan(value.low) else f"{mean} [{low}, {high}]"
+    return f"{round(100 * rate, 1) + 0.0:{form}}".replace("-", "−")
 
 
-def _numbers(value: Estimate) -> list[str]:
-    return ["" if math.isnan(number) else f"{number:.4f}" for number in value[:3]]
+def _numbers(values: Sequence[float]) -> list[str]:
+    return ["" if math.isnan(number) else f"{number:.4f}" for number in values[:3]]
 
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

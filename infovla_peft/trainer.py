@@ -317,13 +317,11 @@ class InfoVLATrainer(Trainer):
         contrast = negatives(anchors, kept, others, hidden.device)
         rows = slice(first, first + len(kept))
         features = extract_features(hidden, outputs.token_roles, rows, longest=contrast.words)
-        features = features._replace(output=policy_output(outputs, slice(first, None)))
+        output = policy_output(outputs, slice(first, None))
         if not self.rehearsal.answers_all:
-            mine_known, theirs_known = (self.rehearsal.are_answered(part) for part in (own, peers))
-            own, peers = own[mine_known], peers[theirs_known]
-            if features.output is not None:
-                features = features._replace(output=features.output[mine_known.to(hidden.device)])
-        whole = replace(contrast, own=own)
+            known, peers_known = (self.rehearsal.are_answered(part) for part in (own, peers))
+            own, peers, output = own[known], peers[peers_known], output[known.to(output.device)]
+        features, whole = features._replace(output=output), replace(contrast, own=own)
         for term in self.terms:
             mine, theirs = (own, peers) if term.counterfactual else (kept, others)
             # The mean over processes shall be the mean over all samples, however they are spread.

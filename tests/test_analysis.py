@@ -282,6 +282,8 @@ def test_a_run_that_asks_for_it(
     text = capsys.readouterr().out
     assert "infovla (1 run)" in text
     assert "analysis:" not in text  # it was not analysed again
+    assert main(["analyse", f"ours={run}"]) == 0
+    assert "ours (1 run)" in capsys.readouterr().out
     with Image.open(figure) as picture:
         assert min(picture.size) > 300
 
@@ -366,6 +368,8 @@ def test_a_comparison_gathers_runs_by_method(tmp_path: Path) -> None:
         compare([small(), small(suite="libero_object")])
     with pytest.raises(ValueError, match="two runs of er have seed 0 and the same tasks"):
         compare([small(), small(shift=0.2)])
+    named = compare([small(), small(shift=0.2), small(shift=0.4, seed=1)], [None, "variant", "variant"])
+    assert named.runs == {"er": 1, "variant": 2}
     with pytest.raises(ValueError, match="nothing to compare"):
         compare([])
     for name in ("one", "two"):

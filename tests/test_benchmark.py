@@ -26,6 +26,7 @@ from stream_fakes import STREAM, TRAINING, FakePool, install_fakes
 from test_recipes import script
 
 from infovla_peft import benchmark as module
+from infovla_peft.adapter_files import AdapterInfo, write_info
 from infovla_peft.aggregation import aggregate, load_held
 from infovla_peft.benchmark import Benchmark, Job, learn_base, load_benchmark, progress, take_over_base
 from infovla_peft.comparison import read_comparison
@@ -515,12 +516,16 @@ def test_a_damaged_run_is_named(benchmark: Benchmark) -> None:
 def test_an_aggregate_holds_the_finished_runs(benchmark: Benchmark) -> None:
     for job in benchmark.jobs[:4]:
         finish(job)
+    adapter = benchmark.jobs[1].folder / "adapters" / "stage_01_task_2"
+    adapter.mkdir(parents=True)
+    write_info(adapter, AdapterInfo("../../base", {"config": "c", "weights": "w"}, "libero_goal", stage=1))
     content, missing = aggregate(benchmark)
     assert missing == [f"libero_goal/{name}" for name in names(benchmark)[3:]]
     runs = read_comparison(json.loads(json.dumps(content))).runs
     assert [(run.method, run.seed, run.order, run.memory) for run in runs] == [
         ("er", 0, "A", 1), ("rac_only", 0, "A", 1), ("er", 0, "B", 1),
     ]  # fmt: skip
+    assert [run.base for run in runs] == ["w", None, None]
     assert runs[1].config == {"method": "infovla", "lambda_cmi": 0.0}
     assert runs[0].config == {"method": "er"}
     assert (runs[0].train_seconds, runs[0].evaluate_seconds) == (200.0, 100.0)  # without the shared base

@@ -19,6 +19,7 @@ from infovla_peft.comparison import (
     Comparison,
     ComparisonError,
     bootstrap_mean,
+    comparable,
     differences,
     estimates,
     load_comparison,
@@ -79,16 +80,15 @@ def test_doctests() -> None:
 
 def test_a_bootstrap_interval_by_hand() -> None:
     # Two runs, 0 and 1: the mean of a resample is 0, 1/2 or 1 with probability 1/4, 1/2, 1/4.
-    assert bootstrap_mean([0.0, 1.0]) == (0.5, 0.0, 1.0, 2)
-    assert bootstrap_mean([0.0, 1.0], confidence=0.4) == (0.5, 0.5, 0.5, 2)
+    assert bootstrap_mean([0.0, 1.0]) == (0.5, 0.0, 1.0, 2, 0.5)  # error: s = √½, by √2
+    assert bootstrap_mean([0.0, 1.0], confidence=0.4) == (0.5, 0.5, 0.5, 2, 0.5)
     assert bootstrap_mean([0.3] * 5)[1:3] == pytest.approx((0.3, 0.3))
 
 
 def test_nan_and_single_values_have_no_interval() -> None:
-    mean, low, high, n = bootstrap_mean([math.nan, 0.25])
+    mean, low, high, n, error = bootstrap_mean([math.nan, 0.25])
     assert (mean, n) == (0.25, 1)
-    assert math.isnan(low)
-    assert math.isnan(high)
+    assert all(map(math.isnan, (low, high, error)))
     assert math.isnan(bootstrap_mean([math.nan]).mean)
     assert bootstrap_mean([]).n == 0
 
@@ -116,7 +116,7 @@ def test_a_paired_difference_sees_only_common_pairs() -> None:
     theirs = {(0, "A"): 0.1, (1, "A"): 0.9, (2, "A"): math.nan, (3, "A"): 0.0}
     ours = {(0, "A"): 0.3, (1, "A"): 1.1, (2, "A"): 0.5, (0, "B"): 1.0}
     # The runs differ by 0.8 among themselves, the pairs by nothing.
-    assert paired_difference(ours, theirs) == pytest.approx((0.2, 0.2, 0.2, 2))
+    assert paired_difference(ours, theirs) == pytest.approx((0.2, 0.2, 0.2, 2, 0.0))
     assert paired_difference({}, theirs).n == 0
 
 
@@ -159,7 +159,7 @@ def test_estimates_and_differences() -> None:
         run("er", 0), run("er", 1, last=[0.1, 0.3, 0.4, 0.2]), run("infovla", 0, last=better), run("infovla", 7)
     ).runs
     assert estimates(runs)["er"]["final_average"].mean == pytest.approx((0.65 + 0.25) / 2)
-    mean, low, _, n = differences(runs, "er")["infovla"]["final_average"]
+    mean, low, _, n, _ = differences(runs, "er")["infovla"]["final_average"]
     assert (mean, n) == (pytest.approx(0.1), 1)
     assert math.isnan(low)
     assert differences(runs, "ewc") == {}
@@ -169,6 +169,42 @@ def test_runs_from_different_bases_are_no_pair() -> None:
     other_base = run("infovla", 1, success=[[0.8, 0.6, 0.5], *run("er")["success"][1:]])
     found = differences(compare(run("er", 0), run("er", 1), run("infovla", 0), other_base).runs, "er")
     assert found["infovla"]["final_average"].n == 1
+
+
+def test_a_base_is_told_by_its_digest_where_that_is_known() -> None:
+    runs = [run("er", 0, base="a"), run("er", 1, base="a"), run("infovla", 0, base="a"), run("infovla", 1, base="b")]
+    assert differences(compare(*runs).runs, "er")["infovla"]["final_average"].n == 1
+    assert differences(compare(run("er"), run("infovla", base="b")).runs, "er")["infovla"]["final_average"].n == 1
+
+
+def test_students_interval_by_hand() -> None:
+    """n = 3: mean 4, s = 2, half width 4.303 · 2 / √3."""
+    low, high = bootstrap_mean([2.0, 4.0, 6.0]).student()
+    assert (low, high) == (pytest.approx(4 - 4.303 * 2 / 3**0.5), pytest.approx(4 + 4.303 * 2 / 3**0.5))
+    assert math.isnan(bootstrap_mean([1.0]).student()[0])
+    many = bootstrap_mean(np.arange(50.0))
+    assert many.student()[1] == pytest.approx(24.5 + 2.042 * many.error)
+
+
+def test_means_over_other_orders_do_not_stand_in_one_table(tmp_path: Path) -> None:
+    """`mir` was not run under B: its mean, of A alone, is about other tasks than a mean over both."""
+    runs = [run(method, seed, order) for method in ("er", "infovla") for seed in (0, 1) for order in "AB"]
+    mixed = compare(*runs, run("mir", 0, "A"))
+    assert {order: len(own) for order, own in comparable(mixed.runs).items()} == {"A": 5, "B": 4}
+    assert list(comparable(compare(*runs).runs)) == [None]
+    write_tables(mixed, tmp_path, ["er"])
+    text = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert text.index("### Order A") < text.index("| mir | 1 | A |") < text.index("### Order B")
+    assert "| infovla | 4 | +0.0 [+0.0, +0.0] | [+0.0, +0.0] |" in text
+    assert "| mir | 1 | +0.0 | not measured |" in text
+    rows = read_csv(tmp_path / "metrics.csv")
+    assert {(row["order"], row["method"]) for row in rows} == {
+        ("A", "er"), ("A", "infovla"), ("A", "mir"), ("B", "er"), ("B", "infovla"),
+    }  # fmt: skip
+    assert {path.name for path in draw_comparison(mixed, tmp_path) if path.name.startswith("success")} == {
+        "success_over_stages_libero_goal_m1_A.png",
+        "success_over_stages_libero_goal_m1_B.png",
+    }
 
 
 def test_an_unmeasured_cell_is_no_number(tmp_path: Path) -> None:
@@ -192,7 +228,7 @@ def test_tables_hold_what_the_file_holds(tmp_path: Path) -> None:
     assert [path.name for path in paths] == ["tables.md", "tables.tex", "metrics.csv", "differences.csv"]
     text = paths[0].read_text(encoding="utf-8")
     assert "| er | 4 | A, B | 65.0 [65.0, 65.0] |" in text
-    assert "| infovla_rac_only | 4 | +0.0 [+0.0, +0.0] |" in text
+    assert "| infovla_rac_only | 4 | +0.0 [+0.0, +0.0] | [+0.0, +0.0] |" in text
     assert "| er | 1 | A | 65.0 |" in text  # the section of memory 0: one run, no interval
     assert "The ranking is the same under all orders." in text
     assert "libero_goal, 0 trajectories per past task" in text

@@ -27,7 +27,9 @@ def _analyse(options: argparse.Namespace) -> None:
     from ..progress import quiet_libraries
 
     quiet_libraries(loading_bars=False)
-    for run in options.runs:
+    named = [_named(run) for run in options.runs]
+    names, runs = [name for name, _ in named], [run for _, run in named]
+    for run in runs:
         if options.again or not is_analysed(run):
             analyse_run(
                 run,
@@ -35,10 +37,16 @@ def _analyse(options: argparse.Namespace) -> None:
                 demonstrations=options.demonstrations_folder,
                 device=options.device,
             )
-    print(compare_analyses(options.runs, options.output).table())
-    print("\n".join(f"report: {Path(run) / 'report' / 'index.html'}" for run in options.runs))
+    print(compare_analyses(runs, options.output, names=names).table())
+    print("\n".join(f"report: {Path(run) / 'report' / 'index.html'}" for run in runs))
     if options.output:
         print(f"figure: {options.output}")
+
+
+def _named(run: str) -> tuple[str | None, str]:
+    """`name=folder` in its parts; a folder that is there may have the sign in its own name."""
+    name, sign, folder = run.partition("=")
+    return (name, folder) if sign and name and not Path(run).exists() else (None, run)
 
 
 def register(add: AddCommand) -> None:
@@ -50,7 +58,9 @@ def register(add: AddCommand) -> None:
     verify.add_argument("run", metavar="RUN_DIR", help="folder of a run")
 
     analyse = add("analyse", "show what the stages of runs have kept, and compare the runs", _analyse)
-    analyse.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    analyse.add_argument(
+        "runs", nargs="+", metavar="[NAME=]RUN", help="folder of a run; variants of one method need names"
+    )
     analyse.add_argument("--output", help="PNG of the comparison")
     analyse.add_argument("--frames", type=int, default=32, help="probe frames per task")
     analyse.add_argument("--demonstrations_folder", help="where they are, if not where the run says")
