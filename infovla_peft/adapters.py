@@ -343,11 +343,25 @@ def load_adapter(
     path = Path(folder)
     info = check_adapter(path)
     check_base(model, info, path, actual=base_fingerprint)
-    lora = read_lora(path)
+    return read_adapter(model, path, name, trainable=trainable), info
+
+
+def read_adapter(model: nn.Module, folder: Path, name: str, *, trainable: bool = False) -> PeftModel:
+    """`load_adapter` without its checks; where the weights do not fit, the model is left as it was."""
+    before, lora = active_adapter(model), read_lora(folder)
     peft_model = attach(model, name, lora, empty=True)
-    read_adapter_weights(peft_model, name, path)
+    try:
+        read_adapter_weights(peft_model, name, folder)
+    except Exception:
+        if isinstance(model, PeftModel):
+            peft_model.delete_adapter(name)
+            switch(peft_model, before) if before else deactivate(peft_model)
+        else:
+            tuner: Any = peft_model.base_model
+            tuner.unload()
+        raise
     activate(peft_model, name, trainable=trainable)
-    return peft_model, info
+    return peft_model
 
 
 # --- which base ------------------------------------------------------------------------------------------------------

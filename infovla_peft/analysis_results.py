@@ -40,7 +40,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -327,7 +326,7 @@ def compare(analyses: Sequence[Analysis], names: Sequence[str | None] = ()) -> C
     """Gather analyses by method; runs of one method (its seeds) are kept apart, for their mean and spread.
 
     Args:
-        names: what each counts as; None, or left out: its method. Variants of one method need names.
+        names: what each counts as, None for its method; empty for that of all. Variants of one method need names.
 
     Raises:
         ValueError: no analyses, or of different suites, streams, assets or settings, or two of one method with the
@@ -341,8 +340,8 @@ def compare(analyses: Sequence[Analysis], names: Sequence[str | None] = ()) -> C
             raise ValueError(f"the runs cannot be compared: {name} is {' and '.join(found)}")
     once: set[tuple[Any, ...]] = set()
     groups: dict[str, list[Analysis]] = {}
-    for analysis, name in zip_longest(analyses, names):
-        label = name or analysis.method
+    for index, analysis in enumerate(analyses):
+        label = (names[index] if names else None) or analysis.method
         run = (label, analysis.seed, *(task.name for task in analysis.tasks))
         if run in once:
             raise ValueError(

@@ -11,12 +11,17 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from .reading import read_yaml
+
+BENCHMARK_STATES = 50
+"""LIBERO's fixed initial states per task."""
 
 
 class RecipeError(ValueError):
@@ -242,6 +247,10 @@ class InfoVLAConfig(TrainingArguments):
     # Other defaults than TrainingArguments'.
     learning_rate: float = _option(5e-4, "The initial learning rate. Default: OpenVLA's fine-tuning recipe.")
     logging_steps: float = _option(10, "Log every so many steps; a number below 1 is a share of all steps.")
+    report_to: list[str] | None = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "Trackers: tensorboard, wandb, trackio, jsonl or others of Trainer, several too; or none."},
+    )
     remove_unused_columns: bool = _option(False, "Must stay False: batches carry more than the model's arguments.")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -253,11 +262,16 @@ class InfoVLAConfig(TrainingArguments):
             if getattr(self, name):
                 raise ValueError(NOT_COMPILED.format(name))  # before it is written into the environment
         compile_blocks, self.torch_compile = self.torch_compile, False  # Trainer would compile the model as a whole
+        self.report_to = self.report_to or ["none"]
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.torch_compile = compile_blocks
+        targets: Any = self.lora_targets
+        if isinstance(targets, (list, tuple)):  # as PEFT's `target_modules` may be
+            self.lora_targets = ",".join(targets)
         for name in ("lambda_rac", "lambda_cmi"):
             if getattr(self, name) is None:
                 setattr(self, name, 0.1 if self.method == "infovla_paper" else 0.02)
+        _check_types(self)
         if self.method == "infovla_paper":
             self.teacher, self.cmi_mode, self.anchor_bank, self.near_duplicate_window = "previous", "paper", 0, 0
             self.rac_targets, self.rac_center = "hard", False
@@ -396,6 +410,7 @@ class StreamConfig:
     tiny_heads: int = _option(4, "Tiny base: attention heads of both.")
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check_choices(self)
         shape = parse_stream(self.stream)
         if self.base_model == "tiny" and shape.base_tasks == 0:
@@ -450,8 +465,16 @@ class StreamConfig:
             "eval_workers",
             "videos_per_task",
         )
-        if self.final_eval_episodes is not None:
-            _check_at_least(self, 1, "final_eval_episodes")
+        for name in ("final_eval_episodes", "rollout_max_steps"):
+            if getattr(self, name) is not None:
+                _check_at_least(self, 1, name)
+        for name in ("eval_episodes", "final_eval_episodes"):
+            last = self.eval_first_state + (getattr(self, name) or 0)
+            if last > BENCHMARK_STATES:
+                raise ValueError(
+                    f"LIBERO has {BENCHMARK_STATES} initial states per task, but {name} {getattr(self, name)} from "
+                    f"eval_first_state {self.eval_first_state} on would need {last}"
+                )
 
     @property
     def shape(self) -> StreamShape:
@@ -480,7 +503,7 @@ def load_recipe(
     Args:
         path: YAML file with fields of `StreamConfig` and `InfoVLAConfig`, or what such a file holds; None for the
             defaults.
-        argv: arguments such as `["--lora_r", "8", "--no_anchor_bank"]`. `--help` prints every option and exits.
+        argv: arguments such as `["--lora_r", "8", "--no_rac_center"]`. `--help` prints every option and exits.
 
     Raises:
         FileNotFoundError: no such file.
@@ -499,9 +522,15 @@ def load_recipe(
     # TrainingArguments looks into files, packages and devices that its options name, and raises what they raise.
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, OSError, ImportError) as error:
         raise RecipeError(f"{source}: {error!s:.500}; --help says what each option takes") from error
+    if unknown and Path(unknown[0]).suffix in (".yaml", ".yml"):
+        raise RecipeError(f"{unknown[0]:.200} stands behind the options; a recipe comes first, or as --config")
     if unknown:
         option = unknown[0].split("=")[0]
         raise RecipeError(f"{source}: unknown option {option:.80}{_near(option.lstrip('-').replace('-', '_'))}")
+    if training.max_steps != -1 or training.num_train_epochs != InfoVLAConfig.num_train_epochs:
+        raise RecipeError(
+            f"{source}: max_steps and num_train_epochs say nothing in a stream; say base_steps and stage_steps"
+        )
     return stream, training
 
 
@@ -537,6 +566,8 @@ def _flags(recipe: Mapping[str, Any], source: str) -> list[str]:
             if known[name] is not None:
                 raise RecipeError(f"{source}: {name} has no value; leave the line out to keep {known[name]!r}")
         elif isinstance(value, list):
+            if not _takes_list(name):
+                raise RecipeError(f"{source}: {name} takes one value, not a list ({value!s:.80})")
             flags += [f"--{name}", *map(str, value)]
         else:  # one word, so that a value may begin with a dash
             flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
@@ -550,6 +581,10 @@ def _option_names() -> dict[str, Any]:
     return options
 
 
+def _takes_list(name: str) -> bool:
+    return "list" in str({**get_type_hints(StreamConfig), **get_type_hints(InfoVLAConfig)}[name])
+
+
 def _near(name: str) -> str:
     near = difflib.get_close_matches(name[:80], _option_names(), n=3)
     return f"; did you mean {', '.join(near)}?" if near else "; --help lists all of them"
@@ -560,6 +595,22 @@ def _check_at_least(config: Any, lowest: float, *names: str) -> None:
         value = getattr(config, name)
         if not lowest <= value < math.inf:
             raise ValueError(f"{name} must be at least {lowest}, and finite, got {value}")
+
+
+def _check_types(config: Any) -> None:
+    """What argparse does on the command line, for the fields of configurations that are made in Python."""
+    hints = get_type_hints(type(config))
+    for name in type(config).__annotations__:
+        value, hint = getattr(config, name), hints[name]
+        allowed = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+        kinds = {_KINDS.get(get_origin(kind) or kind) for kind in allowed} - {None}
+        fits = any(isinstance(value, kind) and isinstance(value, bool) <= (kind is bool) for kind in kinds if kind)
+        if kinds and not fits and not (value is None and NoneType in allowed):
+            wanted = " or ".join("None" if kind is NoneType else getattr(kind, "__name__", kind) for kind in allowed)
+            raise ValueError(f"{name} must be of type {wanted}, got {value!r:.80}")
+
+
+_KINDS: dict[Any, type] = {int: Integral, float: Real, str: str, bool: bool, list: list}
 
 
 def _check_choices(config: Any) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .config import BENCHMARK_STATES
 from .distributed import deal, gather_pieces, is_main
 from .inference import Policy
 from .video import write_video
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 CONTROL_FREQUENCY = 20.0
 """LIBERO's actions per second."""
-BENCHMARK_STATES = 50
-"""Fixed initial states of each task."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +126,11 @@ def evaluate(
         videos: MP4s per task in `video_folder`, failures first.
 
     Raises:
-        ValueError: there are not that many initial states.
+        ValueError: there are not that many initial states, or the step cap is below 1.
     """
     check_episodes(episodes, first_state)
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, or None for the suite's own step cap, got {max_steps}")
     from .simulation.workers import Episode
 
     act = policy_actions(policy)

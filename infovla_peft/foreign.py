@@ -17,8 +17,8 @@ from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .adapter_files import INFO, PEFT_CONFIG, AdapterError, AdapterInfo, read_lora
-from .adapters import activate, attach, read_adapter_weights
+from .adapter_files import INFO, PEFT_CONFIG, AdapterError, AdapterInfo
+from .adapters import read_adapter
 from .fingerprints import digest_config, digest_weights
 from .reading import read_json
 
@@ -56,10 +56,7 @@ def load_reference_adapter(model: nn.Module, folder: str | os.PathLike[str], nam
         FileNotFoundError, AdapterError: see `read_adapter_weights`, `read_reference_info`.
     """
     read_reference_info(folder)
-    peft_model = attach(model, name, read_lora(folder), empty=True)
-    read_adapter_weights(peft_model, name, Path(folder))
-    activate(peft_model, name)
-    return peft_model
+    return read_adapter(model, Path(folder), name)
 
 
 def fingerprint_of_files(location: str | os.PathLike[str], config: Any, options: Mapping[str, Any]) -> dict[str, str]:

@@ -164,7 +164,9 @@ class Policy:
         adapters: Any = nullcontext()
         if tasks is not None:
             library = self._need_library()
-            self.model, names, known = library.mixed(self.model, tasks)
+            needed, names, known = library.mixed(tasks)
+            for adapter in needed:
+                self.model = library.beside(self.model, adapter)
             self.model.eval()
             instructions = known if instructions is None else instructions
             adapters = mixed_adapters(self.model, names)

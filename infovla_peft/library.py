@@ -102,7 +102,10 @@ def tasks_after(adapters: Sequence[StoredAdapter], stage: int | None = None) -> 
     """Names of the tasks learned by the end of a stage (0 is the base, None the last one), as far as they say."""
     if not adapters or stage == 0:
         return _of_the_base(adapters[0].info) if adapters else []
-    return list(next(each for each in reversed(adapters) if stage in (None, each.info.stage)).info.seen)
+    found = [each for each in adapters if stage in (None, each.info.stage)]
+    if not found:
+        raise ValueError(f"there is no adapter of stage {stage}; there are: {listed(adapters)}")
+    return list(found[-1].info.seen)
 
 
 def _of_the_base(info: AdapterInfo) -> list[str]:
@@ -197,16 +200,17 @@ class AdapterLibrary:
         switch(model, adapter.name)
         return model
 
-    def mixed(self, model: Any, tasks: Sequence[str]) -> tuple[Any, list[str], list[str]]:
-        """`model` with the adapters of all these tasks, and for each task its adapter's name and its instruction."""
+    def mixed(self, tasks: Sequence[str]) -> tuple[list[StoredAdapter], list[str], list[str]]:
+        """What a batch of these tasks needs: the adapters; and of each task its adapter's name and instruction."""
+        chosen = [self.choose(task) for task in tasks]
+        names = [BASE if adapter is None else adapter.name for adapter, _ in chosen]
+        instructions = [instruction or task for (_, instruction), task in zip(chosen, tasks, strict=True)]
+        return [adapter for adapter, _ in chosen if adapter is not None], names, instructions
+
+    def beside(self, model: Any, adapter: StoredAdapter) -> Any:
+        """`load`, but the model runs with what it ran with before."""
         before = active_adapter(model)
-        names, instructions = [], []
-        for task in tasks:
-            adapter, instruction = self.choose(task)
-            if adapter is not None:
-                model = self.load(model, adapter)
-            names.append(BASE if adapter is None else adapter.name)
-            instructions.append(instruction or task)
-        if active_adapter(model) != before:  # reading an adapter has activated it
-            switch(model, before) if before else deactivate(model)
-        return model, names, instructions
+        loaded = self.load(model, adapter)
+        if active_adapter(loaded) != before:  # reading an adapter has activated it
+            switch(loaded, before) if before else deactivate(loaded)
+        return loaded

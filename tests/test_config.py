@@ -35,6 +35,8 @@ def test_unknown_stream_notation_says_how_to_write_it(notation: str) -> None:
         ({"teacher": "oracle"}, "teacher must be one of base, auto, previous"),
         ({"tap_layer": 0}, "tap_layer 0 is the embeddings"),
         ({"lora_r": 0}, "lora_r must be at least 1"),
+        ({"lora_r": "8"}, "lora_r must be of type int, got '8'"),
+        ({"rac_center": 1}, "rac_center must be of type bool, got 1"),
         ({"remove_unused_columns": True}, "must stay False"),
         ({"save_only_model": True}, "save_only_model must stay False: a training that goes on without its optimiser"),
         ({"ignore_data_skip": True}, "ignore_data_skip must stay False: .* would see other batches"),
@@ -58,6 +60,12 @@ def test_training_options_are_checked(tmp_path: Path, change: dict[str, object],
         ({"tiny_patch_size": 13}, "no multiple of tiny_patch_size"),
         ({"eval_episodes": 0}, "eval_episodes must be at least 1"),
         ({"final_eval_episodes": 0}, "final_eval_episodes must be at least 1"),
+        ({"rollout_max_steps": 0}, "rollout_max_steps must be at least 1"),
+        ({"eval_episodes": 60}, "50 initial states per task, but eval_episodes 60 from eval_first_state 0"),
+        ({"eval_first_state": 45}, "eval_episodes 20 from eval_first_state 45 on would need 65"),
+        ({"final_eval_episodes": 51}, "final_eval_episodes 51"),
+        ({"cameras": "agentview"}, "cameras must be of type list, got 'agentview'"),
+        ({"demonstration_noise": True}, "demonstration_noise must be of type float, got True"),
     ],
 )
 def test_stream_options_are_checked(change: dict[str, object], message: str) -> None:
@@ -87,6 +95,21 @@ def test_command_line_overrides_the_recipe(tmp_path: Path) -> None:
     assert training.lr_scheduler_kwargs == {"min_lr": 0.0}
 
 
+def test_several_trackers_are_a_list(tmp_path: Path) -> None:
+    names = ["jsonl", "tensorboard"]
+    assert load_recipe(recipe(tmp_path, "report_to: [jsonl, tensorboard]\n"), [])[1].report_to == names
+    assert load_recipe(None, ["--report_to", *names])[1].report_to == names
+    assert load_recipe(recipe(tmp_path, "report_to: jsonl\n"), [])[1].report_to == ["jsonl"]
+    assert load_recipe(recipe(tmp_path, "report_to: none\n"), [])[1].report_to == []
+    for trackers in (None, "none"):
+        assert InfoVLAConfig(output_dir=str(tmp_path), report_to=trackers).report_to == []  # type: ignore[arg-type]
+
+
+def test_targets_may_be_a_list_as_in_peft(tmp_path: Path) -> None:
+    targets: Any = ["q_proj", "v_proj"]
+    assert InfoVLAConfig(output_dir=str(tmp_path), lora_targets=targets).lora_targets == "q_proj,v_proj"
+
+
 def test_a_recipe_may_be_absent() -> None:
     stream, training = load_recipe(None, ["--no_cache_images", "--cameras", "agentview", "robot0_eye_in_hand"])
     assert stream.cameras == ["agentview", "robot0_eye_in_hand"]
@@ -105,6 +128,10 @@ def test_a_recipe_may_be_absent() -> None:
         ("teacher: oracle\n", [], "invalid choice: 'oracle'"),
         ("lora_r:\n", [], "lora_r has no value"),
         ("stream: B3\n", [], "write Bi-kNm"),
+        ("seed: [1]\n", [], "seed takes one value, not a list"),
+        ("max_steps: 3\n", [], "say base_steps and stage_steps"),
+        ("", ["--num_train_epochs", "2"], "say base_steps and stage_steps"),
+        ("", ["--seed", "1", "mine.yaml"], "mine.yaml stands behind the options; a recipe comes first"),
     ],
 )
 def test_unusable_recipes_name_the_cure(tmp_path: Path, text: str, argv: list[str], message: str) -> None:

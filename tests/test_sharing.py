@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_run import TASKS, act, build_run
 
 from infovla_peft import load_policy
@@ -96,6 +96,30 @@ def test_one_forward_serves_a_batch_of_several_tasks(run: Path) -> None:
     assert active_adapter(policy.model) is None
     with pytest.raises(ValueError, match="one task per observation, got 5 observations"):
         policy.act(images, proprio=states, task=tasks[:3])
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_batch_that_fails_changes_nothing(run: Path, tmp_path: Path, stage: int) -> None:
+    """An unknown task behind a known one, or weights that do not fit."""
+    images, states = observations(2)
+    run = shutil.copytree(run, tmp_path / "run")
+    policy = load_policy(run, stage=stage)
+    before = policy.act(images[0], KNOWN[1], states[0])
+    running = active_adapter(policy.model)
+    with pytest.raises(ValueError, match="has learned no task 'fly to the moon'"):
+        policy.act(images, proprio=states, task=[KNOWN[2], "fly to the moon"])
+    folder = find_adapters(run)[1].folder
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = next(iter(weights))
+    save_file({**weights, name: weights[name][:, 1:].contiguous()}, folder / "adapter_model.safetensors")
+    write_info(folder, read_info(folder))
+    for _ in range(2):  # the second time is no better than the first
+        with pytest.raises(AdapterError, match="do not fit the model"):
+            policy.act(images, proprio=states, task=[KNOWN[1], KNOWN[2]])
+    assert (active_adapter(policy.model) or None) == ("stage_01" if stage else None)
+    assert running == ("stage_01" if stage else None)
+    assert np.array_equal(policy.act(images[0], KNOWN[1], states[0]), before)
+    assert "stage_02" not in getattr(policy.model, "peft_config", {})
 
 
 def test_adapters_with_other_statistics_do_not_share_a_policy(run: Path, tmp_path: Path) -> None:

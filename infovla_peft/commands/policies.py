@@ -52,7 +52,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         "center_crop": policy.crop,
         **chosen,
         "assets": assets.name,
-        "step_cap": options.max_steps or tasks[0].max_steps,
+        "step_cap": tasks[0].max_steps if options.max_steps is None else options.max_steps,
         "versions": collect_versions(),
         "commit": source_commit(),
         "results": [],

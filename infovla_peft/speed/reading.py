@@ -35,7 +35,7 @@ def reader(frames: Any, collator: VLACollator) -> tuple[ReadBatch, int]:
 def training_step(input_size: int) -> Callable[[dict[str, Any]], None]:
     """A step of plain LoRA fine-tuning, the trainer that takes its batches fastest."""
     model, _ = tiny_model(input_size)
-    adapted = add_adapter(model, "speed", InfoVLAConfig(output_dir="none", report_to="none"))
+    adapted = add_adapter(model, "speed", InfoVLAConfig(output_dir="none", report_to=["none"]))
     optimizer = torch.optim.AdamW([weights for weights in adapted.parameters() if weights.requires_grad])
 
     def step(batch: dict[str, Any]) -> None:
