@@ -253,7 +253,13 @@ def _base_sentence(info: AdapterInfo, teacher: str | None) -> str:
     revision = f" at revision `{info.base_revision}`" if info.base_revision else ""
     sentence = f"The base model is [{info.base_model}](https://huggingface.co/{info.base_model}){revision}."
     if info.base_model.startswith("."):
+        trained = info.training.get("base_model", "tiny") == "tiny"
         sentence = "The base model was trained with the run and lies in `base/`."
+        if not trained:
+            sentence = (
+                "The base model is a checkpoint that the run was given as a folder; `base/` is a copy of it, under "
+                "the licence that it came with."
+            )
     if info.quantization != "none":
         too = ", and so was the teacher, which is this same quantised base" if teacher else ""
         sentence += f" It was held in 4 bits (`{info.quantization}`) in training{too}, and is when it is loaded."

@@ -36,6 +36,8 @@ def explain(error: BaseException) -> str:
         )
     if isinstance(error, PermissionError) or number == errno.EROFS:
         where = getattr(error, "filename", None) or text
+        if os.path.exists(where) and not os.access(where, os.R_OK):
+            return f"no permission to read {where}; get the permission, or give a copy"
         return f"no permission to write {where}; choose another folder (--output_dir), or get the permission"
     if isinstance(error, KeyError):  # whose text is the repr of its message
         return str(error.args[0]) if error.args else text

@@ -15,6 +15,9 @@ from .reading import read_yaml
 class CommandParser(argparse.ArgumentParser):
     """A parser that takes `--max-steps` for `--max_steps` and `--dry_run` for `--dry-run`; so do its commands."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})  # `find_config` knows whole names alone
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         known = {name.replace("_", "-"): name for name in self._option_string_actions}
         words = list(sys.argv[1:] if args is None else args)
@@ -33,7 +36,7 @@ def add_config_option(parser: argparse.ArgumentParser) -> None:
 
 def find_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     """The file after `--config`, and the other arguments."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder = argparse.ArgumentParser(prog="infovla", add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path)
     found, others = finder.parse_known_args(list(argv))
     return found.config, others

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+import warnings
 from pathlib import Path
 
 import infovla_peft
@@ -26,5 +27,7 @@ def render_documentation(folder: str | Path) -> Path:
         raise ImportError("the documentation is rendered by pdoc: pip install 'infovla-peft[docs]'") from error
     # By name, because pdoc takes a package's `__all__` for all of its modules.
     modules = [module.name for module in pkgutil.walk_packages(infovla_peft.__path__, "infovla_peft.")]
-    pdoc.pdoc("infovla_peft", *modules, output_directory=Path(folder))
+    with warnings.catch_warnings():  # of transformers' annotations, and of names that are imported when they are used
+        warnings.filterwarnings("ignore", category=UserWarning, module="pdoc")
+        pdoc.pdoc("infovla_peft", *modules, output_directory=Path(folder))
     return Path(folder) / "index.html"

@@ -93,6 +93,7 @@ def load_policy(
         >>> policy.act(image, proprio=state).shape  # doctest: +SKIP
         (8, 7)
     """
+    _check_device(device)
     access = Access(token, cache_dir, local_files_only)
     place = _place(repo_or_path, revision, access)
     adapters = _adapters_in(place, repo_or_path, chooses=task is not None or stage not in (None, 0), base=base)
@@ -129,6 +130,15 @@ def load_policy(
     return _policy(
         model if device is None else model.to(device), processor, normaliser, chosen[0][1], reference, library
     )
+
+
+def _check_device(device: Any) -> None:
+    """Try it, before anything is loaded."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # torch raises both for a device that is not there
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"the device {str(device)!r:.80} cannot be used here ({reason}); cpu always can") from error
 
 
 @dataclass(frozen=True)
@@ -261,7 +271,10 @@ def _listing(adapter: StoredAdapter, folder: Path, results: Results | None) -> L
 
 def relative_base(base: str | os.PathLike[str], adapter_folder: Path) -> str:
     """How infovla.json names a base: a folder relative to the adapter's, or a Hub id as it is."""
-    return os.path.relpath(base, adapter_folder) if Path(base).is_dir() else str(base)
+    if not Path(base).is_dir():
+        return str(base)
+    # Of both the real place: the system follows links before it goes up, `relpath` knows of none.
+    return os.path.relpath(Path(base).resolve(), adapter_folder.resolve())
 
 
 def _place(repo_or_path: str | os.PathLike[str], revision: str | None, access: Access) -> Place:

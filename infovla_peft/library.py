@@ -10,6 +10,7 @@ from typing import Any
 from .adapter_files import INFO, PEFT_CONFIG, STATISTICS, AdapterError, AdapterInfo, read_info
 from .adapters import BASE, active_adapter, deactivate, load_adapter, switch
 from .foreign import load_reference_adapter, read_reference_info
+from .methods import METHODS
 from .task_names import instruction_of, same_task
 
 FOLDERS = ("merged/*", "adapters/*", "stage_*")
@@ -78,6 +79,8 @@ def choose(
     Raises:
         ValueError: no such task or stage; the message lists what there is.
     """
+    if stage is not None and type(stage) is not int:
+        raise ValueError(f"stage must be an integer, got {stage!r:.80}")
     candidates = [adapter for adapter in adapters if stage is None or adapter.info.stage == stage]
     if stage != 0 and not candidates and (stage is not None or task is not None):
         raise ValueError(f"{where} has no adapter of stage {stage or 1}; it has: {listed(adapters)}")
@@ -99,13 +102,18 @@ def choose(
 
 
 def tasks_after(adapters: Sequence[StoredAdapter], stage: int | None = None) -> list[str]:
-    """Names of the tasks learned by the end of a stage (0 is the base, None the last one), as far as they say."""
+    """Names of the tasks learned by the end of a stage (0 is the base, None the last one), as far as they say.
+
+    Where each task has an adapter of its own (`single_task`), a stage that is named has its tasks alone.
+    """
     if not adapters or stage == 0:
         return _of_the_base(adapters[0].info) if adapters else []
     found = [each for each in adapters if stage in (None, each.info.stage)]
     if not found:
         raise ValueError(f"there is no adapter of stage {stage}; there are: {listed(adapters)}")
-    return list(found[-1].info.seen)
+    method = METHODS.get(str(found[-1].info.training.get("method")))
+    alone = stage is not None and method is not None and method.policy == "own"
+    return found[-1].learned if alone else list(found[-1].info.seen)
 
 
 def _of_the_base(info: AdapterInfo) -> list[str]:

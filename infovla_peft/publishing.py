@@ -164,7 +164,7 @@ def check_run(run_folder: str | Path) -> list[StoredAdapter]:
     """The adapters of a run that can be published, each checked against its checksums.
 
     Raises:
-        FileNotFoundError: no run, no finished adapter, or nothing measured yet.
+        FileNotFoundError: no run, no finished adapter, nothing measured yet, or the base is gone.
         ValueError: an adapter is damaged, or a run of `merge` has no merged adapters (of an earlier version).
     """
     run = Path(run_folder)
@@ -182,6 +182,12 @@ def check_run(run_folder: str | Path) -> list[StoredAdapter]:
         )
     for adapter in adapters:
         check_adapter(adapter.folder)
+        named = adapter.info.base_model
+        if _local_base(adapter) is None and (named.startswith((".", "/")) or named.count("/") != 1):
+            raise FileNotFoundError(
+                f"the base of {adapter.folder} is not at {adapter.folder / named}, and nobody could load the adapter "
+                "without it; put it back, then push"
+            )
     return adapters
 
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from .files import write_text
 
-SUFFIXES = (".py", ".yaml", ".sh", ".md")
-
 
 def recipes_folder() -> Path:
     """The folder `recipes`: inside the package if it was installed as a wheel, else beside it.
@@ -24,13 +22,16 @@ def recipes_folder() -> Path:
 
 
 def list_recipes() -> dict[str, Path]:
-    """Every recipe by its name: scripts first, then configurations; of `bench/x.yaml` the name is `bench/x`."""
+    """Every recipe by its name: scripts, configurations (of `bench/x.yaml` the name is `bench/x`), `accelerate/*`.
+
+    The shell scripts set a checkout up, and are of no use without one.
+    """
     folder = recipes_folder()
-    found = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in (".py", ".sh")}
-    configurations = sorted((folder / "configs").rglob("*.yaml"))
-    for path in configurations:
-        name = path.relative_to(folder / "configs").with_suffix("").as_posix()
-        found[path.name if name in found else name] = path  # quickstart.sh, quickstart.yaml
+    found = {path.stem: path for path in sorted(folder.glob("*.py"))}
+    for path in sorted((folder / "configs").rglob("*.yaml")):
+        found[path.relative_to(folder / "configs").with_suffix("").as_posix()] = path
+    for path in sorted((folder / "accelerate").glob("*.yaml")):
+        found[path.relative_to(folder).with_suffix("").as_posix()] = path
     return found
 
 
@@ -51,7 +52,7 @@ def copy_recipe(name: str, target: str | Path = ".", *, overwrite: bool = False)
     """
     known = list_recipes()
     by_file = {path.name: path for path in known.values()}
-    source = known.get(name) or by_file.get(name) or known.get(str(Path(name).with_suffix("")))
+    source = known.get(name) or by_file.get(name) or known.get(name.removesuffix(".yaml"))
     if source is None:
         raise ValueError(f"there is no recipe {name!r}; there are {', '.join(known)}")
     path = Path(target)

@@ -28,6 +28,7 @@ from .data.chunks import ChunkDataset
 from .data.collator import VLACollator
 from .data.demonstrations import CAMERA_COLUMNS, load_demonstrations, recipe_demonstrations
 from .data.normalisation import Normaliser
+from .data.sampling import replay_places
 from .data.statistics import statistics_of
 from .distributed import whole_state
 from .files import atomic_folder, remove_folder
@@ -143,14 +144,33 @@ class Stream:
         if not self.is_tiny:
             read_config(self.config.base_model, {})
         check_trackers(self.training.report_to)
-        if self.config.analyse and METHODS[self.training.method].keeps_all:
+        self.check()
+
+    def check(self) -> None:
+        """See that the recipe fits together, as far as it says so itself: what `--dry-run` checks, on any machine.
+
+        Raises:
+            RunError, ValueError: it does not; a later stage would fail.
+        """
+        config, method = self.config, METHODS[self.training.method]
+        if config.analyse and method.keeps_all:
             raise RunError(
                 f"analyse looks at demonstrations that are not trained on, and {self.training.method} trains on all; "
                 "leave analyse out"
             )
-        unknown = set(self.config.cameras) - set(CAMERA_COLUMNS)
-        if unknown or not self.config.cameras:
-            raise RunError(f"cameras must be among {', '.join(CAMERA_COLUMNS)}, got {self.config.cameras}")
+        unknown = set(config.cameras) - set(CAMERA_COLUMNS)
+        if unknown or not config.cameras:
+            raise RunError(f"cameras must be among {', '.join(CAMERA_COLUMNS)}, got {config.cameras}")
+        for name in ("base_model", "demonstrations_source"):
+            place = getattr(config, name)
+            if place and place.startswith((".", "/", "~")) and not Path(place).exists():
+                raise RunError(f"{name}: there is nothing at {place}; correct the path")
+        batch = self.training.per_device_train_batch_size * self.training.world_size
+        if batch < 1:
+            raise RunError(f"per_device_train_batch_size must be at least 1, got {batch}")
+        past = len(self.tasks) - len(self.stages[-1].tasks)
+        replays = method.counterfactual or (method.replay and (method.keeps_all or config.memory_trajectories))
+        replay_places(batch, self.training.replay_fraction, past if replays else 0)
 
     def resolved_config(self) -> dict[str, Any]:
         """Everything that was chosen or found, as it is kept with the run and with each adapter."""
@@ -159,7 +179,11 @@ class Stream:
 
     def plan(self) -> str:
         """What is to be done, in which stages, and about how long it takes; what is finished counts no more."""
-        return describe_plan(self.config, self.training, self.stages, self.assets, self.run_folder.state())
+        from .simulation import find_assets
+
+        known = vars(self).get("assets")  # before the run has begun, nothing is downloaded or built for its plan
+        assets = known or find_assets(self.config.assets, self.config.assets_folder, fetch=False)
+        return describe_plan(self.config, self.training, self.stages, assets, self.run_folder.state())
 
     # --- what the steps work on --------------------------------------------------------------------------------------
 

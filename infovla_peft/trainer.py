@@ -106,6 +106,10 @@ class InfoVLATrainer(Trainer):
         consolidation: Consolidation | None = None,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(args, InfoVLAConfig):
+            raise TypeError(f"args must be an InfoVLAConfig, got {type(args).__name__}")
+        if isinstance(train_dataset, VLACollator):
+            raise TypeError("the data comes before the collator here: InfoVLATrainer(model, args, dataset, collator)")
         args = copy.copy(args)
         self.rehearsal = Rehearsal(
             model, args, train_dataset, data_collator, memory=memory, previous_adapter=previous_adapter,
@@ -134,7 +138,8 @@ class InfoVLATrainer(Trainer):
                 kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), log]
         if args.should_save:
             make_folder(Path(str(args.output_dir)))  # Trainer would not enter it on the disk
-        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        collate = cast(Any, data_collator)  # fetched as `Samples`, not as lists
+        super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate, **kwargs)
         if self.accelerator.state.dynamo_plugin.backend.value != "NO":
             raise ValueError(NOT_COMPILED.format("accelerate's dynamo_backend"))
         self.add_callback(_AskTeachers(self))
@@ -267,6 +272,18 @@ class InfoVLATrainer(Trainer):
             loss = loss + self.args.lambda_ewc * penalty
         self._loss = loss.detach()
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The policy loss of held-out samples, for `evaluate`. How often the robot succeeds, rollouts say."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            batch = self._prepare_inputs(inputs)
+            return self._policy_loss(model(**batch, return_logits=False), batch).detach().mean(), None, None
 
     def _policy_loss(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         """The model's own loss; an L1 without its kink where labels may be what the student begins with."""
@@ -403,7 +420,11 @@ class InfoVLATrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model, or of a `PeftModel` the adapter in training. All processes call this together."""
+        """Write the model, or of a `PeftModel` the adapter in training. All processes call this together.
+
+        An adapter is written as PEFT writes it: `load_policy(folder, base=...)` reads it. A folder that says by itself
+        what it learned and on which base is `adapters.save_adapter`'s.
+        """
         # Only that adapter: PEFT would write all of them, and on resume read the frozen ones back.
         if not isinstance(self.model, PeftModel):
             weights = whole_state(cast(nn.Module, self.model))
@@ -414,7 +435,10 @@ class InfoVLATrainer(Trainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        write_adapter_weights(self.model, self.model.active_adapter, folder, write=self.args.should_save)
+        name = self.model.active_adapter
+        write_adapter_weights(self.model, name, folder, write=self.args.should_save)
+        if self.args.should_save:  # so that PEFT, too, can read what lies there
+            copy.copy(self.model.peft_config[name]).save_pretrained(str(folder))
         networks = {name: whole(tensor).contiguous() for name, tensor in self._networks().items()}
         if networks and self.args.should_save:
             save_file(networks, folder / _TERM_WEIGHTS)

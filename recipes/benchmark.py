@@ -29,6 +29,7 @@ from infovla_peft.config import load_recipe
 from infovla_peft.files import write_json
 from infovla_peft.plan import workers as cores
 from infovla_peft.progress import quiet_libraries
+from infovla_peft.recipe_files import recipes_folder
 from infovla_peft.run_queue import RunQueue, describe_status
 
 RECIPES = Path(__file__).resolve().parent
@@ -102,7 +103,8 @@ def command(job: Job, recipe: Path) -> list[str]:
     """How a run is started. A base stops after its first column; the others go through the whole stream."""
     if job.is_base:
         return [sys.executable, str(RECIPES / "benchmark.py"), "base", str(recipe)]
-    return [sys.executable, str(RECIPES / "continual.py"), str(recipe)]
+    loop = RECIPES / "continual.py"  # yours, if this file was copied beside one
+    return [sys.executable, str(loop if loop.is_file() else recipes_folder() / "continual.py"), str(recipe)]
 
 
 def run_base(options: argparse.Namespace) -> None:

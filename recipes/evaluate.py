@@ -31,7 +31,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("policy", help="folder or Hub id of an adapter, a run or a checkpoint")
     parser.add_argument("--stage", type=int, help="the policy after this stage of a run; 0 is the base")
-    parser.add_argument("--suite", default="libero_goal", help="LIBERO suite")
+    parser.add_argument("--suite", help="LIBERO suite; as trained if not given")
     parser.add_argument("--tasks", nargs="+", help="by number or name; those it has learned if not given")
     parser.add_argument("--episodes", type=int, default=20, help="rollouts per task, from the first of 50 states")
     parser.add_argument("--workers", type=int, default=0, help="simulation processes; 0 = one per core")
@@ -42,8 +42,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(options: argparse.Namespace) -> None:
     """Load, then roll out task after task; print and store each result as it comes."""
     policy = load_policy(options.policy, stage=options.stage)
-    names = options.tasks or policy.tasks_after(options.stage) or range(len(suite_tasks(options.suite)))
-    tasks = [find_task(options.suite, name) for name in names]
+    if policy.recipe.get("method") == "single_task":
+        raise ValueError("each task has an adapter of its own here; `infovla evaluate` changes them, this script not")
+    suite = options.suite or policy.recipe.get("suite", "libero_goal")
+    learned = policy.tasks_after(options.stage) if suite == policy.recipe.get("suite") else []
+    tasks = [find_task(suite, name) for name in options.tasks or learned or range(len(suite_tasks(suite)))]
     # Assets and pictures as they were in training: a stand-in looks different from LIBERO's own object.
     assets = find_assets(policy.recipe.get("assets", "auto"))
     look = {name: policy.recipe[name] for name in ("image_size", "renderer") if name in policy.recipe}
@@ -53,8 +56,9 @@ def main(options: argparse.Namespace) -> None:
     rows = []
     with EnvironmentPool(workers(options.workers), assets=assets, cameras=policy.cameras, **look) as pool:
         for result in evaluate(
-            policy, tasks, pool, episodes=options.episodes, videos=2, video_folder=options.output / "videos"
-        ):
+            policy, tasks, pool, episodes=options.episodes, open_loop_steps=policy.recipe.get("open_loop_steps", 8),
+            videos=2, video_folder=options.output / "videos",
+        ):  # fmt: skip
             low, high = wilson_interval(sum(result.successes), result.episodes)
             print(f"{result.rate:6.1%}  [{low:.0%}, {high:.0%}]  {result.task}", flush=True)
             rows.append(result.to_dict())

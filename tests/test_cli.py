@@ -191,7 +191,9 @@ def test_act_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main([*arguments, "--instruction", "open it", *state, "--revision", "v1"]) == 1
     assert "no revisions" in one_error(capsys)
     assert main([*arguments, *state]) == 1
-    assert "instruction" in one_error(capsys)
+    assert "say what to do: --instruction TEXT, or --task" in one_error(capsys)
+    assert main([*arguments, "--instruction", "open it", *state, "--device", "meta:x"]) == 1
+    assert "device" in one_error(capsys)
 
 
 @pytest.mark.libero

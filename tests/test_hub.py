@@ -100,6 +100,14 @@ def test_the_type_of_the_weights_is_chosen_as_in_transformers(original: Path, dt
     np.testing.assert_allclose(act(policy.use("close the door"), None), expected, atol=0.05)
 
 
+def test_a_device_that_is_not_there_is_named(original: Path) -> None:
+    for device in ("cuda:99", "nonsense"):
+        with pytest.raises(ValueError, match=f"the device '{device}' cannot be used here .*; cpu always can"):
+            load_policy(original, device=device)
+    with pytest.raises(ValueError, match="stage must be an integer, got '1'"):
+        load_policy(original, stage="1")  # type: ignore[arg-type]
+
+
 def test_a_type_that_does_not_exist_is_named(original: Path) -> None:
     with pytest.raises(ValueError, match=r"a valid `torch\.dtype`"):
         load_policy(original, dtype="bf16")

@@ -23,6 +23,7 @@ from infovla_peft import create_collection, list_adapters, load_policy, push_to_
 from infovla_peft.adapter_files import AdapterError, read_info, write_info
 from infovla_peft.cards import LIBERO, card, template_path
 from infovla_peft.cli import main
+from infovla_peft.hub import relative_base
 from infovla_peft.library import find_adapters
 from infovla_peft.publishing import check_access, check_run, prepare
 from infovla_peft.remote import RETRIES, HubError, explained, retried
@@ -320,6 +321,39 @@ def test_nothing_to_publish(tmp_path: Path, run: Path) -> None:
 
 
 # --- load ---
+
+
+def test_without_its_base_nothing_is_published(hub: LocalHub, run: Path) -> None:
+    shutil.rmtree(run / "base")
+    with pytest.raises(FileNotFoundError, match=r"the base of .* is not at .*; put it back, then push"):
+        push(hub, run)
+    assert not hub.asked("POST", "create")
+
+
+def test_a_base_that_was_not_trained_here_is_called_a_copy(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "elsewhere" / "run")
+    shutil.move(run / "base", tmp_path / "base")
+    for adapter in find_adapters(run):
+        base = relative_base(tmp_path / "base", adapter.folder)
+        training = {**adapter.info.training, "base_model": str(tmp_path / "base")}
+        write_info(adapter.folder, replace(adapter.info, base_model=base, training=training))
+    (tmp_path / "work").mkdir()
+    published = prepare(run, REPO, tmp_path / "work")
+    card = published.files["README.md"].read_text(encoding="utf-8")
+    assert "`base/` is a copy of it, under the licence that it came with" in card
+    assert "was trained with the run" not in card
+    assert "base/config.json" in published.files
+
+
+def test_a_base_is_found_through_a_link(finished: Path, tmp_path: Path) -> None:
+    """Of `runs -> /scratch/deep/runs`, going up from an adapter leads to where the link points."""
+    real = tmp_path / "scratch" / "deep"
+    real.mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(real)
+    shutil.copytree(finished, tmp_path / "runs" / "run")
+    shutil.copytree(finished / "base", tmp_path / "base")
+    folder = find_adapters(tmp_path / "runs" / "run")[0].folder
+    assert (folder / relative_base(tmp_path / "base", folder)).resolve() == tmp_path / "base"
 
 
 def test_list_says_what_is_inside_without_weights(hub: LocalHub, finished: Path) -> None:

@@ -24,7 +24,8 @@ from infovla_peft.recipe_files import copy_recipe, list_recipes, recipes_folder
 def test_every_recipe_can_be_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert recipes_folder() == REPOSITORY / "recipes"
     known = list_recipes()
-    assert {"continual", "evaluate", "quickstart", "quickstart.yaml", "bench/bench_s"} <= set(known)
+    assert {"continual", "evaluate", "quickstart", "bench/bench_s", "accelerate/ddp"} <= set(known)
+    assert not [path for path in known.values() if path.suffix == ".sh"]  # they set a checkout up
     for name, source in known.items():
         copied = copy_recipe(name, tmp_path / name.replace("/", "_").replace(".", "_"))
         assert copied.name == source.name
@@ -32,6 +33,11 @@ def test_every_recipe_can_be_copied(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["cp", "continual", str(tmp_path)]) == 0
     assert str(tmp_path / "continual.py") in capsys.readouterr().out
     assert (tmp_path / "continual.py").read_text() == (REPOSITORY / "recipes" / "continual.py").read_text()
+    assert main(["cp", "quickstart.yaml", str(tmp_path)]) == 0
+    assert (tmp_path / "quickstart.yaml").is_file()
+    for strange in (".", "", "nothing"):
+        assert main(["cp", strange]) == 1
+        assert "there is no recipe" in capsys.readouterr().err
     assert main(["cp"]) == 0
     assert "libero_goal_b5_5n1" in capsys.readouterr().out
 
@@ -147,7 +153,11 @@ def test_options_have_either_spelling(capsys: pytest.CaptureFixture[str]) -> Non
     assert options("demos", "x", "--assets-folder", "a_b-c").assets_folder == "a_b-c"
     pushed = options("push", "x", "--repo", "a/b", "--commit-message", "a-b_c", "--base-repo=a/c-d_e", "--dry_run")
     assert (pushed.commit_message, pushed.base_repo, pushed.dry_run) == ("a-b_c", "a/c-d_e", True)
-    for words in (["evaluate", "x", "--max-stepz", "4"], ["evaluate", "x", "--dry__run"]):
+    for words in (
+        ["evaluate", "x", "--max-stepz", "4"],
+        ["evaluate", "x", "--conf", "file.yaml"],
+        ["evaluate", "x", "--dry__run"],
+    ):
         with pytest.raises(SystemExit):
             options(*words)
     assert "unrecognized arguments: --dry__run" in capsys.readouterr().err
@@ -184,7 +194,9 @@ def test_a_benchmark_takes_its_options_from_a_file(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.libero
-def test_a_dry_run_says_what_and_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_says_what_and_does_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from infovla_peft.simulation import find_task
 
     recipe = tmp_path / "recipe.yaml"
@@ -198,6 +210,8 @@ def test_a_dry_run_says_what_and_does_nothing(tmp_path: Path, capsys: pytest.Cap
     assert "published     on the Hub after every stage: me/x, branch v1, private\n" in capsys.readouterr().out
     assert main(["train", str(recipe), "--dry-run", "--push_to_hub", "true"]) == 0
     assert "on the Hub after every stage: run\n" in capsys.readouterr().out
+    assert main(["demos", str(recipe), "--tasks", "7", "--dry_run"]) == 1
+    assert "is a file; name a folder" in capsys.readouterr().err
     assert main(["demos", str(tmp_path / "demos"), "--tasks", "7", "--episodes", "0", "--dry_run"]) == 1
     assert "at least 1" in capsys.readouterr().err
     assert main(["demos", str(tmp_path / "demos"), "--tasks", "7", "--episodes", "3", "--dry_run"]) == 0
@@ -218,6 +232,29 @@ def test_a_dry_run_says_what_and_does_nothing(tmp_path: Path, capsys: pytest.Cap
         assert main(["evaluate", str(finished), *options, "--dry-run"]) == 0
         assert capsys.readouterr().out.split()[-len(learned) :] == learned
         assert load_policy(finished).tasks_after(int(options[1]) if options else None) == learned
+    with pytest.raises(ValueError, match=r"no adapter of stage 9; there are: stage 1, "):
+        load_policy(finished).tasks_after(9)
+    for adapter in find_adapters(finished):
+        info = replace(adapter.info, training={"suite": "libero_goal", "method": "single_task"})
+        write_info(adapter.folder, info)
+    for options, learned in (((), names), (("--stage", "2"), names[2:]), (("--stage", "0"), names[:1])):
+        assert main(["evaluate", str(finished), *options, "--dry-run"]) == 0
+        assert capsys.readouterr().out.split()[1:][-len(learned) :] == learned
+    for changes, message in (
+        (["--per_device_train_batch_size", "2", "--stream", "B1-2N1"], "a batch of 2 cannot hold 2 replay samples"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size must be at least 1"),
+        (["--cameras", "front"], "cameras must be among"),
+        (["--base_model", "./nowhere"], "base_model: there is nothing at ./nowhere"),
+        (["--demonstrations_source", "/nowhere"], "demonstrations_source: there is nothing at /nowhere"),
+    ):
+        assert main(["train", str(recipe), "--dry-run", *changes]) == 1
+        assert message in capsys.readouterr().err
+    monkeypatch.setenv("INFOVLA_CACHE", str(tmp_path / "cache"))
+    assert main(["train", str(recipe), "--dry-run", "--assets", "primitive"]) == 0
+    assert not (tmp_path / "cache").exists()
+    gpu = REPOSITORY / "recipes/configs/openvla_7b_qlora.yaml"  # planned where there is none
+    assert main(["train", str(gpu), "--dry-run"]) == 0
+    assert "B0-5N1 on libero_goal" in capsys.readouterr().out
     for wrong, message in (
         ([str(tmp_path / "absent")], "there is no folder"),
         ([str(tmp_path)], "holds no adapter"),

@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from tiny_policy import TinyPolicy, tiny_policy
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -20,6 +21,7 @@ from infovla_peft import files
 from infovla_peft.adapters import activate, adapter_parameters, add_adapter, base_model
 from infovla_peft.config import InfoVLAConfig
 from infovla_peft.consolidation import Consolidation
+from infovla_peft.data.chunks import ChunkDataset
 from infovla_peft.memory import Anchors, ReplayMemory
 from infovla_peft.teacher import compute_anchors, teacher_mode
 from infovla_peft.trainer import InfoVLATrainer, LossLog, last_checkpoint
@@ -62,6 +64,41 @@ def losses(trainer: InfoVLATrainer, name: str = "loss") -> list[float]:
 def first_batch(trainer: InfoVLATrainer) -> dict[str, Any]:
     batch: dict[str, Any] = next(iter(trainer.get_train_dataloader()))
     return batch
+
+
+def test_held_out_samples_have_a_loss(tmp_path: Path) -> None:
+    trainer = adapter_stage(tmp_path)
+    assert isinstance(trainer.train_dataset, ChunkDataset)
+    found = trainer.evaluate(trainer.train_dataset)  # type: ignore[arg-type]
+    policy = tiny_policy()
+    batch = policy.collator(trainer.train_dataset.__getitems__(range(len(trainer.train_dataset))))
+    with torch.inference_mode():
+        expected = base_model(cast(nn.Module, trainer.model)).eval()(**batch).loss
+    assert found["eval_loss"] == pytest.approx(float(expected), abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_saved_adapter_is_one_of_peft_s(tmp_path: Path) -> None:
+    trainer = adapter_stage(tmp_path / "run", max_steps=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    read = PeftModel.from_pretrained(tiny_policy().model, str(tmp_path / "saved"))
+    assert isinstance(trainer.model, PeftModel)
+    ours = {key.replace(".one.", "."): value for key, value in adapter_parameters(trainer.model, "one")}
+    theirs = {key.replace(".default.", "."): value for key, value in adapter_parameters(read, "default")}
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert all(parameter.requires_grad for parameter in ours.values())  # writing has frozen nothing
+
+
+def test_what_is_given_in_another_order_is_named(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    given: Any = (policy.collator, policy.dataset)
+    with pytest.raises(TypeError, match=r"InfoVLATrainer\(model, args, dataset, collator\)"):
+        InfoVLATrainer(policy.model, config(tmp_path), *given)
+    plain: Any = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(TypeError, match="args must be an InfoVLAConfig, got TrainingArguments"):
+        InfoVLATrainer(policy.model, plain, policy.dataset, policy.collator)
 
 
 # --- what moves and what must not ---

@@ -17,6 +17,8 @@ def _demos(options: argparse.Namespace) -> None:
     from ..simulation import find_assets, find_task, suite_tasks
 
     quiet_libraries(loading_bars=False)
+    if Path(options.folder).is_file():
+        raise NotADirectoryError(f"{options.folder} is a file; name a folder for the demonstrations")
     names = options.tasks or [task.name for task in suite_tasks(options.suite)]
     tasks = [find_task(options.suite, name) for name in names]
     if options.lerobot:

@@ -100,7 +100,7 @@ def _tasks_to_evaluate(
 def _by_policy(policy: Any, tasks: Sequence[Any], stage: int | None) -> Iterator[Sequence[Any]]:
     """The tasks, each while the policy is the one that its run has measured on it; first those it has not learned.
 
-    Of `single_task` that is the adapter of the task, of other methods the latest one.
+    Of `single_task` that is the adapter of the task, of other methods the latest one, or that of `stage`.
     """
     from ..methods import METHODS
 
@@ -125,6 +125,8 @@ def _act(options: argparse.Namespace) -> None:
     quiet_libraries(loading_bars=False)
     policy = _policy(options, task=options.task)
     images = [np.asarray(Image.open(path).convert("RGB")) for path in options.images]
+    if options.instruction is None and policy.instruction is None:
+        raise ValueError(f"say what to do: --instruction TEXT, or --task, one of {', '.join(policy.tasks) or 'none'}")
     actions = policy.act(images, options.instruction, options.proprio)
     print(json.dumps([[round(float(value), 6) for value in action] for action in actions]))
 

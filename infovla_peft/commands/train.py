@@ -14,6 +14,8 @@ _DRY_RUN = (
 
 def train(argv: Sequence[str], *, prog: str = "infovla train") -> None:
     """The main job, from a recipe and its overrides."""
+    import torch
+
     from ..config import load_recipe
     from ..progress import quiet_libraries
     from ..stream import Stream
@@ -21,12 +23,16 @@ def train(argv: Sequence[str], *, prog: str = "infovla train") -> None:
     dry_run = bool({"--dry-run", "--dry_run"} & set(argv))  # no field of a recipe: it is not kept with the run
     argv = [argument for argument in argv if argument not in ("--dry-run", "--dry_run")]
     recipe, overrides = split_recipe(argv, prog)
+    if dry_run and not torch.cuda.is_available():
+        overrides += ["--use_cpu=true", "--bf16=false", "--fp16=false"]  # a plan needs no device
     config, training = load_recipe(
         recipe, overrides, prog=f"{prog} [RECIPE.yaml]", description=f"{train.__doc__}\n\n{_DRY_RUN}"
     )
     quiet_libraries(loading_bars=config.base_model != "tiny")
     if dry_run:
-        print(Stream(config, training).plan())
+        planned = Stream(config, training)
+        planned.check()
+        print(planned.plan())
         return
     with Stream(config, training) as stream:
         if stream.run_folder.main_process:

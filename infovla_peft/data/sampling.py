@@ -99,6 +99,24 @@ class Draw:
     proprio_noise: NDArray[np.float32] | None
 
 
+def replay_places(batch: int, fraction: float, tasks: int) -> int:
+    """How many of a batch's samples, over all processes, are replayed, so that both kinds are in it.
+
+    Raises:
+        ValueError: it is too small for that.
+
+    >>> replay_places(8, 0.5, tasks=3), replay_places(3, 0.1, tasks=3), replay_places(8, 0.5, tasks=0)
+    (4, 2, 0)
+    """
+    places = max(round(fraction * batch), min(2, tasks)) if tasks and fraction > 0 else 0
+    if places >= batch:
+        raise ValueError(
+            f"a batch of {batch} cannot hold {places} replay samples and one of the current task; "
+            "use larger batches (per_device_train_batch_size) or a smaller replay_fraction"
+        )
+    return places
+
+
 class StratifiedBatchSampler(torch.utils.data.Sampler[Draw]):
     """Draws batches with a fixed share of replay, spread evenly over the past tasks.
 
@@ -152,14 +170,7 @@ class StratifiedBatchSampler(torch.utils.data.Sampler[Draw]):
         self._size = batch_size * processes
         remembered = _rows_by_turn(memory, 0, stages)
         imagined = _rows_by_turn(counterfactual, len(memory or ()), stages)
-        replay = 0
-        if (remembered or imagined) and replay_fraction > 0:
-            replay = max(round(replay_fraction * self._size), min(2, sum(map(len, remembered or imagined))))
-        if replay >= self._size:
-            raise ValueError(
-                f"a batch of {self._size} cannot hold {replay} replay samples and one of the current task; "
-                "use larger batches or a smaller replay_fraction"
-            )
+        replay = replay_places(self._size, replay_fraction, sum(map(len, remembered or imagined)))
         swapped = (round(counterfactual_share * replay) if remembered else replay) if imagined else 0
         self._parts = [(remembered, candidates * (replay - swapped)), (imagined, candidates * swapped)]
         self._replay, self._candidates = replay, candidates

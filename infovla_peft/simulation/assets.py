@@ -41,13 +41,17 @@ def _known_official() -> Iterator[Path]:
             yield Path(str(settings["assets"]))
     yield libero_folder() / "assets"
     yield Path.home() / ".cache" / "libero" / "assets"  # where LIBERO's own download puts them
-    yield cache_folder() / "libero_assets"
+    yield _downloads()
+
+
+def _downloads() -> Path:
+    return cache_folder() / "libero_assets"
 
 
 def _download() -> Path:
     from huggingface_hub import snapshot_download
 
-    folder = cache_folder() / "libero_assets"
+    folder = _downloads()
     try:
         snapshot_download(HUB_REPOSITORY, repo_type="dataset", local_dir=folder)
     except Exception as error:  # the Hub client raises errors of many libraries
@@ -59,7 +63,9 @@ def _download() -> Path:
     return folder
 
 
-def find_assets(requested: str = "auto", folder: str | os.PathLike[str] | None = None) -> AssetSet:
+def find_assets(
+    requested: str = "auto", folder: str | os.PathLike[str] | None = None, *, fetch: bool = True
+) -> AssetSet:
     """Find an asset set on this machine, build it (primitive) or download it (official).
 
     Official assets are looked for in: `folder`, `INFOVLA_LIBERO_ASSETS`, the folder of LIBERO's configuration,
@@ -68,6 +74,7 @@ def find_assets(requested: str = "auto", folder: str | os.PathLike[str] | None =
     Args:
         requested: "official", "primitive", or "auto": official if found without a download, else primitive.
         folder: official assets, or where the primitive ones are built (default: the cache folder).
+        fetch: False = download and build nothing; the path is then where the assets will be.
 
     Raises:
         ValueError: unknown set.
@@ -88,7 +95,9 @@ def find_assets(requested: str = "auto", folder: str | os.PathLike[str] | None =
             if _complete(candidate):
                 return AssetSet("official", candidate.resolve())
         if requested == "official":
-            return AssetSet("official", _download().resolve())
+            return AssetSet("official", _download().resolve() if fetch else _downloads())
+    if not fetch:
+        return AssetSet("primitive", Path(folder) if folder else cache_folder())
     from .primitive import build_primitive_assets
 
     return AssetSet("primitive", build_primitive_assets(folder))
