@@ -112,7 +112,7 @@ def replay_places(batch: int, fraction: float, tasks: int) -> int:
     if places >= batch:
         raise ValueError(
             f"a batch of {batch} cannot hold {places} replay samples and one of the current task; "
-            "use larger batches (per_device_train_batch_size) or a smaller replay_fraction"
+            "use larger batches or a smaller replay_fraction"
         )
     return places
 
