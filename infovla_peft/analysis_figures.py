@@ -15,21 +15,9 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from .analysis_results import Analysis, AnalysisError, Comparison, mean_of_runs
-from .figures import ACCENT, GRID, MUTED, SECOND, STYLE, _panels, save_figure, stage_name
+from .figures import ACCENT, GRID, MUTED, SECOND, STYLE, _panels, method_looks, save_figure, stage_name
 
 WHEN = "when learned", "after the last stage"
-METHOD_COLOURS = (
-    ACCENT,
-    SECOND,
-    "#5b4b9a",
-    "#8a8f1f",
-    "#b03a6f",
-    "#3d7a3a",
-    "#4b86c4",
-    "#66757f",
-    "#a07a4a",
-    "#1d2b33",
-)
 
 
 class Quantity(NamedTuple):
@@ -201,11 +189,11 @@ def draw_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> Non
         figure, grid = _panels(len(columns), 2, height=2.7, bottom=0.62)
         for name, axes in zip(columns, grid, strict=True):
             stages = 1
-            for number, (method, values) in enumerate(comparison.values[name].items()):
-                colour, stages = METHOD_COLOURS[number % len(METHOD_COLOURS)], values.shape[1]
-                mean = mean_of_runs(values)
+            lines = comparison.values[name]
+            for (method, values), (colour, marker) in zip(lines.items(), method_looks(list(lines)), strict=True):
+                mean, stages = mean_of_runs(values), values.shape[1]
                 known = np.flatnonzero(~np.isnan(mean))
-                axes.plot(known, mean[known], color=colour, marker="o", markersize=4, label=method)
+                axes.plot(known, mean[known], color=colour, marker=marker, markersize=4, label=method)
                 if len(values) > 1 and len(known):
                     band = np.nanmin(values[:, known], axis=0), np.nanmax(values[:, known], axis=0)
                     axes.fill_between(known, *band, color=colour, alpha=0.15, linewidth=0)

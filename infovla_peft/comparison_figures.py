@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps, rc_context
+from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from .comparison import ComparedRun, Comparison, bootstrap_mean, by_method, comparable, estimates
-from .figures import ACCENT, GRID, MUTED, SECOND, STYLE, cell_colours, save_figure, stage_name
+from .figures import GRID, MUTED, STYLE, cell_colours, method_looks, save_figure, stage_name
 from .metrics import average_by_stage
 
-MARKERS = "osD^vP*X<>"
 LABEL_WIDTH, CELL_WIDTH, CELL_HEIGHT, GAP, TOP = 2.3, 0.44, 0.34, 0.35, 0.62  # inches
 
 
@@ -62,7 +60,7 @@ def draw_success_over_stages(runs: Sequence[ComparedRun], title: str, path: str 
         figure = Figure(figsize=(6.4, max(3.4, 0.3 + 0.24 * len(groups))), layout="constrained")
         axes = figure.add_subplot()
         widest = 0
-        for (method, own), (colour, marker) in zip(groups.items(), _looks(list(groups)), strict=True):
+        for (method, own), (colour, marker) in zip(groups.items(), method_looks(list(groups)), strict=True):
             curves = _curves(own)  # (runs, stages)
             found = [bootstrap_mean(column) for column in curves.T]
             stages = np.arange(len(found))
@@ -94,7 +92,7 @@ def draw_retention(runs: Sequence[ComparedRun], title: str, path: str | os.PathL
     with rc_context(STYLE):
         figure = Figure(figsize=(5.8, max(3.9, 0.3 + 0.24 * len(found))), layout="constrained")
         axes = figure.add_subplot()
-        for (method, values), (colour, marker) in zip(found.items(), _looks(list(found)), strict=True):
+        for (method, values), (colour, marker) in zip(found.items(), method_looks(list(found)), strict=True):
             x, y = values["adaptation"], values["retention"]
             if math.isnan(x.mean) or math.isnan(y.mean):
                 continue
@@ -181,18 +179,6 @@ def _mean_matrix(runs: Sequence[ComparedRun]) -> NDArray[np.float64]:
     alive = np.arange(stacked.shape[2]) >= np.array(runs[0].learned_at)[:, None]
     mean: NDArray[np.float64] = np.where(known, stacked, 0.0).sum(axis=0) / np.maximum(count, 1)
     return np.where((count > 0) & alive, mean, np.nan)
-
-
-def _looks(methods: Sequence[str]) -> list[tuple[str, str]]:
-    """A colour and a marker for each method: the accents for the two that are compared most, and no pair twice."""
-    fixed = {"infovla": ACCENT, "er": SECOND}
-    palette = colormaps["tab20"]
-    others = [method for method in methods if method not in fixed]
-    looks = {name: (colour, "o") for name, colour in fixed.items()}
-    for index, method in enumerate(others):
-        shade = (2 * index) % 20 + (index // 10) % 2  # the strong ones first
-        looks[method] = (to_hex(palette(shade)), MARKERS[1 + index % (len(MARKERS) - 1)])
-    return [looks[method] for method in methods]
 
 
 def _file_name(text: str) -> str:

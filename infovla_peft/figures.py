@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
@@ -25,6 +25,7 @@ INK, MUTED, GRID, ACCENT, SECOND = "#1d2b33", "#66757f", "#e3e8ea", "#0b6e78", "
 SUCCESS_COLOURS = LinearSegmentedColormap.from_list(
     "success", ["#fbeee6", "#f3dcc0", "#cfe0cf", "#7fbcb4", "#2f8f95", "#064a55"]
 )
+MARKERS = "osD^vP*X<>"
 MAX_PIXELS = 2e7  # of one picture: the matrix of 100 stages must not take gigabytes
 STYLE: dict[str, Any] = {
     "font.size": 9,
@@ -226,3 +227,15 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     resolution = min(200.0, (MAX_PIXELS / (width * height)) ** 0.5)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=resolution, metadata={"Software": None})
+
+
+def method_looks(methods: Sequence[str]) -> list[tuple[str, str]]:
+    """A colour and a marker for each method: the accents for the two that are compared most, and no pair twice."""
+    fixed = {"infovla": ACCENT, "er": SECOND}
+    palette = colormaps["tab20"]
+    others = [method for method in methods if method not in fixed]
+    looks = {name: (colour, "o") for name, colour in fixed.items()}
+    for index, method in enumerate(others):
+        shade = (2 * index) % 20 + (index // 10) % 2  # the strong ones first
+        looks[method] = (to_hex(palette(shade)), MARKERS[1 + index % (len(MARKERS) - 1)])
+    return [looks[method] for method in methods]
