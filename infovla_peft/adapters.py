@@ -349,6 +349,7 @@ def load_adapter(
 def read_adapter(model: nn.Module, folder: Path, name: str, *, trainable: bool = False) -> PeftModel:
     """`load_adapter` without its checks; where the weights do not fit, the model is left as it was."""
     before, lora = active_adapter(model), read_lora(folder)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     peft_model = attach(model, name, lora, empty=True)
     try:
         read_adapter_weights(peft_model, name, folder)
@@ -359,6 +360,8 @@ def read_adapter(model: nn.Module, folder: Path, name: str, *, trainable: bool =
         else:
             tuner: Any = peft_model.base_model
             tuner.unload()
+        for parameter in trained:
+            parameter.requires_grad_(True)
         raise
     activate(peft_model, name, trainable=trainable)
     return peft_model

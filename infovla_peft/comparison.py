@@ -292,7 +292,7 @@ def differences(runs: Sequence[ComparedRun], against: str) -> dict[str, dict[str
     The runs must be of one suite and memory size. Empty if `against` was not run there. Two runs whose bases differ,
     by their digests if both are known, else by their columns of rollouts, were made on two machines and are no pair.
     """
-    keyed = {method: {(run.order, *_pair(run)): run for run in own} for method, own in by_method(runs).items()}
+    keyed = {method: {(run.order, run.seed): run for run in own} for method, own in by_method(runs).items()}
     if against not in keyed:
         return {}
     reference = keyed.pop(against)
@@ -311,7 +311,9 @@ def differences(runs: Sequence[ComparedRun], against: str) -> dict[str, dict[str
 
 
 def _may_share_base(one: ComparedRun, other: ComparedRun) -> bool:
-    return None in (one.base, other.base) or one.base == other.base
+    if one.base is None or other.base is None:
+        return _pair(one) == _pair(other)
+    return one.base == other.base
 
 
 def _pair(run: ComparedRun) -> tuple[Any, ...]:

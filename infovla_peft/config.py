@@ -8,13 +8,14 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, cast, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -262,12 +263,12 @@ class InfoVLAConfig(TrainingArguments):
             if getattr(self, name):
                 raise ValueError(NOT_COMPILED.format(name))  # before it is written into the environment
         compile_blocks, self.torch_compile = self.torch_compile, False  # Trainer would compile the model as a whole
-        self.report_to = self.report_to or ["none"]
+        self.report_to = list(self.report_to) if isinstance(self.report_to, tuple) else self.report_to or ["none"]
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.torch_compile = compile_blocks
         targets: Any = self.lora_targets
         if isinstance(targets, (list, tuple)):  # as PEFT's `target_modules` may be
-            self.lora_targets = ",".join(targets)
+            self.lora_targets = ",".join(map(str, targets))
         for name in ("lambda_rac", "lambda_cmi"):
             if getattr(self, name) is None:
                 setattr(self, name, 0.1 if self.method == "infovla_paper" else 0.02)
@@ -306,6 +307,11 @@ class InfoVLAConfig(TrainingArguments):
             raise ValueError(
                 "save_only_model must stay False: a training that goes on without its optimiser, schedule and random "
                 "numbers is another one; set save_strategy to no if no checkpoints are wanted"
+            )
+        if self.load_best_model_at_end or self.metric_for_best_model:
+            raise ValueError(
+                "load_best_model_at_end and metric_for_best_model are not supported: which checkpoint of a policy is "
+                "the best, rollouts say, not a loss; evaluate the checkpoints that you keep (save_total_limit)"
             )
         if self.ignore_data_skip:
             raise ValueError("ignore_data_skip must stay False: a training that goes on would see other batches")
@@ -522,8 +528,9 @@ def load_recipe(
     # TrainingArguments looks into files, packages and devices that its options name, and raises what they raise.
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, OSError, ImportError) as error:
         raise RecipeError(f"{source}: {error!s:.500}; --help says what each option takes") from error
-    if unknown and Path(unknown[0]).suffix in (".yaml", ".yml"):
-        raise RecipeError(f"{unknown[0]:.200} stands behind the options; a recipe comes first, or as --config")
+    behind = [word for word in (*unknown, *(training.report_to or ())) if str(word).endswith((".yaml", ".yml"))]
+    if behind and not behind[0].startswith("-"):
+        raise RecipeError(f"{behind[0]:.200} stands behind the options; a recipe comes first, or as --config")
     if unknown:
         option = unknown[0].split("=")[0]
         raise RecipeError(f"{source}: unknown option {option:.80}{_near(option.lstrip('-').replace('-', '_'))}")
@@ -564,7 +571,11 @@ def _flags(recipe: Mapping[str, Any], source: str) -> list[str]:
             raise RecipeError(f"{source}: unknown option {name!r:.80}{_near(str(name))}")
         if value is None:
             if known[name] is not None:
-                raise RecipeError(f"{source}: {name} has no value; leave the line out to keep {known[name]!r}")
+                raise RecipeError(
+                    f"{source}: {name} has no value; leave the line out to keep {known[name] or 'none'!r}"
+                )
+        elif isinstance(value, list) and name == "lora_targets":  # as PEFT's `target_modules` may be
+            flags.append(f"--{name}={','.join(map(str, value))}")
         elif isinstance(value, list):
             if not _takes_list(name):
                 raise RecipeError(f"{source}: {name} takes one value, not a list ({value!s:.80})")
@@ -601,13 +612,21 @@ def _check_types(config: Any) -> None:
     """What argparse does on the command line, for the fields of configurations that are made in Python."""
     hints = get_type_hints(type(config))
     for name in type(config).__annotations__:
-        value, hint = getattr(config, name), hints[name]
+        value: Any = getattr(config, name)
+        hint = hints[name]
         allowed = get_args(hint) if get_origin(hint) is UnionType else (hint,)
-        kinds = {_KINDS.get(get_origin(kind) or kind) for kind in allowed} - {None}
-        fits = any(isinstance(value, kind) and isinstance(value, bool) <= (kind is bool) for kind in kinds if kind)
+        kinds = {get_origin(kind) or kind for kind in allowed} & set(_KINDS)
+        if str in kinds and isinstance(value, Path):
+            value = os.fspath(value)
+        elif list in kinds and isinstance(value, tuple):
+            value = list(value)
+        elif int in kinds and type(value) is not bool and isinstance(value, Real) and float(value).is_integer():
+            value = int(cast(Any, value))
+        fits = any(isinstance(value, _KINDS[kind]) and isinstance(value, bool) <= (kind is bool) for kind in kinds)
         if kinds and not fits and not (value is None and NoneType in allowed):
             wanted = " or ".join("None" if kind is NoneType else getattr(kind, "__name__", kind) for kind in allowed)
             raise ValueError(f"{name} must be of type {wanted}, got {value!r:.80}")
+        setattr(config, name, value)
 
 
 _KINDS: dict[Any, type] = {int: Integral, float: Real, str: str, bool: bool, list: list}

@@ -273,8 +273,9 @@ def relative_base(base: str | os.PathLike[str], adapter_folder: Path) -> str:
     """How infovla.json names a base: a folder relative to the adapter's, or a Hub id as it is."""
     if not Path(base).is_dir():
         return str(base)
-    # Of both the real place: the system follows links before it goes up, `relpath` knows of none.
-    return os.path.relpath(Path(base).resolve(), adapter_folder.resolve())
+    # The real places: the system follows links before it goes up, `relpath` knows of none. A base that is a link
+    # itself stays one, so that a copy of both finds its own.
+    return os.path.relpath(Path(base).parent.resolve() / Path(base).name, adapter_folder.resolve())
 
 
 def _place(repo_or_path: str | os.PathLike[str], revision: str | None, access: Access) -> Place:

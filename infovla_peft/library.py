@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def choose(
     Raises:
         ValueError: no such task or stage; the message lists what there is.
     """
-    if stage is not None and type(stage) is not int:
+    given: Any = stage
+    if isinstance(given, bool) or not isinstance(given, (Integral, type(None))):
         raise ValueError(f"stage must be an integer, got {stage!r:.80}")
     candidates = [adapter for adapter in adapters if stage is None or adapter.info.stage == stage]
     if stage != 0 and not candidates and (stage is not None or task is not None):
@@ -112,8 +114,17 @@ def tasks_after(adapters: Sequence[StoredAdapter], stage: int | None = None) -> 
     if not found:
         raise ValueError(f"there is no adapter of stage {stage}; there are: {listed(adapters)}")
     method = METHODS.get(str(found[-1].info.training.get("method")))
-    alone = stage is not None and method is not None and method.policy == "own"
-    return found[-1].learned if alone else list(found[-1].info.seen)
+    if method is None or method.policy != "own":
+        return list(found[-1].info.seen)
+    return known_tasks(adapters) if stage is None else found[-1].learned
+
+
+def known_tasks(adapters: Sequence[StoredAdapter]) -> list[str]:
+    """Names of the tasks that one of these adapters or their base was trained on, in that order."""
+    if not adapters:
+        return []
+    known = {*_of_the_base(adapters[0].info), *(task for each in adapters for task in each.learned)}
+    return [task for task in adapters[-1].info.seen if task in known]
 
 
 def _of_the_base(info: AdapterInfo) -> list[str]:
@@ -156,10 +167,7 @@ class AdapterLibrary:
     @property
     def tasks(self) -> list[str]:
         """Names of all tasks that are known here, in the order in which they were learned."""
-        if not self.adapters:
-            return []
-        known = {*_of_the_base(self.adapters[0].info), *(task for each in self.adapters for task in each.learned)}
-        return [task for task in self.adapters[-1].info.seen if task in known]
+        return known_tasks(self.adapters)
 
     def tasks_after(self, stage: int | None = None) -> list[str]:
         """See `tasks_after`."""

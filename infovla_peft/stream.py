@@ -48,7 +48,7 @@ from .publishing import check_access, push_to_hub
 from .remote import HubError
 from .results import Results, collect_versions
 from .run_folder import RESTORE, RunError, RunFolder
-from .trackers import check_trackers, curves_beside, make_trackers, stage_record
+from .trackers import check_names, check_trackers, curves_beside, make_trackers, stage_record
 from .trainer import InfoVLATrainer, LossLog
 from .video import CURE, video_available
 
@@ -145,6 +145,7 @@ class Stream:
             read_config(self.config.base_model, {})
         check_trackers(self.training.report_to)
         self.check()
+        self.check_batches()
 
     def check(self) -> None:
         """See that the recipe fits together, as far as it says so itself: what `--dry-run` checks, on any machine.
@@ -161,16 +162,28 @@ class Stream:
         unknown = set(config.cameras) - set(CAMERA_COLUMNS)
         if unknown or not config.cameras:
             raise RunError(f"cameras must be among {', '.join(CAMERA_COLUMNS)}, got {config.cameras}")
-        for name in ("base_model", "demonstrations_source"):
+        check_names(self.training.report_to)
+        read = "demonstrations" in self.run_folder.state()
+        for name in ("base_model", *(() if read else ("demonstrations_source",))):
             place = getattr(config, name)
             if place and place.startswith((".", "/", "~")) and not Path(place).exists():
                 raise RunError(f"{name}: there is nothing at {place}; correct the path")
-        batch = self.training.per_device_train_batch_size * self.training.world_size
-        if batch < 1:
-            raise RunError(f"per_device_train_batch_size must be at least 1, got {batch}")
-        past = len(self.tasks) - len(self.stages[-1].tasks)
-        replays = method.counterfactual or (method.replay and (method.keeps_all or config.memory_trajectories))
-        replay_places(batch, self.training.replay_fraction, past if replays else 0)
+        if self.training.per_device_train_batch_size < 1:
+            raise RunError("per_device_train_batch_size must be at least 1")
+
+    def check_batches(self) -> None:
+        """See that a batch of all processes can hold what the last stage replays.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        config, training, method = self.config, self.training, METHODS[self.training.method]
+        past = [task for stage in self.stages[:-1] for task in stage.tasks]
+        remembered = past if method.replay and (method.keeps_all or config.memory_trajectories) else []
+        answered = self.stages[0].tasks if training.teacher == "base" else past
+        imagined = answered if method.counterfactual and training.counterfactual_share else []
+        batch = training.train_batch_size * training.world_size
+        replay_places(batch, training.replay_fraction, len(remembered or imagined))
 
     def resolved_config(self) -> dict[str, Any]:
         """Everything that was chosen or found, as it is kept with the run and with each adapter."""

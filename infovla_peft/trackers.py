@@ -189,6 +189,16 @@ def make_trackers(training: InfoVLAConfig, run: Path) -> list[Tracker]:
     return trackers
 
 
+def check_names(report_to: str | Sequence[str] | None) -> None:
+    """A ValueError if no tracker has one of these names."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in _names(report_to):
+        if name not in (JSONL, *INTEGRATION_TO_CALLBACK):
+            known = ", ".join([JSONL, *INTEGRATION_TO_CALLBACK])
+            raise ValueError(f"report_to names {name!r}, which is no tracker; there are {known}, and none")
+
+
 def check_trackers(report_to: str | Sequence[str] | None) -> None:
     """See that what is asked for is there, before anything is spent.
 
@@ -196,12 +206,8 @@ def check_trackers(report_to: str | Sequence[str] | None) -> None:
         ValueError: no tracker has this name.
         ImportError: it is not installed; the message has the command.
     """
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
+    check_names(report_to)
     for name in _names(report_to):
-        if name not in (JSONL, *INTEGRATION_TO_CALLBACK):
-            known = ", ".join([JSONL, *INTEGRATION_TO_CALLBACK])
-            raise ValueError(f"report_to names {name!r}, which is no tracker; there are {known}, and none")
         if name in INSTALL and importlib.util.find_spec(name) is None:
             raise ImportError(f"report_to names {name}, which is not installed: pip install {INSTALL[name]}")
 
@@ -216,13 +222,13 @@ def tensorboard_folder(run: Path) -> Path:
 
 
 @contextmanager
-def curves_beside(run: Path, stage: str, project: str) -> Iterator[None]:
+def curves_beside(run: Path, stage: str, project: str | None) -> Iterator[None]:
     """While a stage trains, Trainer's curves go where the stage's results will: TensorBoard's to `tensorboard/<stage>`
     of the run, wandb's to `project`. What the environment says comes first.
     """
     # The only way that Trainer leaves: its TensorBoard knows no folder, and its wandb not TrainingArguments.project.
     wanted = {"TENSORBOARD_LOGGING_DIR": str(tensorboard_folder(run) / stage), "WANDB_PROJECT": project}
-    added = {name: value for name, value in wanted.items() if not os.environ.get(name)}
+    added = {name: value for name, value in wanted.items() if value and not os.environ.get(name)}
     os.environ.update(added)
     try:
         yield

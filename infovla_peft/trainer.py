@@ -337,7 +337,9 @@ class InfoVLATrainer(Trainer):
         output = policy_output(outputs, slice(first, None))
         if not self.rehearsal.answers_all:
             known, peers_known = (self.rehearsal.are_answered(part) for part in (own, peers))
-            own, peers, output = own[known], peers[peers_known], output[known.to(output.device)]
+            # A mask would wait for the device.
+            places = known.nonzero().squeeze(1).to(output.device, non_blocking=True)
+            own, peers, output = own[known], peers[peers_known], output[places]
         features, whole = features._replace(output=output), replace(contrast, own=own)
         for term in self.terms:
             mine, theirs = (own, peers) if term.counterfactual else (kept, others)
@@ -438,7 +440,9 @@ class InfoVLATrainer(Trainer):
         name = self.model.active_adapter
         write_adapter_weights(self.model, name, folder, write=self.args.should_save)
         if self.args.should_save:  # so that PEFT, too, can read what lies there
-            copy.copy(self.model.peft_config[name]).save_pretrained(str(folder))
+            lora = copy.copy(self.model.peft_config[name])
+            lora.base_model_name_or_path = None  # the base is the caller's to name
+            lora.save_pretrained(str(folder))
         networks = {name: whole(tensor).contiguous() for name, tensor in self._networks().items()}
         if networks and self.args.should_save:
             save_file(networks, folder / _TERM_WEIGHTS)

@@ -175,6 +175,8 @@ def test_a_base_is_told_by_its_digest_where_that_is_known() -> None:
     runs = [run("er", 0, base="a"), run("er", 1, base="a"), run("infovla", 0, base="a"), run("infovla", 1, base="b")]
     assert differences(compare(*runs).runs, "er")["infovla"]["final_average"].n == 1
     assert differences(compare(run("er"), run("infovla", base="b")).runs, "er")["infovla"]["final_average"].n == 1
+    lucky = run("infovla", base="a", success=[[0.8, 0.6, 0.5], *run("er")["success"][1:]])
+    assert differences(compare(run("er", base="a"), lucky).runs, "er")["infovla"]["final_average"].n == 1
 
 
 def test_students_interval_by_hand() -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -38,6 +39,10 @@ def test_unknown_stream_notation_says_how_to_write_it(notation: str) -> None:
         ({"lora_r": "8"}, "lora_r must be of type int, got '8'"),
         ({"rac_center": 1}, "rac_center must be of type bool, got 1"),
         ({"remove_unused_columns": True}, "must stay False"),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
+            "rollouts say, not a loss",
+        ),
         ({"save_only_model": True}, "save_only_model must stay False: a training that goes on without its optimiser"),
         ({"ignore_data_skip": True}, "ignore_data_skip must stay False: .* would see other batches"),
         ({"torch_compile_mode": "default"}, "torch_compile_mode is not supported: .* set torch_compile alone"),
@@ -110,6 +115,18 @@ def test_targets_may_be_a_list_as_in_peft(tmp_path: Path) -> None:
     assert InfoVLAConfig(output_dir=str(tmp_path), lora_targets=targets).lora_targets == "q_proj,v_proj"
 
 
+def test_what_python_has_for_a_value_is_taken(tmp_path: Path) -> None:
+    places: Any = {"base_model": tmp_path, "demonstrations_folder": tmp_path / "demos", "cameras": ("agentview",)}
+    config = StreamConfig(**places, stream="B1-1N1")
+    assert (config.base_model, config.demonstrations_folder) == (str(tmp_path), str(tmp_path / "demos"))
+    assert config.cameras == ["agentview"]
+    numbers: Any = {"lora_alpha": 16.0, "lora_r": np.int64(8), "temperature": 1, "report_to": ("jsonl",)}
+    training = InfoVLAConfig(output_dir=str(tmp_path), **numbers)
+    assert [(type(value), value) for value in (training.lora_alpha, training.lora_r)] == [(int, 16), (int, 8)]
+    assert training.report_to == ["jsonl"]
+    assert load_recipe(recipe(tmp_path, "lora_targets: [q_proj, v_proj]\n"), [])[1].lora_targets == "q_proj,v_proj"
+
+
 def test_a_recipe_may_be_absent() -> None:
     stream, training = load_recipe(None, ["--no_cache_images", "--cameras", "agentview", "robot0_eye_in_hand"])
     assert stream.cameras == ["agentview", "robot0_eye_in_hand"]
@@ -132,6 +149,9 @@ def test_a_recipe_may_be_absent() -> None:
         ("max_steps: 3\n", [], "say base_steps and stage_steps"),
         ("", ["--num_train_epochs", "2"], "say base_steps and stage_steps"),
         ("", ["--seed", "1", "mine.yaml"], "mine.yaml stands behind the options; a recipe comes first"),
+        ("", ["--report_to", "jsonl", "mine.yaml"], "mine.yaml stands behind the options; a recipe comes first"),
+        ("", ["--foo=mine.yaml"], "unknown option --foo"),
+        ("report_to:\n", [], "leave the line out to keep 'none'"),
     ],
 )
 def test_unusable_recipes_name_the_cure(tmp_path: Path, text: str, argv: list[str], message: str) -> None:

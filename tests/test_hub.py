@@ -106,6 +106,7 @@ def test_a_device_that_is_not_there_is_named(original: Path) -> None:
             load_policy(original, device=device)
     with pytest.raises(ValueError, match="stage must be an integer, got '1'"):
         load_policy(original, stage="1")  # type: ignore[arg-type]
+    assert active_adapter(load_policy(original, stage=np.int64(1)).model) == "stage_01"  # type: ignore[arg-type]
 
 
 def test_a_type_that_does_not_exist_is_named(original: Path) -> None:

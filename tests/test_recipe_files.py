@@ -241,7 +241,7 @@ def test_a_dry_run_says_what_and_does_nothing(
         assert main(["evaluate", str(finished), *options, "--dry-run"]) == 0
         assert capsys.readouterr().out.split()[1:][-len(learned) :] == learned
     for changes, message in (
-        (["--per_device_train_batch_size", "2", "--stream", "B1-2N1"], "a batch of 2 cannot hold 2 replay samples"),
+        (["--report_to", "nonsense"], "'nonsense', which is no tracker"),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size must be at least 1"),
         (["--cameras", "front"], "cameras must be among"),
         (["--base_model", "./nowhere"], "base_model: there is nothing at ./nowhere"),
@@ -249,6 +249,10 @@ def test_a_dry_run_says_what_and_does_nothing(
     ):
         assert main(["train", str(recipe), "--dry-run", *changes]) == 1
         assert message in capsys.readouterr().err
+    small = ["--per_device_train_batch_size", "2", "--stream", "B1-2N1"]
+    for more, noted in (([], True), (["--memory_trajectories", "0", "--counterfactual_share", "0"], False)):
+        assert main(["train", str(recipe), "--dry-run", *small, *more]) == 0
+        assert ("note: in 1 process(es), a batch of 2 cannot hold 2" in capsys.readouterr().out) == noted
     monkeypatch.setenv("INFOVLA_CACHE", str(tmp_path / "cache"))
     assert main(["train", str(recipe), "--dry-run", "--assets", "primitive"]) == 0
     assert not (tmp_path / "cache").exists()

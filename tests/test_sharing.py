@@ -18,7 +18,15 @@ from tiny_run import TASKS, act, build_run
 
 from infovla_peft import load_policy
 from infovla_peft.adapter_files import AdapterError, read_info, write_info
-from infovla_peft.adapters import active_adapter, adapter_parameters, base_model, fingerprint
+from infovla_peft.adapters import (
+    active_adapter,
+    adapter_parameters,
+    add_adapter,
+    base_model,
+    fingerprint,
+    read_adapter,
+)
+from infovla_peft.config import InfoVLAConfig
 from infovla_peft.foreign import fingerprint_of_files, load_reference_adapter
 from infovla_peft.library import find_adapters
 from infovla_peft.merging import merge, save_merged, unmerge
@@ -120,6 +128,23 @@ def test_a_batch_that_fails_changes_nothing(run: Path, tmp_path: Path, stage: in
     assert running == ("stage_01" if stage else None)
     assert np.array_equal(policy.act(images[0], KNOWN[1], states[0]), before)
     assert "stage_02" not in getattr(policy.model, "peft_config", {})
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_refused_adapter_leaves_what_is_trained(run: Path, tmp_path: Path, adapted: bool) -> None:
+    folder = shutil.copytree(find_adapters(run)[1].folder, tmp_path / "other")
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = next(iter(weights))
+    save_file({**weights, name: weights[name][:, 1:].contiguous()}, folder / "adapter_model.safetensors")
+    model: Any = load_openvla(run / "base")[0]
+    if adapted:
+        model = add_adapter(model, "mine", InfoVLAConfig(output_dir=str(tmp_path), use_cpu=True, lora_r=2))
+    names = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+    assert names
+    with pytest.raises(AdapterError, match="do not fit the model"):
+        read_adapter(model, folder, "other")
+    assert [key for key, parameter in model.named_parameters() if parameter.requires_grad] == names
+    assert active_adapter(model) == ("mine" if adapted else None)
 
 
 def test_adapters_with_other_statistics_do_not_share_a_policy(run: Path, tmp_path: Path) -> None:

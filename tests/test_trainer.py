@@ -81,7 +81,9 @@ def test_held_out_samples_have_a_loss(tmp_path: Path) -> None:
 def test_a_saved_adapter_is_one_of_peft_s(tmp_path: Path) -> None:
     trainer = adapter_stage(tmp_path / "run", max_steps=2)
     trainer.train()
+    trainer.model.peft_config["one"].base_model_name_or_path = "../../base"  # as reading an adapter leaves it
     trainer.save_model(str(tmp_path / "saved"))
+    assert "../../base" not in (tmp_path / "saved" / "adapter_config.json").read_text()
     read = PeftModel.from_pretrained(tiny_policy().model, str(tmp_path / "saved"))
     assert isinstance(trainer.model, PeftModel)
     ours = {key.replace(".one.", "."): value for key, value in adapter_parameters(trainer.model, "one")}

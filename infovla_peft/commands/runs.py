@@ -46,7 +46,7 @@ def _analyse(options: argparse.Namespace) -> None:
 def _named(run: str) -> tuple[str | None, str]:
     """`name=folder` in its parts; a folder that is there may have the sign in its own name."""
     name, sign, folder = run.partition("=")
-    return (name, folder) if sign and name and not Path(run).exists() else (None, run)
+    return (name, folder) if sign and name and "/" not in name and not Path(run).exists() else (None, run)
 
 
 def register(add: AddCommand) -> None:

@@ -33,6 +33,10 @@ def train(argv: Sequence[str], *, prog: str = "infovla train") -> None:
         planned = Stream(config, training)
         planned.check()
         print(planned.plan())
+        try:
+            planned.check_batches()
+        except ValueError as error:
+            print(f"note: in {training.world_size} process(es), {error}")
         return
     with Stream(config, training) as stream:
         if stream.run_folder.main_process:
