@@ -163,10 +163,11 @@ class Stream:
         if unknown or not config.cameras:
             raise RunError(f"cameras must be among {', '.join(CAMERA_COLUMNS)}, got {config.cameras}")
         check_names(self.training.report_to)
-        read = "demonstrations" in self.run_folder.state()
-        for name in ("base_model", *(() if read else ("demonstrations_source",))):
+        for name in ("base_model", "demonstrations_source"):
             place = getattr(config, name)
-            if place and place.startswith((".", "/", "~")) and not Path(place).exists():
+            if not place or not place.startswith((".", "/", "~")) or Path(place).exists():
+                continue
+            if name == "base_model" or "demonstrations" not in self.run_folder.state():  # else they may be gone
                 raise RunError(f"{name}: there is nothing at {place}; correct the path")
         if self.training.per_device_train_batch_size < 1:
             raise RunError("per_device_train_batch_size must be at least 1")

@@ -19,6 +19,7 @@ from infovla_peft.command_options import apply_config, split_recipe
 from infovla_peft.hub import load_policy
 from infovla_peft.library import find_adapters
 from infovla_peft.recipe_files import copy_recipe, list_recipes, recipes_folder
+from infovla_peft.run_folder import RunFolder
 
 
 def test_every_recipe_can_be_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,6 +250,10 @@ def test_a_dry_run_says_what_and_does_nothing(
     ):
         assert main(["train", str(recipe), "--dry-run", *changes]) == 1
         assert message in capsys.readouterr().err
+    (tmp_path / "begun").mkdir()
+    RunFolder(tmp_path / "begun").mark("demonstrations", 1.0)  # they were read, and may be gone
+    begun = ["--demonstrations_source", "/nowhere", "--output_dir", str(tmp_path / "begun")]
+    assert main(["train", str(recipe), "--dry-run", *begun]) == 0
     small = ["--per_device_train_batch_size", "2", "--stream", "B1-2N1"]
     for more, noted in (([], True), (["--memory_trajectories", "0", "--counterfactual_share", "0"], False)):
         assert main(["train", str(recipe), "--dry-run", *small, *more]) == 0
