@@ -272,7 +272,7 @@ class InfoVLAConfig(TrainingArguments):
         for name in ("lambda_rac", "lambda_cmi"):
             if getattr(self, name) is None:
                 setattr(self, name, 0.1 if self.method == "infovla_paper" else 0.02)
-        _check_types(self)
+        _settle_types(self)
         if self.method == "infovla_paper":
             self.teacher, self.cmi_mode, self.anchor_bank, self.near_duplicate_window = "previous", "paper", 0, 0
             self.rac_targets, self.rac_center = "hard", False
@@ -416,7 +416,7 @@ class StreamConfig:
     tiny_heads: int = _option(4, "Tiny base: attention heads of both.")
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        _settle_types(self)
         _check_choices(self)
         shape = parse_stream(self.stream)
         if self.base_model == "tiny" and shape.base_tasks == 0:
@@ -608,8 +608,11 @@ def _check_at_least(config: Any, lowest: float, *names: str) -> None:
             raise ValueError(f"{name} must be at least {lowest}, and finite, got {value}")
 
 
-def _check_types(config: Any) -> None:
-    """What argparse does on the command line, for the fields of configurations that are made in Python."""
+def _settle_types(config: Any) -> None:
+    """What argparse does on the command line, for the fields of configurations that are made in Python.
+
+    A path becomes text, a tuple a list, a whole number an integer; a ValueError names what is of another type.
+    """
     hints = get_type_hints(type(config))
     for name in type(config).__annotations__:
         value: Any = getattr(config, name)

@@ -143,8 +143,8 @@ class Stream:
         quantization_config(self.config.quantization)
         if not self.is_tiny:
             read_config(self.config.base_model, {})
-        check_trackers(self.training.report_to)
         self.check()
+        check_trackers(self.training.report_to)  # that they are installed, too
         self.check_batches()
 
     def check(self) -> None:
