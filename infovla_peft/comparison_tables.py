@@ -67,12 +67,12 @@ def markdown(comparison: Comparison, against: Sequence[str]) -> str:
         parts += [f"## {suite}, {_trajectories(memory)} per past task", _provenance(runs)]
         for order, some in comparable(runs).items():
             parts += [f"### Order {order}"] * (order is not None)
-            parts.append(_markdown_table(*_metric_rows(some)))
+            parts.append(markdown_table(*_metric_rows(some)))
         for reference in against:
             table = _difference_rows(runs, reference)
             if table is not None:
                 title = f"Difference to `{reference}`, paired by seed and order, in percentage points"
-                parts += [f"### {title}", _markdown_table(*table)]
+                parts += [f"### {title}", markdown_table(*table)]
         parts += ["### Ranking by FAA", _ranking_text(runs)]
     return "\n\n".join(parts) + "\n"
 
@@ -139,7 +139,7 @@ def _metric_rows(runs: Sequence[ComparedRun]) -> tuple[list[str], list[list[str]
     rows = []
     for method, found in estimates(runs).items():
         orders = ", ".join(sorted({run.order for run in own[method]}))
-        cells = [_percent(found[name]) for name in METRICS]
+        cells = [percent_text(found[name]) for name in METRICS]
         rows.append([method, str(len(own[method])), orders, *cells])
     return header, rows
 
@@ -152,8 +152,8 @@ def _difference_rows(runs: Sequence[ComparedRun], against: str) -> tuple[list[st
     header = ["method", "pairs", METRICS[first].label, "Student's", *(METRICS[name].label for name in others)]
     rows = []
     for method, values in found.items():
-        cells = [_percent(values[name], signed=True) for name in METRICS]
-        student = _interval(*values[first].student(), form="+.1f")
+        cells = [percent_text(values[name], signed=True) for name in METRICS]
+        student = interval_text(*values[first].student(), signed=True)
         rows.append([method, str(values[first].n), cells[0], student or NOT_MEASURED, *cells[1:]])
     return header, rows
 
@@ -204,27 +204,29 @@ def _better(column: MetricColumn) -> str:
     return "" if column.higher_is_better else "; lower is better"
 
 
-def _percent(value: Estimate, *, signed: bool = False) -> str:
+def percent_text(value: Estimate, *, signed: bool = False) -> str:
+    """A mean and its bootstrap interval in per cent."""
     if math.isnan(value.mean):
         return NOT_MEASURED
-    form = "+.1f" if signed else ".1f"
-    return f"{_number(value.mean, form)} {_interval(value.low, value.high, form=form)}".rstrip()
+    return f"{_number(value.mean, signed)} {interval_text(value.low, value.high, signed=signed)}".rstrip()
 
 
-def _interval(low: float, high: float, *, form: str) -> str:
-    return "" if math.isnan(low) else f"[{_number(low, form)}, {_number(high, form)}]"
+def interval_text(low: float, high: float, *, signed: bool = False) -> str:
+    """An interval in per cent; nothing if there is none."""
+    return "" if math.isnan(low) else f"[{_number(low, signed)}, {_number(high, signed)}]"
 
 
-def _number(rate: float, form: str) -> str:
+def _number(rate: float, signed: bool) -> str:
     # Adding 0.0 turns the -0.0 of a small negative number into 0.0.
-    return f"{round(100 * rate, 1) + 0.0:{form}}".replace("-", "−")
+    return f"{round(100 * rate, 1) + 0.0:{'+.1f' if signed else '.1f'}}".replace("-", "−")
 
 
 def _numbers(values: Sequence[float]) -> list[str]:
     return ["" if math.isnan(number) else f"{number:.4f}" for number in values[:3]]
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 

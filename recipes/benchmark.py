@@ -4,6 +4,7 @@
     python recipes/benchmark.py status recipes/configs/bench/bench_s.yaml
     python recipes/benchmark.py aggregate recipes/configs/bench/bench_s.yaml [--output recipes/results/bench_s.json]
     python recipes/benchmark.py tables recipes/results/bench_s.json [--output FOLDER] [--against METHOD ...]
+    python recipes/benchmark.py refresh recipes/results/bench_s.json recipes/README.md
 
 The YAML says which methods, seeds, task orders and memory sizes (see `infovla_peft.benchmark`). Each run is
 `recipes/continual.py` in a process and a folder of its own; runs with the same base tasks share their base and its
@@ -23,10 +24,11 @@ from infovla_peft.benchmark import Job, learn_base, load_benchmark
 from infovla_peft.cli import run_command
 from infovla_peft.command_options import CommandParser
 from infovla_peft.comparison import load_comparison
+from infovla_peft.comparison_blocks import refresh_tables
 from infovla_peft.comparison_figures import draw_comparison
 from infovla_peft.comparison_tables import write_tables
 from infovla_peft.config import load_recipe
-from infovla_peft.files import write_json
+from infovla_peft.files import write_json, write_text
 from infovla_peft.plan import workers as cores
 from infovla_peft.progress import quiet_libraries
 from infovla_peft.recipe_files import recipes_folder
@@ -65,6 +67,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     tables.add_argument("--output", type=Path, help="folder; default: <name of the JSON>_tables beside it")
     tables.add_argument("--against", nargs="+", metavar="METHOD", help="differences to these; default: er")
     tables.set_defaults(handler=make_tables)
+
+    refresh = commands.add_parser("refresh", help="write the tables in a Markdown file anew, `<!-- table ... -->`")
+    refresh.add_argument("aggregate", type=Path, help="JSON written by `aggregate`")
+    refresh.add_argument("text", type=Path, help="Markdown with blocks as in `infovla_peft.comparison_blocks`")
+    refresh.set_defaults(handler=refresh_text)
 
     base = commands.add_parser("base", help="what the queue runs first: demonstrations, base, its column of rollouts")
     base.add_argument("recipe", type=Path, help="YAML of a run")
@@ -142,6 +149,12 @@ def make_tables(options: argparse.Namespace) -> None:
     against = options.against or [method for method in ("er",) if any(run.method == method for run in comparison.runs)]
     for path in [*write_tables(comparison, output, against), *draw_comparison(comparison, output)]:
         print(path)
+
+
+def refresh_text(options: argparse.Namespace) -> None:
+    """The tables inside a text, from the aggregate alone."""
+    text = options.text.read_text(encoding="utf-8")
+    write_text(options.text, refresh_tables(text, load_comparison(options.aggregate)))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from infovla_peft import comparison as module
+from infovla_peft import comparison_blocks
 from infovla_peft.comparison import (
     Comparison,
     ComparisonError,
@@ -29,9 +30,11 @@ from infovla_peft.comparison import (
     read_comparison,
     same_ranking,
 )
+from infovla_peft.comparison_blocks import refresh_tables
 from infovla_peft.comparison_figures import draw_comparison
 from infovla_peft.comparison_tables import write_tables
 
+REPOSITORY = Path(__file__).parents[1]
 LEARNED_AT = [0, 0, 1, 2]
 
 
@@ -76,6 +79,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def test_doctests() -> None:
     assert doctest.testmod(module).failed == 0
+    assert doctest.testmod(comparison_blocks).failed == 0
 
 
 def test_a_bootstrap_interval_by_hand() -> None:
@@ -244,6 +248,59 @@ def test_tables_hold_what_the_file_holds(tmp_path: Path) -> None:
     assert {row["pairs"] for row in rows if row["memory"] == "1"} == {"4"}
     with pytest.raises(ValueError, match="no run of ewc; there are er, infovla_rac_only"):
         write_tables(load_comparison(file), tmp_path / "tables", ["ewc"])
+
+
+def block(words: str, body: str = "") -> str:
+    return f"before\n<!-- table {words} -->\n{body}<!-- end -->\nbehind\n"
+
+
+def test_tables_inside_a_text() -> None:
+    runs = [run(method, seed, order) for method in ("er", "infovla") for seed in (0, 1) for order in "AB"]
+    runs += [run("mir", 1, last=[0.5, 0.7, 0.8, 0.8]), run("er", memory=0)]
+    found = compare(*runs)
+    where = "suite=libero_goal memory=1"
+    text = block(f"show=means {where} order=A", "| old |\n") + block(f"show=means {where} methods=er,infovla")
+    fresh = refresh_tables(text, found)
+    assert fresh == refresh_tables(fresh, found)
+    assert fresh.count("before") == fresh.count("behind") == 2
+    assert "old" not in fresh
+    assert "| `er` | 2 | 0, 1 | 65.0 [65.0, 65.0] |" in fresh
+    assert "| `mir` | 1 | 1 | 70.0 | " in fresh
+    assert "| `infovla` | 4 | 0, 1 | 65.0 [65.0, 65.0] |" in fresh
+    fresh = refresh_tables(block(f"show=differences {where} against=er methods=mir"), found)
+    assert "| minus `er` | pairs | final average | Student's | AUC |" in fresh
+    assert "| `mir` | 1 | +5.0 |  | " in fresh
+    assert "infovla" not in fresh
+    fresh = refresh_tables(block(f"show=last {where} order=A"), found)
+    assert "| `er` | 10 14 16 12 | 10 14 16 12 |" in fresh
+    assert "| `mir` |  | 10 14 16 16 |" in fresh
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (block("show=means suite=libero_goal memory=1"), "not all of these methods had all orders; say which order="),
+        (block("show=means suite=libero_goal"), "say which suite=, and which memory="),
+        (block("show=means suite=libero_90"), "there is no run of all that"),
+        (block("show=means order=A memory=1 methods=er,ewc"), "there is no run of ewc"),
+        (block("show=matrix suite=libero_goal"), r"write show=means\|differences\|last and, of against"),
+        (block("show=means suit=libero_goal"), "each as name=value"),
+        ("<!-- table show=means -->\nno end\n", "has no `<!-- end -->`"),
+        ("<!-- table show=means -->\nno end\n" + block("show=means order=A memory=1"), "has no `<!-- end -->`"),
+    ],
+)
+def test_a_block_that_cannot_be_filled_says_why(text: str, message: str) -> None:
+    found = compare(run("er"), run("infovla"), run("infovla", order="B"), run("er", memory=0))
+    with pytest.raises(ComparisonError, match=message):
+        refresh_tables(text, found)
+
+
+def test_the_tables_of_the_results_are_those_of_the_aggregate() -> None:
+    """After `aggregate`: `benchmark.py refresh recipes/results/bench_s.json recipes/README.md`."""
+    text = (REPOSITORY / "recipes/README.md").read_text(encoding="utf-8")
+    found = load_comparison(REPOSITORY / "recipes/results/bench_s.json")
+    assert text.count("<!-- table ") >= 6
+    assert refresh_tables(text, found) == text
 
 
 def test_figures_are_drawn(tmp_path: Path) -> None:

@@ -1,0 +1,124 @@
+"""Tables of a comparison inside a text: a README whose numbers cannot drift from the aggregate they are of.
+
+A block of Markdown says what stands in it; the lines up to its end are written anew::
+
+    <!-- table show=means suite=libero_goal memory=1 order=A -->
+    <!-- end -->
+
+`show` is `means` (over runs, bootstrap interval), `differences` (paired, to the method `against`; of the final average
+Student's interval too) or `last` (successes per task after the last stage, each seed by itself). `order` and `methods`
+(separated by commas) leave the others out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from .comparison import (
+    ComparedRun,
+    Comparison,
+    ComparisonError,
+    Estimate,
+    by_method,
+    comparable,
+    differences,
+    estimates,
+)
+from .comparison_tables import interval_text, markdown_table, percent_text
+
+COLUMNS: Mapping[str, str] = {
+    "final_average": "final average",
+    "auc": "AUC",
+    "forward_transfer": "FWT",
+    "negative_backward_transfer": "NBT",
+    "adaptation": "new tasks, right after learning",
+}
+_BLOCK = re.compile(r"(<!-- table (?P<words>[^\n]*?) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
+_WORDS = frozenset({"show", "suite", "memory", "order", "methods", "against"})
+
+
+def refresh_tables(text: str, comparison: Comparison) -> str:
+    """The text with every block's table made from the comparison.
+
+    Raises:
+        ComparisonError: a block names what there is not, or has no end.
+
+    >>> refresh_tables("no block here", Comparison({}, []))
+    'no block here'
+    """
+    if text.count("<!-- table ") != len(_BLOCK.findall(text)):
+        raise ComparisonError("a block `<!-- table ... -->` is no line of its own, or has no `<!-- end -->` after it")
+    return _BLOCK.sub(lambda block: f"{block[1]}{_table(block['words'], comparison)}\n{block[4]}", text)
+
+
+def _table(words: str, comparison: Comparison) -> str:
+    pairs = [word.partition("=") for word in words.split()]
+    options = {key: value for key, _, value in pairs}
+    make = _SHOWN.get(options.get("show", ""))
+    if make is None or not set(options) <= _WORDS or len(options) < len(pairs):
+        raise ComparisonError(
+            f"<!-- table {words} -->: write show={'|'.join(_SHOWN)} and, of {', '.join(sorted(_WORDS - {'show'}))}, "
+            "what is wanted, each as name=value"
+        )
+    methods = options["methods"].split(",") if "methods" in options else None
+    runs = [
+        run
+        for run in comparison.runs
+        if run.suite == options.get("suite", run.suite)
+        and str(run.memory) == options.get("memory", str(run.memory))
+        and run.order == options.get("order", run.order)
+        and (methods is None or run.method in {*methods, options.get("against")})
+    ]
+    missing = sorted(set(methods or []) - {run.method for run in runs})
+    if missing or not runs:
+        raise ComparisonError(f"<!-- table {words} -->: there is no run of {', '.join(missing) or 'all that'}")
+    if len({(run.suite, run.memory) for run in runs}) > 1:
+        raise ComparisonError(f"<!-- table {words} -->: say which suite=, and which memory=")
+    if make is _means and len(comparable(runs)) > 1:
+        raise ComparisonError(f"<!-- table {words} -->: not all of these methods had all orders; say which order=")
+    header, rows = make(runs, options.get("against", "er"))
+    return markdown_table(header, rows)
+
+
+def _means(runs: Sequence[ComparedRun], _against: str) -> tuple[list[str], list[list[str]]]:
+    seeds = {method: sorted({run.seed for run in own}) for method, own in by_method(runs).items()}
+    rows = [
+        [f"`{method}`", str(found["auc"].n), ", ".join(map(str, seeds[method])), *map(percent_text, _shown(found))]
+        for method, found in estimates(runs).items()
+    ]
+    return ["method", "runs", "seeds", *COLUMNS.values()], rows
+
+
+def _differences(runs: Sequence[ComparedRun], against: str) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for method, found in differences(runs, against).items():
+        first, *others = (percent_text(value, signed=True) for value in _shown(found))
+        student = interval_text(*found["final_average"].student(), signed=True)
+        rows.append([f"`{method}`", str(found["final_average"].n), first, student, *others])
+    first_label, *labels = COLUMNS.values()
+    return [f"minus `{against}`", "pairs", first_label, "Student's", *labels], rows
+
+
+def _last(runs: Sequence[ComparedRun], _against: str) -> tuple[list[str], list[list[str]]]:
+    places = sorted({(run.order, run.seed) for run in runs})
+    orders = {order for order, _ in places}
+    rows = []
+    for method, own in by_method(runs).items():
+        found = {(run.order, run.seed): run for run in own}
+        rows.append([f"`{method}`", *(_last_column(found.get(place)) for place in places)])
+    return ["method", *(f"order {o}, seed {s}" if len(orders) > 1 else f"seed {s}" for o, s in places)], rows
+
+
+def _last_column(run: ComparedRun | None) -> str:
+    if run is None:
+        return ""
+    cells = [(rates[-1], counts[-1]) for rates, counts in zip(run.success, run.episodes, strict=True)]
+    return " ".join("-" if rate is None or count is None else str(round(rate * count)) for rate, count in cells)
+
+
+def _shown(found: Mapping[str, Estimate]) -> list[Estimate]:
+    return [found[name] for name in COLUMNS]
+
+
+_SHOWN = {"means": _means, "differences": _differences, "last": _last}
