@@ -21,13 +21,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .analysis_figures import draw_comparison
+from .adapters import base_model
+from .analysis_figures import draw_analysis_comparison
 from .analysis_results import (
     FILE,
     RANGES,
     AffinityPair,
     Analysis,
-    Comparison,
+    AnalysisComparison,
     ProbedTask,
     SimilarityPair,
     Table,
@@ -39,7 +40,7 @@ from .hub import load_policy
 from .inference import Policy
 from .memory import ReplayMemory
 from .methods import METHODS
-from .probe import PROBE_DEMONSTRATIONS, Findings, Probe, look_at, probe_frames, underlying_model
+from .probe import PROBE_DEMONSTRATIONS, Findings, Probe, look_at, probe_frames
 from .report import write_report
 from .representation import diffusion, linear_cka, similarity_matrix
 from .results import Results, TaskEntry, collect_versions, source_commit
@@ -106,7 +107,7 @@ def analyse_run(
             found[task.name, stage] = look_at(
                 policy, probes[task.name], known_with(task, tasks), tap_layer=layer, temperature=temperature
             )
-        images = underlying_model(policy).config.num_images_in_input
+        images = base_model(policy.model).config.num_images_in_input
         del policy  # one at a time in memory
     last = results.stages - 1
     shown = [task for task in tasks if task.learned_at < last][:SHOWN_TASKS]
@@ -157,7 +158,7 @@ def compare_analyses(
     output: str | os.PathLike[str] | None = None,
     *,
     names: Sequence[str | None] = (),
-) -> Comparison:
+) -> AnalysisComparison:
     """Diffusion, CKA and listening over the stages, per method, mean over the old tasks.
 
     Args:
@@ -171,7 +172,7 @@ def compare_analyses(
     """
     comparison = compare([Analysis.load(folder) for folder in run_folders], names)
     if output is not None:
-        draw_comparison(comparison, output)
+        draw_analysis_comparison(comparison, output)
     return comparison
 
 

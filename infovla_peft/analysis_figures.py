@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from .analysis_results import Analysis, AnalysisError, Comparison, mean_of_runs
-from .figures import ACCENT, GRID, MUTED, SECOND, STYLE, _panels, method_looks, save_figure, stage_name
+from .analysis_results import Analysis, AnalysisComparison, AnalysisError, mean_of_runs
+from .figures import ACCENT, GRID, MUTED, SECOND, STYLE, method_looks, panels, save_figure, stage_name
 
 WHEN = "when learned", "after the last stage"
 
@@ -132,7 +132,7 @@ def draw_over_stages(analysis: Analysis, table: str, path: str | os.PathLike[str
     low, high = min(low, _or(quantity.low, low)), max(high, _or(quantity.high, high))
     margin = 0.12 * (high - low) or 0.05
     with rc_context(STYLE):
-        figure, grid = _panels(len(rows) + 1, min(columns, len(rows) + 1), height=1.9, bottom=0.28)
+        figure, grid = panels(len(rows) + 1, min(columns, len(rows) + 1), height=1.9, bottom=0.28)
         grid[0].set_title(f"{quantity.label}:\nmean over the old tasks", weight="bold")
         grid[0].plot(old, color=SECOND, marker="o", markersize=4.5)
         for row, axes in zip(rows, grid[1:], strict=True):
@@ -179,14 +179,14 @@ def draw_similarity(analysis: Analysis, path: str | os.PathLike[str]) -> None:
         save_figure(figure, path)
 
 
-def draw_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> None:
+def draw_analysis_comparison(comparison: AnalysisComparison, path: str | os.PathLike[str]) -> None:
     """A panel per quantity, a line per method: mean over the old tasks of each stage.
 
     The band is from the lowest to the highest run of a method, where there are several.
     """
     columns = [name for name in COMPARED_LABELS if name in comparison.values]
     with rc_context(STYLE):
-        figure, grid = _panels(len(columns), 2, height=2.7, bottom=0.62)
+        figure, grid = panels(len(columns), 2, height=2.7, bottom=0.62)
         for name, axes in zip(columns, grid, strict=True):
             stages = 1
             lines = comparison.values[name]

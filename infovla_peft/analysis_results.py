@@ -16,8 +16,8 @@ Strict JSON (UTF-8, no NaN), these keys and no others::
 
     diffusion       normalised entropy of the affinity map, mean over the frames, in [0, 1]; 1 = evenly spread
     cka             linear CKA (without bias) of the action features with those right after learning; 1 = as then
-    similarity      cosine of each frame's action feature with its own right after learning, less the mean feature of
-                    then; mean over the frames, in [-1, 1]
+    similarity      cosine of each frame's action feature now with the same frame's right after learning, both less
+                    the mean feature of then; mean over the frames, in [-1, 1]
     swap_change     mean absolute change of the normalised actions when the instruction is swapped, over the other
                     instructions known when the task was learned; null where there was none
     listening       swap_change, relative to right after learning; 1 = listens as much as then, 0 = deaf
@@ -47,6 +47,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .files import write_json
+from .metrics import masked_mean
 from .reading import Checker, read_json
 
 FILE = "analysis.json"
@@ -153,16 +154,14 @@ class Analysis:
         """(stages,) mean over the old tasks of each stage, those learned before it; NaN where there is none.
 
         Args:
-            change: of the difference to right after learning. The old tasks become more from stage to stage, so
-                that their mean alone also moves with which tasks they are.
+            change: average the difference to right after learning instead. The set of old tasks grows, so that a
+                plain mean also moves with its members.
         """
         values = self.table(name)
         learned_at = np.array([task.learned_at for task in self.tasks])
         if change:
             values = values - values[np.arange(len(values)), learned_at][:, None]
-        old = (learned_at[:, None] < np.arange(self.stages)) & ~np.isnan(values)
-        means: NDArray[np.float64] = np.where(old, values, 0).sum(0) / np.where(old.any(0), old.sum(0), np.nan)
-        return means
+        return masked_mean(values, learned_at[:, None] < np.arange(self.stages), axis=0)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of analysis.json."""
@@ -290,7 +289,7 @@ COMPARED = {
 
 
 @dataclass(frozen=True)
-class Comparison:
+class AnalysisComparison:
     """Analyses of several runs, by method.
 
     Attributes:
@@ -317,12 +316,10 @@ class Comparison:
 
 def mean_of_runs(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """(runs, stages) → (stages,), over the runs that have a number; NaN where none has."""
-    known = ~np.isnan(values)
-    mean: NDArray[np.float64] = np.where(known, values, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
-    return mean
+    return masked_mean(values, axis=0)
 
 
-def compare(analyses: Sequence[Analysis], names: Sequence[str | None] = ()) -> Comparison:
+def compare(analyses: Sequence[Analysis], names: Sequence[str | None] = ()) -> AnalysisComparison:
     """Gather analyses by method; runs of one method (its seeds) are kept apart, for their mean and spread.
 
     Args:
@@ -357,4 +354,4 @@ def compare(analyses: Sequence[Analysis], names: Sequence[str | None] = ()) -> C
         }
         for column, (table, change) in COMPARED.items()
     }
-    return Comparison({method: len(group) for method, group in groups.items()}, values)
+    return AnalysisComparison({method: len(group) for method, group in groups.items()}, values)

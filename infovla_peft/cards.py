@@ -19,11 +19,11 @@ from .data.sources import Location
 from .figures import stage_name
 from .methods import METHODS
 from .metrics import wilson_interval
-from .report import METRIC_TEXTS, span
+from .report import METRIC_TEXTS
 from .results import Results
 from .task_names import instruction_of
+from .text_tables import NOT_MEASURED, count_span, markdown_table
 
-NOT_MEASURED = "not measured"
 LIBERO = "HuggingFaceVLA/libero"
 """The benchmark as a data set of the Hub: what a policy was measured on."""
 SUITES = {
@@ -90,7 +90,7 @@ def card(
             metrics_table=metrics_table(results),
             measured=_measured(results, last),
             videos=_video_list([video for video in videos if video in files]),
-            episodes=span([count for row in results.episodes for count in row if count is not None]),
+            episodes=count_span([count for row in results.episodes for count in row if count is not None]),
             seed=results.seed,
             policy_limit=_POLICY_LIMITS[METHODS[results.method].policy] if results.method in METHODS else "",
             configuration=json.dumps(results.config, indent=1, ensure_ascii=False).replace("```", "` ` `"),
@@ -225,7 +225,7 @@ def success_table(results: Results) -> str:
                 text = f"{reached}/{tried} ({reached / tried:.0%}, {low:.0%} to {high:.0%})"
                 cells.append(f"**{text}**" if stage == task.learned_at else text)
         rows.append([_plain(task.instruction), *cells])
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def metrics_table(results: Results) -> str:
@@ -236,12 +236,7 @@ def metrics_table(results: Results) -> str:
         value = values[name]
         shown = NOT_MEASURED if math.isnan(value) else f"{100 * value:.1f} {text.unit}"
         rows.append([text.label, shown, f"{text.meaning} ({text.better} is better)", f"`{text.formula}`"])
-    return _table(["metric", "value", "meaning", "formula"], rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return markdown_table(["metric", "value", "meaning", "formula"], rows)
 
 
 def _plain(text: str) -> str:
@@ -272,7 +267,7 @@ def _measured(results: Results, last: int) -> str:
                for row, task in enumerate(results.tasks) if not math.isnan(low[row, last])]  # fmt: skip
     scripted = not results.config.get("demonstrations_source")
     stand_in = " (stand-ins built from primitives, not LIBERO's own: not comparable with published numbers)"
-    episodes = span([count for row in results.episodes for count in row if count is not None])
+    episodes = count_span([count for row in results.episodes for count in row if count is not None])
     return "\n".join(
         [
             f"- Suite `{results.suite}` of LIBERO in MuJoCo; asset set `{results.assets}`"

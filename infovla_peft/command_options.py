@@ -66,7 +66,7 @@ def apply_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
             hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(actions)}"
             raise ValueError(f"{path}: unknown option {key!r:.80}; {hint}")
         if name in seen:
-            raise ValueError(f"{path}: the option {name!r} stands twice, as {key!r} too; keep one")
+            raise ValueError(f"{path}: the option {name!r} is given twice, as {key!r} too; keep one")
         seen.add(name)
         _set_default(actions[name], value, f"{path}: {key}")
 

@@ -25,7 +25,8 @@ from .comparison import (
     differences,
     estimates,
 )
-from .comparison_tables import interval_text, markdown_table, percent_text
+from .comparison_tables import interval_text, percent_text
+from .text_tables import markdown_table
 
 COLUMNS: Mapping[str, str] = {
     "final_average": "final average",

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from .comparison import ComparedRun, Comparison, bootstrap_mean, by_method, comparable, estimates
 from .figures import GRID, MUTED, STYLE, cell_colours, method_looks, save_figure, stage_name
-from .metrics import average_by_stage
+from .metrics import average_by_stage, masked_mean
 
 LABEL_WIDTH, CELL_WIDTH, CELL_HEIGHT, GAP, TOP = 2.3, 0.44, 0.34, 0.35, 0.62  # inches
 
@@ -174,11 +174,8 @@ def _curves(runs: Sequence[ComparedRun]) -> NDArray[np.float64]:
 def _mean_matrix(runs: Sequence[ComparedRun]) -> NDArray[np.float64]:
     """(tasks, stages) mean over the runs that measured a cell; NaN where none did, and before a task is learned."""
     stacked = np.stack([run.matrix for run in runs])  # (runs, tasks, stages)
-    known = ~np.isnan(stacked)
-    count = known.sum(axis=0)
     alive = np.arange(stacked.shape[2]) >= np.array(runs[0].learned_at)[:, None]
-    mean: NDArray[np.float64] = np.where(known, stacked, 0.0).sum(axis=0) / np.maximum(count, 1)
-    return np.where((count > 0) & alive, mean, np.nan)
+    return masked_mean(stacked, np.broadcast_to(alive, stacked.shape), axis=0)
 
 
 def _file_name(text: str) -> str:

@@ -28,8 +28,7 @@ from .comparison import (
     same_ranking,
 )
 from .files import write_text
-
-NOT_MEASURED = "not measured"
+from .text_tables import NOT_MEASURED, count_span, markdown_table
 
 
 def write_tables(
@@ -183,17 +182,11 @@ def _provenance(runs: Sequence[ComparedRun]) -> str:
     orders = {run.order: run.tasks for run in runs}
     lines = [
         f"{len(runs)} runs, seeds {seeds}; {first.assets} assets, {first.renderer} renderer, step cap "
-        f"{first.step_cap}; rollouts per cell {_span(cells)}, in the last column {_span(last)}; commit "
+        f"{first.step_cap}; rollouts per cell {count_span(cells)}, in the last column {count_span(last)}; commit "
         f"{', '.join(commits)}.",
         *(f"Order {order}: {', '.join(tasks)}." for order, tasks in sorted(orders.items())),
     ]
     return "\n".join(lines)
-
-
-def _span(counts: Sequence[int]) -> str:
-    if not counts:
-        return NOT_MEASURED
-    return str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
 
 
 def _trajectories(memory: int) -> str:
@@ -223,12 +216,6 @@ def _number(rate: float, signed: bool) -> str:
 
 def _numbers(values: Sequence[float]) -> list[str]:
     return ["" if math.isnan(number) else f"{number:.4f}" for number in values[:3]]
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 _LATEX = {"\\": r"\textbackslash{}", "−": "$-$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {

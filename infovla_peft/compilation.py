@@ -53,7 +53,7 @@ def compiled_blocks(model: nn.Module, tap_layer: int, *, backend: str = "inducto
         tap_layer: the layer that is read by a hook, as in `InfoVLAConfig`.
         backend: of `torch.compile`.
 
-    Returns:
+    Yields:
         Names of the compiled modules.
     """
     inner: Any = base_model(model)

@@ -92,8 +92,8 @@ class InfoVLAConfig(TrainingArguments):
             0.1 keeps recent tasks less well, 1 learns new ones less well (the same runs).
         rac_targets: `hard` = Eq. 1; `soft` = the teacher's own similarities, so that the term is 0 where the student
             equals the teacher (Eq. 1 is not); see `losses.replay_anchor_contrastive_loss`.
-        rac_center: subtract the mean of the negatives' anchors from all features of RAC: a narrow cone of features
-            spreads over all directions. Unverified default.
+        rac_center: subtract the mean anchor of the negatives from all features of RAC, which otherwise lie in a narrow
+            cone. Unverified default.
         cmi_mode: `infonce`, `relational` or `paper`; see `losses.cross_modal_mi_from_summaries`. Unverified default.
         temperature: τ > 0 of both terms. The paper states none; unverified.
         teacher: `base` = the base model, adapters off: its features for all of the memory, its answers on the tasks
@@ -101,20 +101,20 @@ class InfoVLAConfig(TrainingArguments):
             adapter that learned it (as in Bench-S); `previous` = the adapter of stage k−1, frozen (the paper's).
         tap_layer: layer whose hidden states are the features, counted as in `hidden_states` (-1 = last, after the
             final norm). The paper's "layer that fuses" has no counterpart in a causal language model; unverified.
-        anchor_bank: that many stored anchors (at most; chosen once per stage) are the negatives of RAC and of CMI, so
-            that a step costs the same however many tasks are remembered. 0: the other replay samples of the mini-batch
-            are, as in Eq. 1. Unverified.
+        anchor_bank: number of stored anchors (at most; chosen once per stage) that are the negatives of RAC and CMI,
+            so that the cost of a step does not grow with the number of tasks. 0: the other replay samples of the
+            mini-batch, as in Eq. 1. Unverified.
         near_duplicate_window: frames of one trajectory at most this far apart are no negatives of each other. Default:
             the length of an action chunk; unverified.
 
     > Parameters of other methods
 
     Args:
-        lambda_ewc: weight of EWC's penalty, ≥ 0. Default: what makes the policy loss, a mean L1 distance of 56 numbers
-            that ends near 0.06, a negative log-likelihood (Laplace): 56 / 0.06; not tuned.
+        lambda_ewc: weight of EWC's penalty, ≥ 0. Default: 1000, about 56 / 0.06, which makes a negative log-likelihood
+            (Laplace) of the policy loss, a mean L1 distance of 56 numbers that ends near 0.06. Not tuned.
         ewc_samples: frames per stage that estimate its Fisher information, ≥ 1. Unverified.
         ewc_decay: γ in [0, 1] of online EWC; 1 forgets nothing. Unverified.
-        mir_candidates: MIR draws that many times as many memory samples as it then replays, ≥ 1. Unverified.
+        mir_candidates: MIR draws this many candidates per replay sample, ≥ 1. Unverified.
         merge_weight: w of each adapter's update in the merged one; 1 is task arithmetic's sum. Unverified.
 
     > Parameters that control when a training is given up
@@ -128,8 +128,8 @@ class InfoVLAConfig(TrainingArguments):
     Args:
         replay_fraction: share of each batch drawn from the memory, in [0, 1). Unverified.
         replay_balance: how replay samples are spread over past tasks. `task`: evenly. `stage`: evenly over the stages
-            that learned them, the base being one, so that what was learned in few steps is replayed more often than
-            what the base holds fast. `auto`: `stage` for `infovla`, `task` for the others.
+            that learned them, the base being one, so that a task learned in few steps is replayed more often than one
+            of the base's, which is forgotten less easily. `auto`: `stage` for `infovla`, `task` for the others.
         anchor_views: augmented views of each replayed frame for which anchors are kept, ≥ 1. The first of a memory
             frame is the frame itself, so 1 means that memory samples are not augmented while anchors are in use.
             Unverified; Bench-S has 4, which asks the teacher four times as often.
@@ -428,9 +428,7 @@ class StreamConfig:
             names = ("demonstrations_columns", "demonstrations_rotate", "drop_noops", "demonstrations_observations")
             for name in names:
                 if getattr(self, name) not in (None, False, "auto"):
-                    raise ValueError(
-                        f"{name} is of demonstrations_source, which is not given; scripted ones need none"
-                    )
+                    raise ValueError(f"{name} applies only with demonstrations_source; set that, or leave {name} out")
         elif self.demonstrations_folder is not None:
             raise ValueError("give demonstrations_source (what is there) or demonstrations_folder (to record into)")
         if self.tasks is not None and len(self.tasks) != shape.total_tasks:
@@ -536,7 +534,7 @@ def load_recipe(
         raise RecipeError(f"{source}: unknown option {option:.80}{_near(option.lstrip('-').replace('-', '_'))}")
     if training.max_steps != -1 or training.num_train_epochs != InfoVLAConfig.num_train_epochs:
         raise RecipeError(
-            f"{source}: max_steps and num_train_epochs say nothing in a stream; say base_steps and stage_steps"
+            f"{source}: max_steps and num_train_epochs are not used in a stream; set base_steps and stage_steps"
         )
     return stream, training
 

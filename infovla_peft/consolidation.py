@@ -26,10 +26,10 @@ class Consolidation:
     those of the end of the stage before. F is the mean of squared gradients of single samples' policy loss (empirical
     Fisher). The penalty is no mean over a batch, so it does not depend on the batch's size.
 
-    Deviations: only the adapter has a Fisher, because only it is trained. Of the base's tasks it is that of the first
-    adapter before its training, where B = 0, so that A has no gradient yet: they hold B near 0 and leave A free. The
-    policy loss is a mean over the numbers of a chunk and no log-likelihood, so F is too small by the square of the
-    factor between the two, and the penalty beside the loss by the factor itself: `InfoVLAConfig.lambda_ewc` has it.
+    Deviations: only the adapter has a Fisher, because only it is trained. For the base's tasks it is measured on the
+    first adapter before its training; there B = 0 and A has no gradient, so that it keeps B near 0 and leaves A free.
+    The policy loss is a mean over a chunk's numbers and no log-likelihood: if that likelihood is c times the loss, F
+    is too small by c², and the penalty, relative to the loss, by c. `InfoVLAConfig.lambda_ewc` contains c.
 
     Args:
         fisher, reference: by the names of the adapter's parameters, its own name left out.

@@ -15,7 +15,8 @@ from torch import nn
 
 from .adapters import target_modules
 from .models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
-from .models.openvla.quantization import KEPT
+from .models.openvla.quantization import NOT_QUANTIZED
+from .policy import chunk_length
 
 GB = 1e9
 RANK, BATCH, STEPS, COUNTERFACTUAL_FRAMES = 32, 16, 600, 2048
@@ -71,10 +72,10 @@ def shape_of(model: nn.Module, *, rank: int = RANK) -> Shape:
     linear = {
         name: module
         for name, module in modules.items()
-        if isinstance(module, nn.Linear) and not any(part in KEPT for part in name.split("."))
+        if isinstance(module, nn.Linear) and not any(part in NOT_QUANTIZED for part in name.split("."))
     }
     towers = [module.blocks for name, module in modules.items() if name.endswith("featurizer")]
-    chunk = config.num_actions_chunk if config.decoding == "parallel" else 1
+    chunk = chunk_length(config)
     bins = 1 if config.action_head == "l1" else config.n_action_bins
     return Shape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -120,9 +121,8 @@ def stage_flops(shape: Shape) -> float:
     """Of one stage: training (forward, once more for checkpointing, backward to the inputs), anchors, answers."""
     tokens = shape.patches + WORDS + 8
     forward = 2.0 * shape.parameters * tokens
-    asked = (
-        COUNTERFACTUAL_FRAMES * 2 + TRAJECTORY_FRAMES
-    )  # frames of this task: answers and anchors; of memory: anchors
+    # Of the current task's frames the teacher gives answers and anchors, of the memory's anchors.
+    asked = 2 * COUNTERFACTUAL_FRAMES + TRAJECTORY_FRAMES
     return 3 * forward * STEPS * BATCH + forward * asked
 
 

@@ -30,7 +30,7 @@ def describe_batch(mixture: ReplayMixture, draw: Draw) -> str:
     return "; ".join(parts)
 
 
-def has_diverged(loss: float, gradient_norm: float | None, limit: float, *, scaled: bool) -> str | None:
+def divergence_reason(loss: float, gradient_norm: float | None, limit: float, *, scaled: bool) -> str | None:
     """What is wrong with a step, None if nothing is.
 
     Args:
@@ -39,9 +39,9 @@ def has_diverged(loss: float, gradient_norm: float | None, limit: float, *, scal
         limit: of the norm.
         scaled: gradients are scaled (fp16), where an overflow is normal and the step is skipped.
 
-    >>> has_diverged(float("nan"), 1.0, 1e6, scaled=False)
+    >>> divergence_reason(float("nan"), 1.0, 1e6, scaled=False)
     'the loss is nan'
-    >>> has_diverged(0.5, 2e6, 1e6, scaled=False)
+    >>> divergence_reason(0.5, 2e6, 1e6, scaled=False)
     'the norm of the gradient is 2e+06, above grad_norm_limit (1e+06)'
     """
     if not math.isfinite(loss):

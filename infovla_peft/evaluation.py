@@ -81,7 +81,7 @@ def policy_actions(policy: Policy) -> Callable[[Sequence[Observation], Sequence[
     return act
 
 
-def check_episodes(episodes: int, first_state: int = 0) -> None:
+def check_initial_states(episodes: int, first_state: int = 0) -> None:
     """See that there are that many initial states.
 
     Raises:
@@ -128,7 +128,7 @@ def evaluate(
     Raises:
         ValueError: there are not that many initial states, or the step cap is below 1.
     """
-    check_episodes(episodes, first_state)
+    check_initial_states(episodes, first_state)
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, or None for the suite's own step cap, got {max_steps}")
     from .simulation.workers import Episode

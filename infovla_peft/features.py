@@ -91,7 +91,7 @@ def extract_features(
         hidden: (B, S, D).
         roles: of the same forward pass.
         rows: which samples; the others cost nothing.
-        longest: Nl, the most language tokens of one of them, where it is known; otherwise the device is asked.
+        longest: Nl, the largest number of language tokens of one of them; to compute it (None) waits for the device.
     """
     hidden = hidden[rows]
     batch, _, width = hidden.shape

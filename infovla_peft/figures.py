@@ -131,7 +131,7 @@ def draw_success_by_stage(results: Results, path: str | os.PathLike[str], *, col
     low, high = results.intervals()
     tasks = [(i, task) for i, task in enumerate(results.tasks) if task.learned_at < results.stages]
     with rc_context(STYLE):
-        figure, grid = _panels(len(tasks) + 1, columns, height=1.72, bottom=0.28)
+        figure, grid = panels(len(tasks) + 1, columns, height=1.72, bottom=0.28)
         average = grid[0]
         average.set_title("all tasks seen", weight="bold")
         average.plot(average_by_stage(results.success, results.learned_at), color=SECOND, marker="o", markersize=4.5)
@@ -168,7 +168,7 @@ def draw_loss_terms(
     lengths = {stage: max(c.steps[-1] for c in curves if c.stage == stage) for stage in {c.stage for c in curves}}
     starts = dict(zip(sorted(lengths), np.cumsum([0.0, *(lengths[stage] for stage in sorted(lengths))]), strict=False))
     with rc_context(STYLE):
-        figure, grid = _panels(len(terms), min(columns, len(terms)), height=2.5, bottom=0.42)
+        figure, grid = panels(len(terms), min(columns, len(terms)), height=2.5, bottom=0.42)
         for term, axes in zip(terms, grid, strict=True):
             own = [curve for curve in curves if curve.term == term]
             values = np.concatenate([curve.values for curve in own])
@@ -200,7 +200,7 @@ def draw_loss_terms(
         save_figure(figure, path)
 
 
-def _panels(count: int, columns: int, *, height: float, bottom: float) -> tuple[Figure, list[Axes]]:
+def panels(count: int, columns: int, *, height: float, bottom: float) -> tuple[Figure, list[Axes]]:
     """`count` panels in a grid, row by row, placed by hand: matplotlib's layout engines are slow for many."""
     rows, width = -(-count // columns), 2.9
     left, right, top = 0.5, 0.2, 0.42  # margins of a panel, in inches

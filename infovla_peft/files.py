@@ -130,7 +130,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
 def clean_up(folder: str | os.PathLike[str], *, but: Path | None = None) -> list[Path]:
     """Remove what killed processes have left half written below `folder`, at any depth.
 
-    What a living process writes it holds locked, whichever container it is in, so that no process number is trusted.
+    A living process holds a lock on what it writes, in whichever container it runs; process numbers say nothing.
     A folder that was moved aside and not replaced is put back. Call it holding the lock under which files are written
     there: what another process has just made, and not yet locked, would look abandoned.
 

@@ -22,8 +22,9 @@ from .foreign import fingerprint_of_files
 from .inference import Policy
 from .library import AdapterLibrary, StoredAdapter, choose, find_adapters, tasks_after
 from .models.openvla import load_openvla
-from .publishing import RESULTS, check_base, create_collection, push_to_hub
-from .remote import Access, Snapshot, check_names, check_no_pickles, is_inside, open_snapshot
+from .publishing import RESULTS, check_base_files, create_collection, push_to_hub
+from .reading import is_inside
+from .remote import Access, Snapshot, check_file_names, check_no_pickles, open_snapshot
 from .results import Results
 
 __all__ = ["ListedAdapter", "create_collection", "list_adapters", "load_policy", "push_to_hub", "relative_base"]
@@ -113,7 +114,7 @@ def load_policy(
     location = base or _base_location(place, chosen[0][0] or adapters[0])
     if base is None and reference.base_revision is not None:
         options["revision"] = reference.base_revision
-    check_base(Path(location))
+    check_base_files(Path(location))
     if quantization_config is None:
         options["quantization"] = reference.quantization
     model, processor = load_openvla(location, **options)
@@ -296,7 +297,7 @@ def _place(repo_or_path: str | os.PathLike[str], revision: str | None, access: A
         files = snapshot.files or [file.relative_to(place.folder).as_posix() for file in place.folder.rglob("*")]
     # A checkpoint of OpenVLA-OFT has .pt files, and beside them the adapter that was merged into it.
     if any(Path(file).name in (INFO, PEFT_CONFIG) and Path(file).parts[0] != "lora_adapter" for file in files):
-        check_names(files, name)
+        check_file_names(files, name)
         check_no_pickles(files, name)
     return place
 
@@ -351,7 +352,7 @@ def _base_location(place: Place, adapter: StoredAdapter) -> str | Path:
 def _statistics(
     place: Place, chosen: StoredAdapter | None, adapters: Sequence[StoredAdapter], base: Any, key: str | None
 ) -> dict[str, Any]:
-    """Those of the adapter; of the base alone its own, or those that the run computed where it has none."""
+    """The adapter's statistics; for the base alone its own, or those that the run computed if it has none."""
     if chosen is None and not {key, f"{key}_no_noops"} & set(base):
         chosen = adapters[0]
         place.fetch(chosen)
@@ -361,7 +362,7 @@ def _statistics(
 
 
 def _base_policy(location: str | os.PathLike[str], unnorm_key: str | None, options: Mapping[str, Any]) -> Policy:
-    check_base(Path(location))
+    check_base_files(Path(location))
     model, processor = load_openvla(location, **options)
     normaliser = Normaliser(model.norm_stats, unnorm_key, bounds=model.config.action_normalization)
     return _policy(model, processor, normaliser, None, None, None)

@@ -11,10 +11,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from .adapters import mixed_adapters
+from .adapters import base_model, mixed_adapters
 from .data.images import central_crop
 from .data.normalisation import Normaliser
 from .models.openvla import build_prompt
+from .policy import chunk_length
 
 if TYPE_CHECKING:
     from .library import AdapterLibrary
@@ -166,7 +167,7 @@ class Policy:
             library = self._need_library()
             needed, names, known = library.mixed(tasks)
             for adapter in needed:
-                self.model = library.beside(self.model, adapter)
+                self.model = library.load_inactive(self.model, adapter)
             self.model.eval()
             instructions = known if instructions is None else instructions
             adapters = mixed_adapters(self.model, names)
@@ -195,8 +196,7 @@ class Policy:
                 unnorm_key=self.normaliser.key,
                 proprio=state,
             )
-        chunk = config.num_actions_chunk if config.decoding == "parallel" else 1
-        return np.asarray(actions).reshape(len(rows), chunk, -1)
+        return np.asarray(actions).reshape(len(rows), chunk_length(config), -1)
 
     def _need_library(self) -> AdapterLibrary:
         if self._library is None:
@@ -205,7 +205,7 @@ class Policy:
 
     @property
     def _bare_model(self) -> Any:
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return base_model(self.model)
 
     @property
     def _config(self) -> Any:

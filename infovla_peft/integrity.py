@@ -58,7 +58,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def sha256_of_state(path: str | os.PathLike[str]) -> tuple[FileState, str]:
-    """SHA-256 of a file, and the state in which it has it: while the state is the same, so is the content.
+    """SHA-256 of a file and its state then: while the state is the same, so is the content.
 
     Raises:
         DamagedFileError: it was written to meanwhile.

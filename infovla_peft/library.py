@@ -223,7 +223,7 @@ class AdapterLibrary:
         instructions = [instruction or task for (_, instruction), task in zip(chosen, tasks, strict=True)]
         return [adapter for adapter, _ in chosen if adapter is not None], names, instructions
 
-    def beside(self, model: Any, adapter: StoredAdapter) -> Any:
+    def load_inactive(self, model: Any, adapter: StoredAdapter) -> Any:
         """`load`, but the model runs with what it ran with before."""
         before = active_adapter(model)
         loaded = self.load(model, adapter)

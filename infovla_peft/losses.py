@@ -26,8 +26,8 @@ ContrastTargets = Literal["hard", "soft"]
 Estimator = Literal["infonce", "donsker_varadhan"]
 JointNetwork = Callable[[Tensor, Tensor], Tensor]
 
-ACTION_KINK = 1e-3
-"""Half width, in normalised actions, of the parabola in place of the kink of |student − teacher| at 0. Unverified."""
+SMOOTH_L1_BETA = 1e-3
+"""Below this distance, in normalised actions, the loss is quadratic instead of linear. Unverified."""
 _NO_DIRECTION = 1e-6
 _MASKED = -1e9  # finite: a row in which everything is masked must give neither NaN nor a NaN gradient
 
@@ -49,6 +49,9 @@ class CrossModalSummary(NamedTuple):
 
     def detach(self) -> CrossModalSummary:
         return CrossModalSummary(*(tensor.detach() for tensor in self))
+
+    def to(self, device: torch.device | str) -> CrossModalSummary:
+        return CrossModalSummary(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 class JointDistributionMLP(nn.Module):
@@ -122,12 +125,11 @@ def replay_anchor_contrastive_loss(
     """
     if targets not in get_args(ContrastTargets):
         raise ValueError(f"targets must be 'hard' or 'soft', got {targets!r}")
-    logits = _contrast(student, anchors, temperature, bank, normalize)
-    if len(logits) == 0:
-        return _zero(student)
     if targets == "soft":
-        return _relation_across(student, anchors, temperature, bank, exclude, normalize).mean()
-    return -_log_softmax_diagonal(logits, exclude).mean()
+        each = _relation_across(student, anchors, temperature, bank, exclude, normalize)  # (B,)
+    else:
+        each = -_log_softmax_diagonal(_contrast(student, anchors, temperature, bank, normalize), exclude)
+    return each.mean() if len(each) else _zero(student)
 
 
 def mutual_information_lower_bound(
@@ -193,6 +195,12 @@ def summarize_cross_modal(
         language: (B, Nl, D).
         vision_mask, language_mask: (B, Nv) and (B, Nl) bool, True = a token. None: all are.
         temperature: τ > 0 of the attention that fuses. Default: unverified.
+
+    Returns:
+        float32; `fused` (B, 2 D) is differentiable in both inputs.
+
+    Raises:
+        ValueError: shapes or masks that do not fit, or a temperature that is not positive.
     """
     _check_temperature(temperature)
     if vision.ndim != 3 or language.ndim != 3 or vision.shape[::2] != language.shape[::2]:
@@ -300,6 +308,13 @@ def cross_modal_mi_loss(
         student_vision, teacher_vision: (B, Nv, D), tokens of the same samples.
         student_language, teacher_language: (B, Nl, D).
         vision_mask, language_mask: (B, Nv) and (B, Nl) bool, True = a token; the same for student and teacher.
+        mode, temperature, bank, exclude, joint_network: see `cross_modal_mi_from_summaries`.
+
+    Returns:
+        Scalar, the mean over B; only the student receives gradient.
+
+    Raises:
+        ValueError: as the two functions.
 
     Example:
         >>> import torch
@@ -330,9 +345,9 @@ def output_distillation_loss(student: Tensor, teacher: Tensor, *, kind: Literal[
     units of the policy's own loss: ``actions``: mean |student − teacher| over all numbers of the chunks; ``logits``:
     mean KL(teacher ‖ student) over the action positions, in nats.
 
-    Deviation: below β = `ACTION_KINK`, |d| is d² / 2β, and beyond it |d| − β / 2 (smooth L1). A student that starts as
-    its teacher differs from it by rounding alone; the gradient of |d|, the sign of that rounding, would depend on the
-    machine, the batch size and the number of processes, and Adam would make full steps of it. β is less than a
+    Deviation: below β = `SMOOTH_L1_BETA`, |d| is d² / 2β, and beyond it |d| − β / 2 (smooth L1). A student that starts
+    as its teacher differs from it by rounding alone; the gradient of |d|, the sign of that rounding, would depend on
+    the machine, the batch size and the number of processes, and Adam would make full steps of it. β is less than a
     thousandth of the range of an action.
 
     Args:
@@ -356,7 +371,7 @@ def output_distillation_loss(student: Tensor, teacher: Tensor, *, kind: Literal[
     with torch.autocast(student.device.type, enabled=False):
         mine, target = _full(student), _full(teacher.detach())
         if kind == "actions":
-            return F.smooth_l1_loss(mine, target, beta=ACTION_KINK)
+            return F.smooth_l1_loss(mine, target, beta=SMOOTH_L1_BETA)
         if kind == "logits":
             return _divergence(target.log_softmax(-1), mine.log_softmax(-1), dim=-1).mean()
     raise ValueError(f"kind must be 'actions' or 'logits', got {kind!r}")

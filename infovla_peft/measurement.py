@@ -12,7 +12,7 @@ from .evaluation import TaskResult, evaluate
 from .inference import Policy
 from .integrity import SUMS, checksums, read_sealed, write_sealed
 from .methods import METHODS
-from .plan import Stage, step_name, workers
+from .plan import Stage, step_name, worker_count
 from .report import write_report_apart
 from .results import Results, TaskEntry, Video, collect_versions, source_commit
 from .run_folder import RunError
@@ -60,7 +60,7 @@ def write_cell(file: Path, result: TaskResult, videos: Path, stage: int) -> None
 
 
 def measure_stage(stream: Stream, stage: Stage) -> None:
-    """Roll out every task seen so far, whose cell is not there yet; then results.json and the report.
+    """Roll out every task seen so far that has no stored cell; then write results.json and the report.
 
     All processes of a launch share each task's episodes; the main one gathers their results and writes.
     """
@@ -73,7 +73,7 @@ def measure_stage(stream: Stream, stage: Stage) -> None:
         if main:
             print(f"{f'stage {stage.index}' if stage.index else 'base'}: rollouts of {len(missing)} tasks", flush=True)
         with EnvironmentPool(
-            workers(config.eval_workers, shared=True),
+            worker_count(config.eval_workers, shared=True),
             assets=stream.assets,
             image_size=config.image_size,
             cameras=config.cameras,
@@ -165,7 +165,7 @@ def gather_results(stream: Stream, stage: Stage) -> Results:
         spent = {"train": "base" if each.index == 0 else step_name("learn", each)}
         spent |= {"demonstrations": "demonstrations"} if each.index == 0 else {}
         timings |= {what: state[step]["seconds"] for what, step in spent.items() if step in state}
-        results.add_row(
+        results.add_stage(
             each.index,
             {cell.task: (sum(cell.successes), cell.episodes) for cell in cells},
             timings=timings,

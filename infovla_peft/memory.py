@@ -217,10 +217,10 @@ class ReplayMemory:
         return ReplayMemory(self.frames, anchors, self.folder, self.stage)
 
     def save(self, folder: str | os.PathLike[str], *, stage: int | None = None) -> ReplayMemory:
-        """Write everything, replacing what is there at once. Gives the memory as it lies there.
+        """Write the memory, replacing an older one atomically. Gives it as it is read from there.
 
         Args:
-            stage: at the end of which this is; kept with it, so that the memory of another one is found out.
+            stage: after which it is saved; stored with it, so that the memory of another stage is recognised.
         """
         path = Path(folder)
         with atomic_folder(path) as temporary:

@@ -44,9 +44,13 @@ FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
 
-def _mean(values: FloatArray, keep: BoolArray, axis: int | None = None) -> FloatArray:
-    """Mean over the kept cells that are not NaN; NaN (without a warning) where there are none."""
-    keep = keep & ~np.isnan(values)
+def masked_mean(values: FloatArray, keep: BoolArray | None = None, axis: int | None = None) -> FloatArray:
+    """Mean over the kept cells (None: all) that are not NaN; NaN, without a warning, where there are none.
+
+    >>> masked_mean(np.array([[1.0, np.nan], [3.0, np.nan]]), axis=0)
+    array([ 2., nan])
+    """
+    keep = ~np.isnan(values) if keep is None else keep & ~np.isnan(values)
     count = keep.sum(axis=axis)
     total = np.where(keep, values, 0.0).sum(axis=axis)
     mean: FloatArray = np.where(count > 0, total / np.maximum(count, 1), np.nan)
@@ -54,7 +58,7 @@ def _mean(values: FloatArray, keep: BoolArray, axis: int | None = None) -> Float
 
 
 def _mean_of(values: FloatArray) -> float:
-    return float(_mean(values, np.ones(values.shape, dtype=bool)))
+    return float(masked_mean(values))
 
 
 def _prepare(success: ArrayLike, learned_at: ArrayLike | None) -> tuple[FloatArray, NDArray[np.int64], BoolArray]:
@@ -87,7 +91,7 @@ def auc(success: ArrayLike, learned_at: ArrayLike | None = None) -> float:
     0.7333
     """
     matrix, _, alive = _prepare(success, learned_at)
-    return _mean_of(_mean(matrix, alive, axis=1))
+    return _mean_of(masked_mean(matrix, alive, axis=1))
 
 
 def forward_transfer(success: ArrayLike, learned_at: ArrayLike | None = None) -> float:
@@ -117,7 +121,7 @@ def negative_backward_transfer(success: ArrayLike, learned_at: ArrayLike | None 
     """
     matrix, stage_of, alive = _prepare(success, learned_at)
     later = alive & (np.arange(matrix.shape[1]) > stage_of[:, None])
-    return _mean_of(_mean(_when_learned(matrix, stage_of)[:, None] - matrix, later, axis=1))
+    return _mean_of(masked_mean(_when_learned(matrix, stage_of)[:, None] - matrix, later, axis=1))
 
 
 def final_average(success: ArrayLike, learned_at: ArrayLike | None = None) -> float:
@@ -148,7 +152,7 @@ def average_by_stage(success: ArrayLike, learned_at: ArrayLike | None = None, *,
     matrix, stage_of, alive = _prepare(success, learned_at)
     if old_only:
         alive = alive & (np.arange(matrix.shape[1]) > stage_of[:, None])
-    return _mean(matrix, alive, axis=0)
+    return masked_mean(matrix, alive, axis=0)
 
 
 def average_accuracy(success: ArrayLike, learned_at: ArrayLike | None = None) -> float:
@@ -190,7 +194,7 @@ def backward_transfer(success: ArrayLike, learned_at: ArrayLike | None = None) -
     """
     matrix, stage_of, _ = _prepare(success, learned_at)
     change = matrix[:, -1] - _when_learned(matrix, stage_of)
-    return float(_mean(change, stage_of < matrix.shape[1] - 1))
+    return float(masked_mean(change, stage_of < matrix.shape[1] - 1))
 
 
 def all_metrics(success: ArrayLike, learned_at: ArrayLike | None = None) -> dict[str, float]:
@@ -228,7 +232,9 @@ def average_groups(success: ArrayLike, learned_at: ArrayLike) -> tuple[FloatArra
     """
     matrix, stage_of, _ = _prepare(success, learned_at)
     groups = np.unique(stage_of)
-    rows = [_mean(matrix, np.broadcast_to((stage_of == group)[:, None], matrix.shape), axis=0) for group in groups]
+    rows = [
+        masked_mean(matrix, np.broadcast_to((stage_of == group)[:, None], matrix.shape), axis=0) for group in groups
+    ]
     return np.array(rows, dtype=np.float64).reshape(len(groups), matrix.shape[1]), groups
 
 

@@ -74,7 +74,7 @@ def step_name(what: str, stage: Stage) -> str:
     return f"{what}_{stage.index:02d}"
 
 
-def workers(wanted: int, *, shared: bool = False) -> int:
+def worker_count(wanted: int, *, shared: bool = False) -> int:
     """Worker processes to use: `wanted`, or one per core that this process may use.
 
     Args:
@@ -100,7 +100,7 @@ def describe_plan(
     tasks = sum(len(stage.tasks) for stage in stages)
     recording = 0.0
     if "demonstrations" not in state and config.demonstrations_source is None:
-        each = config.demonstrations * SECONDS_PER_DEMONSTRATION / workers(config.demonstration_workers)
+        each = config.demonstrations * SECONDS_PER_DEMONSTRATION / worker_count(config.demonstration_workers)
         recording = tasks * (each + SECONDS_PER_ENVIRONMENT)
     terms = ", ".join(METHODS[training.method].terms)
     lines = [
@@ -125,7 +125,7 @@ def describe_plan(
         if learns and ("base" if stage.index == 0 else step_name("learn", stage)) not in state:
             seconds += steps * batch * training.gradient_accumulation_steps * step_seconds
         if step_name("measure", stage) not in state:
-            simulators = workers(config.eval_workers)
+            simulators = worker_count(config.eval_workers)
             seconds += seen * (episodes * SECONDS_PER_ROLLOUT / simulators + SECONDS_PER_ENVIRONMENT)
         total += seconds
         what = f"{steps} steps, " if learns else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ class TokenRoles:
         action: positions whose hidden state predicts an action token (parallel decoding: chunk x dim positions;
             autoregressive: the position before each action token).
         proprio: the proprioception token, all False where the model has none.
-        vision_span: (first, end) of the patches where they are the same positions in every row; None elsewhere.
-            Saves a copy of them, and asking the device where they are.
+        vision_span: (start, stop) of the patch positions if they are the same in every row, else None. With it,
+            features are a slice: no copy, and no waiting for the device.
     """
 
     vision: Tensor
@@ -41,7 +41,13 @@ class TokenRoles:
 
 @runtime_checkable
 class VLAModel(Protocol):
-    """The part of a VLA that `features.py`, `trainer.py` and `evaluation.py` use."""
+    """Structural type of a model whose layers can be tapped, as `features.FeatureTap` needs it.
+
+    Beyond it the package uses `forward(**batch)`, whose output has `loss`, `token_roles` and `predicted_actions` or
+    `action_logits`; `predict_action`, for rollouts and for answers on counterfactual frames; and of the configuration
+    `action_head`, `action_dim`, `num_actions_chunk`, `decoding`, `proprio_dim` and `norm_stats`. A whole second
+    architecture is recipes/another_vla.py.
+    """
 
     def tap_module(self, layer: int) -> nn.Module:
         """The module whose output is the hidden state (batch, sequence, dim) of `layer`.
@@ -50,3 +56,8 @@ class VLAModel(Protocol):
         L (or -1) being taken after the final norm; negative values count from the end.
         """
         ...
+
+
+def chunk_length(config: Any) -> int:
+    """Actions per sample and forward pass: the chunk of a parallel decoder, else 1."""
+    return int(config.num_actions_chunk) if config.decoding == "parallel" else 1

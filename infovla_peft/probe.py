@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .adapters import base_model
 from .data.chunks import ChunkDataset, Samples
 from .data.collator import VLACollator
 from .data.demonstrations import CAMERA_COLUMNS, load_demonstrations
@@ -19,6 +20,7 @@ from .features import FeatureTap, extract_features
 from .inference import Policy
 from .memory import ReplayMemory
 from .models.openvla import build_prompt
+from .policy import chunk_length
 from .representation import affinity_maps, swap_change
 from .results import TaskEntry
 
@@ -95,11 +97,11 @@ def probe_frames(
             f"all {len(set(number.tolist()))} demonstrations of {task.name!r} are in the replay memory, and an "
             "analysis needs others; record more (--demonstrations) or remember fewer (--memory_trajectories)"
         )
-    config = underlying_model(policy).config
+    config = base_model(policy.model).config
     dataset = ChunkDataset(
         recorded.select(np.flatnonzero(np.isin(number, chosen))),
         VLACollator(policy.processor, policy.normaliser, config, crop=policy.crop).pipeline,
-        chunk=config.num_actions_chunk if config.decoding == "parallel" else 1,
+        chunk=chunk_length(config),
         cameras=[CAMERA_COLUMNS[camera] for camera in policy.cameras],
         cache_images=False,
     )
@@ -159,7 +161,7 @@ def look_at(
         others: instructions to swap in.
         tap_layer, temperature: as in training.
     """
-    model, samples = underlying_model(policy), probe.samples
+    model, samples = base_model(policy.model), probe.samples
     collator = VLACollator(policy.processor, policy.normaliser, model.config)
     device, dtype = policy.model.device, policy.model.dtype
     words = instruction_words(policy.processor.tokenizer, probe.task.instruction)
@@ -205,8 +207,3 @@ def _rows(samples: Samples, rows: slice) -> Samples:
         actions=samples.actions[rows],
         instructions=samples.instructions[rows],
     )
-
-
-def underlying_model(policy: Policy) -> Any:
-    """Without PEFT's wrapper; its layers hold the adapter all the same."""
-    return policy.model.get_base_model() if hasattr(policy.model, "get_base_model") else policy.model

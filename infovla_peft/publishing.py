@@ -309,7 +309,7 @@ def _checkpoint_files(folder: Path) -> list[Path]:
     )
 
 
-def check_base(folder: Path) -> None:
+def check_base_files(folder: Path) -> None:
     """Check a base that went along with adapters against its checksums; one that has none is taken as it is.
 
     The fingerprint in `infovla.json` says which base it is by a few values of every tensor. It sees neither a change

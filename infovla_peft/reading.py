@@ -1,6 +1,6 @@
 """Reading files that anybody may have written: JSON and YAML within bounds, and checks that name file, place and cure.
 
-Refused are: what is larger or deeper than anything this package writes, a key that stands twice, NaN and infinity,
+Refused are: what is larger or deeper than anything this package writes, a key that is given twice, NaN and infinity,
 integers beyond 64 bits, text that is no Unicode, YAML aliases that multiply, and every YAML tag beyond plain values.
 """
 
@@ -53,7 +53,7 @@ def parse_json(text: str) -> Any:
 
     >>> parse_json('{"seed": 0, "seed": 1}')
     Traceback (most recent call last):
-    ValueError: the key 'seed' stands twice
+    ValueError: the key 'seed' is given twice
     """
     content = json.loads(
         text, parse_constant=_refuse_constant, parse_float=_float, parse_int=_int, object_pairs_hook=_object
@@ -129,7 +129,7 @@ def _check_keys(keys: Iterable[Hashable]) -> None:
     seen: set[Hashable] = set()
     for key in keys:
         if key in seen:
-            raise ValueError(f"the key {key!r:.60} stands twice")
+            raise ValueError(f"the key {key!r:.60} is given twice")
         seen.add(key)
 
 

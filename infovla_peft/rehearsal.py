@@ -19,8 +19,9 @@ from .data.collator import VLACollator
 from .data.counterfactual import CounterfactualDataset
 from .data.sampling import Augmentation, ReplayMixture, StratifiedBatchSampler, Views
 from .memory import Anchors, ReplayMemory
-from .methods import METHODS, Negatives, Term, make_terms
+from .methods import METHODS
 from .teacher import anchor_spec, compute_anchors, teacher_answers
+from .terms import Negatives, Term, make_terms
 
 Part = TypeVar("Part")
 
@@ -44,6 +45,8 @@ class Rehearsal:
         views: of their rows, for which anchors are kept; None where replayed frames are augmented anew.
         terms: of the loss, for replayed samples.
         teachers: past task → adapter, None = the base; empty where nobody is asked.
+        anchors: of all tables, after `prepare`; None before.
+        negatives: chooses what a batch is contrasted with, after `prepare`; None before.
         answers_all: whether each teacher has learned the tasks it is asked about; see `are_answered`.
 
     Raises:
@@ -69,7 +72,7 @@ class Rehearsal:
         self._seed = config.seed if config.data_seed is None else config.data_seed
         if past_tasks is None:
             past_tasks = memory.instructions if memory is not None else {}
-        # Of a task that a later adapter has learned, the base has features to hold to, but no answer worth keeping.
+        # Of a task that a later adapter learned, the base's features are usable anchors; its actions are not.
         unanswered = set(learned_by or {}) if config.teacher == "base" else set()
         answered = {name: words for name, words in past_tasks.items() if name not in unanswered}
         replays = method.replay and config.replay_fraction > 0
@@ -164,24 +167,24 @@ class Rehearsal:
         """
         if self.views is None:
             return None
-        ask = _Asking(self._model, self._config, self._collator, self.teachers, batch_size, autocast, dtype)
+        ask = _TeacherQueries(self._model, self._config, self._collator, self.teachers, batch_size, autocast, dtype)
         folder = str(self._config.output_dir)
         parts: list[Anchors] = []
         first = 0
         for table in self.tables:
             views = self.views.rows(np.arange(first, first + len(table)))
             first += len(table)
-            imagined = table if isinstance(table, CounterfactualDataset) else None
+            counterfactual = table if isinstance(table, CounterfactualDataset) else None
             # Chunks are among the anchors; action tokens must be known before the features that follow them.
-            if imagined is not None and not (self.terms and self._kind == "actions"):
-                imagined.answer(np.concatenate(list(_each_task(table, views, ask.answers))))
+            if counterfactual is not None and not (self.terms and self._kind == "actions"):
+                counterfactual.answer(np.concatenate(list(_each_task(table, views, ask.answers))))
             if self.terms:
                 stored = self.memory.anchors if self.memory is not None and table is self.remembered else None
                 anchors = Anchors.join(list(_each_task(table, views, ask.anchors, stored)), folder)
                 parts.append(anchors)
-                if imagined is not None:
+                if counterfactual is not None:
                     if self._kind == "actions":
-                        imagined.answer(self._collator.normaliser.unnormalise_actions(anchors.output[0].numpy()))
+                        counterfactual.answer(self._collator.normaliser.unnormalise_actions(anchors.output[0].numpy()))
                 elif self.memory is not None and (stored is None or stored.spec != anchors.spec):
                     self.memory = self.memory.with_anchors(anchors, save=self._config.should_save)
         if not self.terms:
@@ -221,7 +224,7 @@ class Rehearsal:
         )
 
 
-class _Asking:
+class _TeacherQueries:
     """How the teachers are asked about the rows of one task."""
 
     def __init__(

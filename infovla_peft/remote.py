@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from .adapter_files import AdapterError
+from .reading import is_inside
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo
@@ -134,15 +135,15 @@ def open_snapshot(
                     raise
                 return snapshot(None)  # which says that nothing is there
         files = tuple(sibling.rfilename for sibling in info.siblings or ())
-        check_names(files, repo_id)
+        check_file_names(files, repo_id)
         return snapshot(files)
 
 
-def check_names(files: Sequence[str], where: str | os.PathLike[str]) -> None:
+def check_file_names(files: Sequence[str], where: str | os.PathLike[str]) -> None:
     """Refuse file names that lead out of their folder.
 
-    >>> check_names(["stage_01/infovla.json"], "user/name")
-    >>> check_names(["../infovla.json"], "user/name")
+    >>> check_file_names(["stage_01/infovla.json"], "user/name")
+    >>> check_file_names(["../infovla.json"], "user/name")
     Traceback (most recent call last):
     ...
     infovla_peft.adapter_files.AdapterError: user/name names a file outside itself, '../infovla.json'; it is not loaded
@@ -150,14 +151,6 @@ def check_names(files: Sequence[str], where: str | os.PathLike[str]) -> None:
     for name in files:
         if not is_inside(name):
             raise AdapterError(f"{where} names a file outside itself, {name!r}; it is not loaded")
-
-
-def is_inside(name: str) -> bool:
-    """Whether a relative path stays in its folder."""
-    parts = PurePosixPath(name).parts
-    return bool(parts) and not (
-        name.startswith("/") or ".." in parts or "\\" in name or "\0" in name or ":" in parts[0]
-    )
 
 
 def check_no_pickles(files: Sequence[str], where: str | os.PathLike[str]) -> None:
@@ -286,8 +279,8 @@ def explained(repo_id: str) -> Iterator[None]:
         raise HubError(f"{repo_id} is gated: ask for access on its page, then `hf auth login`") from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"the Hub knows no repository {repo_id}, or not for you; check the name, and `hf auth login` (or `token`) "
-            "for a private one"
+            f"the Hub has no repository {repo_id}, or you have no access to it; check the name, and `hf auth login` "
+            "(or `token`) for a private one"
         ) from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(f"{repo_id} has no such revision; leave `revision` out for its main branch") from error

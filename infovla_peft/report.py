@@ -38,6 +38,7 @@ from .files import atomic_folder, write_text
 from .metrics import average_by_stage
 from .results import Results, Video
 from .simulation.jobs import work_off
+from .text_tables import count_span
 
 PATIENCE = 900.0
 """Seconds for one picture; all five of 51 stages took 11 on a busy core."""
@@ -90,8 +91,8 @@ METRIC_TEXTS = {
 ANALYSIS_TEXTS = {
     "affinity": (
         "What the instruction looks at",
-        "The brighter a patch, the nearer it is to the instruction's words in the policy's features: forgetting as "
-        "the paper describes it shows as light that leaves the named object, and as a diffusion that rises.",
+        "The brighter a patch, the nearer it is to the instruction's words in the policy's features. Forgetting, as "
+        "the paper describes it, shows as bright patches that move off the named object, and as rising diffusion.",
     ),
     "diffusion": (
         "Diffusion",
@@ -227,7 +228,7 @@ def render_page(
         averages=[_average_cell(rate) for rate in average_by_stage(results.success, results.learned_at)],
         metrics=[(text, _points(metrics[name])) for name, text in METRIC_TEXTS.items()],
         summary=_summary(results, metrics),
-        episodes=span([count for row in results.episodes for count in row if count is not None]),
+        episodes=count_span([count for row in results.episodes for count in row if count is not None]),
         timings=_timings(results),
         video_groups=_video_groups(results, run),
         missing_videos=sum(not (run / video.path).is_file() for video in results.videos),
@@ -240,11 +241,6 @@ def render_page(
 
 def _points(value: float) -> str:
     return "–" if math.isnan(value) else f"{100 * value:.1f}".replace("-", "−")
-
-
-def span(counts: Sequence[int]) -> str:
-    """`20`, or `10 to 20` where the counts differ."""
-    return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
 
 
 def _duration(seconds: float) -> str:

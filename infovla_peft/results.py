@@ -96,8 +96,8 @@ class Results:
         ...     method="er", stream="B1-1N1", suite="libero_goal", seed=0, base_model="tiny", teacher=None,
         ...     assets="primitive", renderer="fast", step_cap=300, open_loop_steps=8,
         ...     tasks=[TaskEntry("open_it", "open it", 0), TaskEntry("close_it", "close it", 1)])
-        >>> results.add_row(0, {"open_it": (18, 20)})
-        >>> results.add_row(1, {"open_it": (12, 20), "close_it": (15, 20)})
+        >>> results.add_stage(0, {"open_it": (18, 20)})
+        >>> results.add_stage(1, {"open_it": (12, 20), "close_it": (15, 20)})
         >>> results.success.tolist()
         [[0.9, 0.6], [nan, 0.75]]
         >>> round(results.metrics()["negative_backward_transfer"], 2)
@@ -168,7 +168,7 @@ class Results:
         )
         return successes, episodes
 
-    def add_row(
+    def add_stage(
         self,
         stage: int,
         cells: Mapping[str, tuple[int, int]],

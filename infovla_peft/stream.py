@@ -1,6 +1,6 @@
 """A stream of tasks learned one after another: the steps, their order, and what each leaves in the run folder.
 
-    demonstrations -> base -> for each stage: adapter, memory, rollouts of every task seen, row of the matrix, report
+    demonstrations -> base -> for each stage: adapter, memory, rollouts of all tasks seen (a column), report
 
 `Stream` holds one method per step. Each is idempotent: what is finished is not repeated, so the same command continues
 a run that was stopped. `run` calls them in order; `recipes/continual.py` spells the same loop out.
@@ -42,13 +42,14 @@ from .mending import check_memory, column_is_gone, demonstrations_are_gone, memo
 from .methods import METHODS
 from .models.openvla import PROMPT, build_tiny_openvla, load_openvla
 from .models.openvla.quantization import quantization_config
-from .plan import Stage, describe_plan, describe_results, plan_stages, step_name, tiny_shape, workers
+from .plan import Stage, describe_plan, describe_results, plan_stages, step_name, tiny_shape, worker_count
+from .policy import chunk_length
 from .progress import show_progress
 from .publishing import check_access, push_to_hub
 from .remote import HubError
 from .results import Results, collect_versions
 from .run_folder import RESTORE, RunError, RunFolder
-from .trackers import check_names, check_trackers, curves_beside, make_trackers, stage_record
+from .trackers import check_tracker_names, check_trackers, curves_beside, make_trackers, stage_record
 from .trainer import InfoVLATrainer, LossLog
 from .video import CURE, video_available
 
@@ -101,7 +102,7 @@ class Stream:
         config, training: the recipe; `training.output_dir` is the run's folder.
 
     Attributes:
-        run: the folder.
+        run_folder: the run's folder, its finished steps and its lock.
         stages: the base and the steps after it.
     """
 
@@ -162,7 +163,7 @@ class Stream:
         unknown = set(config.cameras) - set(CAMERA_COLUMNS)
         if unknown or not config.cameras:
             raise RunError(f"cameras must be among {', '.join(CAMERA_COLUMNS)}, got {config.cameras}")
-        check_names(self.training.report_to)
+        check_tracker_names(self.training.report_to)
         for name in ("base_model", "demonstrations_source"):
             place = getattr(config, name)
             if not place or not place.startswith((".", "/", "~")) or Path(place).exists():
@@ -182,9 +183,9 @@ class Stream:
         past = [task for stage in self.stages[:-1] for task in stage.tasks]
         remembered = past if method.replay and (method.keeps_all or config.memory_trajectories) else []
         answered = self.stages[0].tasks if training.teacher == "base" else past
-        imagined = answered if method.counterfactual and training.counterfactual_share else []
+        counterfactual = answered if method.counterfactual and training.counterfactual_share else []
         batch = training.train_batch_size * training.world_size
-        replay_places(batch, training.replay_fraction, len(remembered or imagined))
+        replay_places(batch, training.replay_fraction, len(remembered or counterfactual))
 
     def resolved_config(self) -> dict[str, Any]:
         """Everything that was chosen or found, as it is kept with the run and with each adapter."""
@@ -267,7 +268,7 @@ class Stream:
         return ChunkDataset(
             self.demonstrations(tasks),
             collator.pipeline,
-            chunk=model.config.num_actions_chunk if model.config.decoding == "parallel" else 1,
+            chunk=chunk_length(model.config),
             cameras=[CAMERA_COLUMNS[camera] for camera in self.config.cameras],
             cache_images=self.training.cache_images,
         )
@@ -328,7 +329,7 @@ class Stream:
             renderer=self.config.renderer,
             noise=self.config.demonstration_noise,
             seed=DEMONSTRATION_SEED,
-            num_workers=workers(self.config.demonstration_workers),
+            num_workers=worker_count(self.config.demonstration_workers),
         )
 
     def learn_base(self) -> None:
@@ -530,7 +531,7 @@ class Stream:
         return [task for earlier in self.stages[: stage.index + 1] for task in earlier.tasks]
 
     def measure(self, stage: Stage) -> None:
-        """Roll the policy of a stage out on every task seen so far; write the row of the matrix and the report.
+        """Roll the policy of a stage out on every task seen so far; write its column of the matrix and the report.
 
         Each task's result is stored as it comes, so that a stopped evaluation continues with the next task.
         """

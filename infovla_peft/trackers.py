@@ -189,14 +189,14 @@ def make_trackers(training: InfoVLAConfig, run: Path) -> list[Tracker]:
     return trackers
 
 
-def check_names(report_to: str | Sequence[str] | None) -> None:
+def check_tracker_names(report_to: str | Sequence[str] | None) -> None:
     """A ValueError if no tracker has one of these names."""
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     for name in _names(report_to):
         if name not in (JSONL, *INTEGRATION_TO_CALLBACK):
             known = ", ".join([JSONL, *INTEGRATION_TO_CALLBACK])
-            raise ValueError(f"report_to names {name!r}, which is no tracker; there are {known}, and none")
+            raise ValueError(f"report_to names {name!r}, which is not a tracker; choose among {known}, or none")
 
 
 def check_trackers(report_to: str | Sequence[str] | None) -> None:
@@ -206,7 +206,7 @@ def check_trackers(report_to: str | Sequence[str] | None) -> None:
         ValueError: no tracker has this name.
         ImportError: it is not installed; the message has the command.
     """
-    check_names(report_to)
+    check_tracker_names(report_to)
     for name in _names(report_to):
         if name in INSTALL and importlib.util.find_spec(name) is None:
             raise ImportError(f"report_to names {name}, which is not installed: pip install {INSTALL[name]}")

@@ -33,15 +33,16 @@ from .data.chunks import ChunkDataset, ReplayRows
 from .data.collator import VLACollator
 from .data.sampling import StratifiedBatchSampler
 from .distributed import whole, whole_state
-from .divergence import DivergenceError, describe_batch, has_diverged
+from .divergence import DivergenceError, describe_batch, divergence_reason
 from .features import FeatureTap, extract_features, policy_output
 from .files import atomic_file, fsync, make_folder
 from .interference import most_interfered
 from .interruption import Stopped, deferred_stop, requested_stop
 from .losses import output_distillation_loss
 from .memory import Anchors, ReplayMemory
-from .methods import METHODS, Term
+from .methods import METHODS
 from .rehearsal import Rehearsal
+from .terms import Term
 from .trackers import JSONL, trainer_report_to
 from .vision_cache import VisionCache, check_cacheable
 
@@ -59,8 +60,8 @@ class InfoVLATrainer(Trainer):
     entries, `policy_loss`, each term (`rac`, `cmi`, `output`: means over the batches since the last entry, before λ)
     and `rac_skipped` and so on.
 
-    Where a batch may hold counterfactual frames, an L1 policy loss has no kink at 0, as the output term
-    (`losses.output_distillation_loss`): their labels are the answers with which the student begins.
+    Where a batch may hold counterfactual frames, an L1 policy loss becomes smooth L1, as in
+    `losses.output_distillation_loss`: their labels are actions that the student reproduces at the start.
 
     Without a PEFT model, all parameters are trained that ever receive a gradient: that is the base stage. Without past
     tasks there is no replay and no term.
@@ -83,6 +84,7 @@ class InfoVLATrainer(Trainer):
         kwargs: further arguments of `Trainer`.
 
     Raises:
+        TypeError: `args` is no InfoVLAConfig, or data and collator are swapped.
         ValueError: a teacher whose adapter is not loaded, a batch too small for replay, nothing to train.
 
     Example:
@@ -286,7 +288,7 @@ class InfoVLATrainer(Trainer):
             return self._policy_loss(model(**batch, return_logits=False), batch).detach().mean(), None, None
 
     def _policy_loss(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """The model's own loss; an L1 without its kink where labels may be what the student begins with."""
+        """The model's own loss; smooth L1 in place of L1 where labels may be the teacher's answers."""
         if self.rehearsal.regresses_answers:
             return output_distillation_loss(outputs.predicted_actions, inputs["actions"], kind="actions")
         return cast(Tensor, outputs.loss)
@@ -296,7 +298,7 @@ class InfoVLATrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         scaled = getattr(self.accelerator, "scaler", None) is not None
         size = None if norm is None else float(norm)
-        problem = has_diverged(float(self._loss), size, self.args.grad_norm_limit, scaled=scaled)
+        problem = divergence_reason(float(self._loss), size, self.args.grad_norm_limit, scaled=scaled)
         if problem is not None:
             raise DivergenceError(self._explain_divergence(problem))
         return norm
@@ -340,13 +342,13 @@ class InfoVLATrainer(Trainer):
             # A mask would wait for the device.
             places = known.nonzero().squeeze(1).to(output.device, non_blocking=True)
             own, peers, output = own[known], peers[peers_known], output[places]
-        features, whole = features._replace(output=output), replace(contrast, own=own)
+        features, answered = features._replace(output=output), replace(contrast, own=own)
         for term in self.terms:
             mine, theirs = (own, peers) if term.counterfactual else (kept, others)
             # The mean over processes shall be the mean over all samples, however they are spread.
             share = len(mine) * self.args.world_size / max(len(mine) + len(theirs), 1)
             nothing = not len(mine) and len(theirs)
-            value = total if nothing else term(features, whole if term.counterfactual else contrast)
+            value = total if nothing else term(features, answered if term.counterfactual else contrast)
             if value is None:
                 self._counts[f"{term.name}_skipped"] = self._counts.get(f"{term.name}_skipped", 0) + 1
             else:

@@ -29,7 +29,7 @@ from infovla_peft.comparison_figures import draw_comparison
 from infovla_peft.comparison_tables import write_tables
 from infovla_peft.config import load_recipe
 from infovla_peft.files import write_json, write_text
-from infovla_peft.plan import workers as cores
+from infovla_peft.plan import worker_count
 from infovla_peft.progress import quiet_libraries
 from infovla_peft.recipe_files import recipes_folder
 from infovla_peft.run_queue import RunQueue, describe_status
@@ -84,7 +84,7 @@ def run_queue(options: argparse.Namespace) -> int:
     benchmark = load_benchmark(options.config)
     jobs = benchmark.select(options.only, held=load_held(benchmark, options.held))
     benchmark.check(jobs)  # every option of every run, before the first one starts
-    at_once = options.workers or benchmark.workers or max(cores(0) // benchmark.cores_per_run, 1)
+    at_once = options.workers or benchmark.workers or max(worker_count(0) // benchmark.cores_per_run, 1)
     if options.dry_run:
         print(describe_status(jobs, at_once))
         return 0
@@ -124,7 +124,7 @@ def run_base(options: argparse.Namespace) -> None:
 def show_status(options: argparse.Namespace) -> None:
     """A table of all runs."""
     benchmark = load_benchmark(options.config)
-    at_once = benchmark.workers or max(cores(0) // benchmark.cores_per_run, 1)
+    at_once = benchmark.workers or max(worker_count(0) // benchmark.cores_per_run, 1)
     print(describe_status(benchmark.jobs, at_once))
 
 

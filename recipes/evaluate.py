@@ -17,7 +17,7 @@ from infovla_peft.cli import run_command
 from infovla_peft.evaluation import evaluate
 from infovla_peft.files import write_json
 from infovla_peft.metrics import wilson_interval
-from infovla_peft.plan import workers
+from infovla_peft.plan import worker_count
 from infovla_peft.results import collect_versions
 from infovla_peft.simulation import find_assets, find_task, suite_tasks
 from infovla_peft.simulation.workers import EnvironmentPool
@@ -54,7 +54,7 @@ def main(options: argparse.Namespace) -> None:
     # Worker processes simulate, one batched forward of the policy serves them all, and a frame is rendered only when
     # the policy looks. The episodes start from LIBERO's fixed initial states, on which nothing was trained.
     rows = []
-    with EnvironmentPool(workers(options.workers), assets=assets, cameras=policy.cameras, **look) as pool:
+    with EnvironmentPool(worker_count(options.workers), assets=assets, cameras=policy.cameras, **look) as pool:
         for result in evaluate(
             policy, tasks, pool, episodes=options.episodes, open_loop_steps=policy.recipe.get("open_loop_steps", 8),
             videos=2, video_folder=options.output / "videos",

@@ -308,7 +308,7 @@ def test_a_run_that_does_not_ask_is_analysed_afterwards(
     assert (run / "report/cka.png").exists()
     assert is_analysed(run)
     shorter = Results.load(run / "results.json")
-    shorter.add_row(2, {})
+    shorter.add_stage(2, {})
     shorter.save(run / "results.json")
     assert not is_analysed(run)
 

@@ -117,7 +117,7 @@ def results_of(job: Job) -> Results:
     names = [task.name for task in results.tasks]
     for stage in range(3):
         cells = dict.fromkeys(names[: 2 + stage], (1, 2))
-        results.add_row(stage, cells, timings={"train": 100.0, "evaluate": 50.0})
+        results.add_stage(stage, cells, timings={"train": 100.0, "evaluate": 50.0})
     return results
 
 

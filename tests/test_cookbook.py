@@ -189,14 +189,15 @@ def test_the_second_architecture_is_short() -> None:
 
 
 def test_own_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    from infovla_peft import methods
+    from infovla_peft.methods import METHODS
+    from infovla_peft.terms import make_terms
 
-    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
+    monkeypatch.setitem(METHODS, "my_method", METHODS["er"])  # so that it is taken out again
     space = run(snippet("recipes/README.md", "METHODS"))
     args = InfoVLAConfig(output_dir="unused", use_cpu=True)
     args.method = "my_method"  # type: ignore[assignment]
     assert space["METHODS"]["my_method"].has_teacher
-    assert [term.name for term in methods.make_terms(args)] == ["cmi", "output"]
+    assert [term.name for term in make_terms(args)] == ["cmi", "output"]
 
 
 @pytest.mark.parametrize("page", PAGES)

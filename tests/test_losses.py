@@ -20,7 +20,7 @@ from torch import Tensor
 from infovla_peft import losses
 from infovla_peft.distributed import gather_anchors, mean_weight
 from infovla_peft.losses import (
-    ACTION_KINK,
+    SMOOTH_L1_BETA,
     CrossModalSummary,
     JointDistributionMLP,
     cmi_is_informative,
@@ -614,7 +614,7 @@ def naive_distance(student: Tensor, teacher: Tensor, kind: str) -> float:
     for mine, other in zip(student.detach().double(), teacher.detach().double(), strict=True):
         for row, target in zip(mine, other, strict=True):
             if kind == "actions":
-                total += sum(abs(float(a - b)) - ACTION_KINK / 2 for a, b in zip(row, target, strict=True)) / 5
+                total += sum(abs(float(a - b)) - SMOOTH_L1_BETA / 2 for a, b in zip(row, target, strict=True)) / 5
             else:
                 p, q = target.exp() / target.exp().sum(), row.exp() / row.exp().sum()
                 total += sum(float(a * (a / b).log()) for a, b in zip(p, q, strict=True))
@@ -644,9 +644,11 @@ def test_output_distillation(kind: Literal["actions", "logits"]) -> None:
 def test_output_distillation_closed_form_and_bad_input() -> None:
     even, sure = torch.zeros(1, 1, 2), torch.tensor([[[0.0, 50.0]]])
     assert number(output_distillation_loss(even, sure, kind="logits")) == pytest.approx(math.log(2), rel=1e-5)
-    assert number(output_distillation_loss(even, even + 0.5, kind="actions")) == pytest.approx(0.5 - ACTION_KINK / 2)
-    near = torch.full_like(even, ACTION_KINK / 4)
-    assert number(output_distillation_loss(even, near, kind="actions")) == pytest.approx(ACTION_KINK / 32)
+    assert number(output_distillation_loss(even, even + 0.5, kind="actions")) == pytest.approx(
+        0.5 - SMOOTH_L1_BETA / 2
+    )
+    near = torch.full_like(even, SMOOTH_L1_BETA / 4)
+    assert number(output_distillation_loss(even, near, kind="actions")) == pytest.approx(SMOOTH_L1_BETA / 32)
     half = output_distillation_loss(even.bfloat16(), (even + 0.5).bfloat16(), kind="actions")
     assert half.dtype == torch.float32
     with pytest.raises(ValueError, match="equal shapes"):
@@ -659,7 +661,7 @@ def test_the_gradient_of_output_distillation_is_no_sign_of_rounding() -> None:
     """A student that begins as its teacher, up to rounding, has next to no gradient; one further off has all of it."""
     _, teacher = answers(0)
     largest = []
-    for distance in (1e-7, 2 * ACTION_KINK):
+    for distance in (1e-7, 2 * SMOOTH_L1_BETA):
         student = (teacher.detach() + distance).requires_grad_()
         output_distillation_loss(student, teacher, kind="actions").backward()
         assert student.grad is not None

@@ -19,14 +19,15 @@ from infovla_peft.consolidation import Consolidation
 from infovla_peft.features import Features, extract_features
 from infovla_peft.interference import most_interfered, sample_losses
 from infovla_peft.losses import (
-    ACTION_KINK,
+    SMOOTH_L1_BETA,
     cross_modal_mi_from_summaries,
     replay_anchor_contrastive_loss,
     summarize_cross_modal,
 )
 from infovla_peft.memory import Anchors
-from infovla_peft.methods import METHODS, Contrast, Negatives, make_terms
+from infovla_peft.methods import METHODS
 from infovla_peft.models.openvla.sequence import token_roles
+from infovla_peft.terms import Contrast, Negatives, make_terms
 
 FRAMES, PATCHES, WORDS, WIDTH = 20, 4, 3, 6
 TRAJECTORY = torch.arange(FRAMES) // 10  # two trajectories of ten frames
@@ -218,7 +219,7 @@ def test_output_is_the_distance_to_the_stored_answers(tmp_path: Path, anchors: A
     value = term(features(3, seed=2)._replace(output=answers), contrast(anchors, own, pairs()))
     stored = torch.stack([anchors.output[view, row] for view, row in own.tolist()])
     if kind == "actions":
-        expected = F.smooth_l1_loss(answers, stored, beta=ACTION_KINK)
+        expected = F.smooth_l1_loss(answers, stored, beta=SMOOTH_L1_BETA)
     else:
         expected = F.kl_div(answers.log_softmax(-1), stored.log_softmax(-1), reduction="none", log_target=True)
         expected = expected.sum(-1).mean()

@@ -751,7 +751,7 @@ def test_push_and_list_on_the_command_line(
     assert main(["list", REPO, "--json"]) == 0
     assert [one["stage"] for one in json.loads(capsys.readouterr().out)] == [1, 2]
     assert main(["list", "me/absent"]) == 1
-    assert "the Hub knows no repository me/absent" in capsys.readouterr().err
+    assert "the Hub has no repository me/absent" in capsys.readouterr().err
     assert main(["push", str(finished / "base"), "--repo", REPO]) == 1
     assert "give the folder of a run" in capsys.readouterr().err
 

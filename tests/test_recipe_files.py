@@ -106,10 +106,10 @@ def test_options_of_a_command_come_from_a_file(tmp_path: Path, capsys: pytest.Ca
         ("tasks: []", "tasks takes a list of at least one value"),
         ("tasks: [[7]]", "tasks cannot be [7]"),
         ("max-episodes: 3", "unknown option 'max-episodes'"),
-        ("dry-run: true\ndry_run: true", "'dry_run' stands twice"),
+        ("dry-run: true\ndry_run: true", "'dry_run' is given twice"),
         ("[", "not valid YAML"),
         ("a: &a [*a]", "contains itself"),
-        ("seed: 0\nseed: 1", "the key 'seed' stands twice"),
+        ("seed: 0\nseed: 1", "the key 'seed' is given twice"),
         ("x: '" + "x" * (1 << 20) + "'", "larger than 1 MiB"),
         ("- a", "`option: value` lines"),
     ):
@@ -242,7 +242,7 @@ def test_a_dry_run_says_what_and_does_nothing(
         assert main(["evaluate", str(finished), *options, "--dry-run"]) == 0
         assert capsys.readouterr().out.split()[1:][-len(learned) :] == learned
     for changes, message in (
-        (["--report_to", "nonsense"], "'nonsense', which is no tracker"),
+        (["--report_to", "nonsense"], "'nonsense', which is not a tracker"),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size must be at least 1"),
         (["--cameras", "front"], "cameras must be among"),
         (["--base_model", "./nowhere"], "base_model: there is nothing at ./nowhere"),

@@ -49,7 +49,7 @@ def write_run(folder: Path, *, stages: int = 3, instruction: str = "turn on the 
         (folder / path).parent.mkdir(parents=True)
         (folder / path).write_bytes(b"")
         videos = [Video(path, "a", stage, False), Video("videos/missing.mp4", "b", stage, True)]
-        results.add_row(stage, cells, timings={"train": 3725.2, "evaluate": 61}, videos=videos)
+        results.add_stage(stage, cells, timings={"train": 3725.2, "evaluate": 61}, videos=videos)
         if logs:
             log = folder / "stages" / f"stage_{stage:02d}" / "log.jsonl"
             log.parent.mkdir(parents=True)

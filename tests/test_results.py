@@ -48,7 +48,7 @@ def example(stages: int = 3) -> Results:
     ]
     for stage, row in enumerate(rows[:stages]):
         video = Video(f"videos/stage_{stage:02d}/push_the_plate_03_failure.mp4", "push_the_plate", stage, False)
-        results.add_row(stage, row, timings={"train": 12.5, "evaluate": 30}, videos=[video])
+        results.add_stage(stage, row, timings={"train": 12.5, "evaluate": 30}, videos=[video])
     return results
 
 
@@ -91,7 +91,9 @@ def test_csv_holds_one_line_per_evaluated_cell(tmp_path: Path) -> None:
 
 def test_a_repeated_stage_is_replaced() -> None:
     results = example()
-    results.add_row(1, {"turn_on_the_stove": (5, 10)}, videos=[Video("videos/new.mp4", "turn_on_the_stove", 1, True)])
+    results.add_stage(
+        1, {"turn_on_the_stove": (5, 10)}, videos=[Video("videos/new.mp4", "turn_on_the_stove", 1, True)]
+    )
     assert results.stages == 3
     np.testing.assert_array_equal(results.success[:, 1], [math.nan, math.nan, 0.5, math.nan])
     assert [video.stage for video in results.videos] == [0, 2, 1]
@@ -112,7 +114,7 @@ def test_a_repeated_stage_is_replaced() -> None:
 def test_impossible_rows_are_refused(stage: int, cells: dict[str, tuple[int, int]], message: str) -> None:
     results = example()
     with pytest.raises(ValueError, match=message):
-        results.add_row(stage, cells)
+        results.add_stage(stage, cells)
     assert results == example()
 
 

@@ -88,7 +88,7 @@ def test_the_scan_finds_what_it_looks_for(source: str) -> None:
     [
         ("a: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
         ("a: !!python/name:os.system", "could not determine a constructor"),
-        ("seed: 0\nseed: 1", "the key 'seed' stands twice"),
+        ("seed: 0\nseed: 1", "the key 'seed' is given twice"),
         ("a: &a [*a]", "contains itself"),
         (
             "a: &a [x]\n" + "".join(f"{c}: &{c} [{', '.join([f'*{chr(ord(c) - 1)}'] * 30)}]\n" for c in "bcdefg"),
@@ -111,7 +111,7 @@ def test_yaml_is_plain_and_bounded(tmp_path: Path, text: str, message: str) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"a": 1, "a": 2}', "the key 'a' stands twice"),
+        ('{"a": 1, "a": 2}', "the key 'a' is given twice"),
         ('{"a": NaN}', "NaN is not allowed"),
         ('{"a": 1e999}', "too large"),
         ('{"a": ' + "9" * 5000 + "}", "too large"),
@@ -194,9 +194,9 @@ def test_many_keys_are_compared_in_one_pass(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps(dict.fromkeys(keys))[:-1] + ', "k199999": 1}')
     (tmp_path / "x.yaml").write_text("\n".join(f"{key}: 1" for key in [*keys[:20_000], "k19999"]))
     start = time.process_time()
-    with pytest.raises(RunError, match="the key 'k199999' stands twice"):
+    with pytest.raises(RunError, match="the key 'k199999' is given twice"):
         read_json(tmp_path / "x.json", error=RunError, cure="write another")
-    with pytest.raises(RunError, match="the key 'k19999' stands twice"):
+    with pytest.raises(RunError, match="the key 'k19999' is given twice"):
         read_yaml(tmp_path / "x.yaml", error=RunError, cure="write another")
     assert time.process_time() - start < 30
 

@@ -96,9 +96,9 @@ def test_options_of_a_source_come_from_the_recipe(tmp_path: Path) -> None:
 
 
 def test_options_without_a_source_are_refused() -> None:
-    with pytest.raises(ValueError, match="drop_noops is of demonstrations_source"):
+    with pytest.raises(ValueError, match="drop_noops applies only with demonstrations_source"):
         StreamConfig(drop_noops=True)
-    with pytest.raises(ValueError, match="demonstrations_observations is of demonstrations_source"):
+    with pytest.raises(ValueError, match="demonstrations_observations applies only with demonstrations_source"):
         StreamConfig(demonstrations_observations="after")
     with pytest.raises(ValueError, match=r"demonstrations_source .* or demonstrations_folder"):
         StreamConfig(demonstrations_source="a", demonstrations_folder="b")

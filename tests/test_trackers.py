@@ -38,7 +38,7 @@ def run(tmp_path: Path) -> Path:
     )  # fmt: skip
     video = "videos/base/a_task_00_failure.mp4"
     write_video(tmp_path / video, [np.full((32, 32, 3), 2 * frame, np.uint8) for frame in range(100)])
-    results.add_row(0, {"a_task": (3, 4)}, timings={}, videos=[Video(video, "a_task", 0, False)])
+    results.add_stage(0, {"a_task": (3, 4)}, timings={}, videos=[Video(video, "a_task", 0, False)])
     results.save(tmp_path / "results.json")
     write_report(tmp_path)
     return tmp_path
@@ -146,7 +146,7 @@ def test_a_tracker_that_is_not_installed_is_named_first(tmp_path: Path, monkeypa
 def test_a_tracker_that_does_not_exist_is_named_before_anything_is_recorded(tmp_path: Path) -> None:
     training = InfoVLAConfig(**{**TRAINING, "report_to": ["jsonl", "tensorbord"]}, output_dir=str(tmp_path / "run"))
     with (
-        pytest.raises(ValueError, match=r"'tensorbord', which is no tracker; there are jsonl, .*tensorboard"),
+        pytest.raises(ValueError, match=r"'tensorbord', which is not a tracker; choose among jsonl, .*tensorboard"),
         Stream(StreamConfig(**{**STREAM, "stream": "B1-1N1"}), training),
     ):
         pass

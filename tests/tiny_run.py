@@ -88,7 +88,7 @@ def add_results(
         video.write_bytes(b"a rollout of stage %d" % stage)
         measured = {task: cells[task] for task in TASKS[: stage + 1] if (task, stage) != (TASKS[0], 2)}
         path = video.relative_to(run).as_posix()
-        results.add_row(stage, measured, videos=[Video(path, TASKS[0], stage, True)])
+        results.add_stage(stage, measured, videos=[Video(path, TASKS[0], stage, True)])
     results.save(run / "results.json")
     if report:
         write_report(run)

@@ -11,8 +11,8 @@ from .options import CAMERAS, AddCommand, add_simulation
 def _demos(options: argparse.Namespace) -> None:
     from ..data.demonstrations import DemonstrationManifest, load_demonstrations
     from ..data.lerobot_export import check_target, export_lerobot
-    from ..data.recording import check_episodes, record_demonstrations
-    from ..plan import workers
+    from ..data.recording import check_recording, record_demonstrations
+    from ..plan import worker_count
     from ..progress import quiet_libraries
     from ..simulation import find_assets, find_task, suite_tasks
 
@@ -28,7 +28,7 @@ def _demos(options: argparse.Namespace) -> None:
         if Path(options.folder).resolve().is_relative_to(Path(options.lerobot).resolve()):
             raise ValueError(f"--lerobot would replace what is recorded in {options.folder}; name another folder")
     if options.dry_run:
-        check_episodes(options.episodes, workers(options.workers))
+        check_recording(options.episodes, worker_count(options.workers))
         try:
             recorded = DemonstrationManifest.load(options.folder).tasks
         except FileNotFoundError:
@@ -47,7 +47,7 @@ def _demos(options: argparse.Namespace) -> None:
         renderer=options.renderer,
         noise=options.noise,
         seed=options.seed,
-        num_workers=workers(options.workers),
+        num_workers=worker_count(options.workers),
     )
     if options.lerobot:
         frames = load_demonstrations(options.folder, [task.name for task in tasks], options.episodes, streaming=True)

@@ -13,16 +13,16 @@ from .options import EVALUATION_DEFAULTS, AddCommand, add_simulation, add_token
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from ..evaluation import check_episodes, evaluate
+    from ..evaluation import check_initial_states, evaluate
     from ..files import write_json
     from ..metrics import wilson_interval
-    from ..plan import workers
+    from ..plan import worker_count
     from ..progress import quiet_libraries
     from ..results import collect_versions, source_commit
     from ..simulation import find_assets
     from ..simulation.workers import EnvironmentPool
 
-    check_episodes(options.episodes)
+    check_initial_states(options.episodes)
     if options.dry_run:
         from ..hub import describe_policy
 
@@ -58,7 +58,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         "results": [],
     }
     with EnvironmentPool(
-        workers(options.workers),
+        worker_count(options.workers),
         assets=assets,
         image_size=chosen["image_size"],
         cameras=policy.cameras,

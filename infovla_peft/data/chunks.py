@@ -38,7 +38,8 @@ class Samples:
         instructions: B texts.
         shifts: (B, 2) pixels to move the images by; None for none.
         proprio_noise: (B, P), added to the normalised proprioception; None for none.
-        replay: for the samples out of the memory, always the last ones, where their anchors are; None without memory.
+        replay: of the replay samples, the last ones of the batch, their rows in the table of anchors; None without
+            replay.
     """
 
     images: NDArray[np.uint8]

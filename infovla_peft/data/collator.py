@@ -11,11 +11,10 @@ from torch import Tensor
 
 from ..models.openvla import OpenVLAConfig, build_prompt
 from ..models.openvla.action_tokenizer import ActionBins
+from ..models.openvla.sequence import IGNORE_INDEX
 from .chunks import Samples
 from .images import ImagePipeline, random_shift
 from .normalisation import Normaliser
-
-IGNORE_INDEX = -100
 
 
 class VLACollator:

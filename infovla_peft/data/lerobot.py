@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ..reading import Checker, read_json
 from .rows import DemonstrationError, Episode, RowOptions, check_dimension
-from .sources import Columns, EpisodeEntry, Location, mapped
+from .sources import Columns, EpisodeEntry, Location, resolve_columns
 
 INFO, TASKS, STATS = "meta/info.json", "meta/tasks.parquet", "meta/stats.json"
 EPISODES = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
@@ -66,7 +66,7 @@ class LeRobotSource:
         self.location = location
         self._info = _read_info(location.file(INFO))
         features = self._info["features"]
-        names = mapped(columns, COLUMNS)
+        names = resolve_columns(columns, COLUMNS)
         for name, others in OTHER_NAMES.items():
             if name not in (columns or {}) and names[name][0] not in features:
                 names[name] = next(((other,) for other in others if other in features), names[name])

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ..reading import parse_json
 from ..task_names import instruction_of
 from .rows import DemonstrationError, Episode, RowOptions, check_dimension
-from .sources import Columns, EpisodeEntry, Location, mapped
+from .sources import Columns, EpisodeEntry, Location, resolve_columns
 
 PATTERNS = ("*.hdf5", "*.h5")
 COLUMNS: Columns = {
@@ -74,7 +74,7 @@ class LiberoHDF5Source:
     ) -> None:
         self.location = location
         self._observations = observations
-        self._columns = mapped(columns, COLUMNS)
+        self._columns = resolve_columns(columns, COLUMNS)
         self._optional = {"wrist_image"} - set(columns or {})
         names = _files_of(location.glob(*PATTERNS), tasks)
         self._entries = [entry for name in names for entry in self._demonstrations(name)]

@@ -4,7 +4,7 @@
     <cache>/<task>.json      the SHA-256 of that file and of every episode's Parquet file, and in which state of the
                              file (size, times) it was found; with a checksum of its own
 
-To open a set is to look at the states. A file in another state is read and hashed again: an episode that changed is
+Opening a set only compares these states. A file in another state is read and hashed again: an episode that changed is
 an error, an Arrow file that is not what was written is made again.
 """
 
@@ -91,7 +91,8 @@ def prepare_recorded(folder: str | Path) -> None:
 def verify_mapped(folder: Path) -> tuple[list[Path], list[Path]]:
     """The Arrow files that a recorded set keeps in its own folder: those that are whole, and those that are not.
 
-    Of the latter, an opening finds by itself, and makes again, those whose state shows it: not what a disk lost.
+    Opening a set finds by itself, and makes again, those whose size or times changed; what a disk lost in silence is
+    found here alone.
     """
     whole: list[Path] = []
     damaged: list[Path] = []

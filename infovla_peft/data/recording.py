@@ -92,7 +92,7 @@ def record_demonstrations(
         SimulatorNotFoundError: LIBERO or an OpenGL library is missing.
         OSError: the folder cannot be written, or the disk is full; complete episodes stay.
     """
-    check_episodes(episodes, num_workers)
+    check_recording(episodes, num_workers)
     if len({task.name for task in tasks}) < len(tasks):
         raise ValueError("two of the tasks have the same name: record them into different folders")
     demonstration_features(cameras)  # fails now
@@ -114,7 +114,7 @@ def record_demonstrations(
     return manifest
 
 
-def check_episodes(episodes: int, num_workers: int) -> None:
+def check_recording(episodes: int, num_workers: int) -> None:
     """Raise a ValueError if there is nothing to record, or nobody to do it."""
     if episodes < 1 or num_workers < 1:
         raise ValueError(f"episodes and num_workers must be at least 1, not {episodes} and {num_workers}")

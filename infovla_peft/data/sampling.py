@@ -100,7 +100,7 @@ class Draw:
 
 
 def replay_places(batch: int, fraction: float, tasks: int) -> int:
-    """How many of a batch's samples, over all processes, are replayed, so that both kinds are in it.
+    """Number of replay samples in a batch of all processes, with room for at least one current sample.
 
     Raises:
         ValueError: it is too small for that.
@@ -169,10 +169,10 @@ class StratifiedBatchSampler(torch.utils.data.Sampler[Draw]):
         self._current, self._width = len(current), current.states.shape[1]
         self._size = batch_size * processes
         remembered = _rows_by_turn(memory, 0, stages)
-        imagined = _rows_by_turn(counterfactual, len(memory or ()), stages)
-        replay = replay_places(self._size, replay_fraction, sum(map(len, remembered or imagined)))
-        swapped = (round(counterfactual_share * replay) if remembered else replay) if imagined else 0
-        self._parts = [(remembered, candidates * (replay - swapped)), (imagined, candidates * swapped)]
+        swapped = _rows_by_turn(counterfactual, len(memory or ()), stages)
+        replay = replay_places(self._size, replay_fraction, sum(map(len, remembered or swapped)))
+        places = (round(counterfactual_share * replay) if remembered else replay) if swapped else 0
+        self._parts = [(remembered, candidates * (replay - places)), (swapped, candidates * places)]
         self._replay, self._candidates = replay, candidates
         self._order = lru_cache(maxsize=2)(self._draw_order)
 

@@ -302,7 +302,7 @@ def _by_instruction(entries: Sequence[EpisodeEntry], wanted: str, where: str) ->
     return mine
 
 
-def mapped(columns: Columns | None, defaults: Columns) -> dict[str, tuple[str, ...]]:
+def resolve_columns(columns: Columns | None, defaults: Columns) -> dict[str, tuple[str, ...]]:
     """Our columns -> names there, with the user's mapping over the format's own.
 
     Raises:

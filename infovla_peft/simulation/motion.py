@@ -57,7 +57,7 @@ class Arm:
         return np.array(self.scene.data.site_xpos[self._grip_site])
 
     @property
-    def turn_left(self) -> Array:
+    def remaining_rotation(self) -> Array:
         """Rotation vector from the hand's rotation to its target, (3,)."""
         return rotation_vector(self.rotation @ self.scene.data.xmat[self._hand_body].reshape(3, 3).T)
 
@@ -71,11 +71,11 @@ class Arm:
         fastest = np.abs(shift).max()
         if fastest > speed:
             shift *= speed / fastest
-        self.step(shift, np.clip(1.2 * self.turn_left / RADIANS_PER_UNIT, -turn_speed, turn_speed))
+        self.step(shift, np.clip(1.2 * self.remaining_rotation / RADIANS_PER_UNIT, -turn_speed, turn_speed))
 
     def slide(self, shift: ArrayLike, *, turn_speed: float = 0.4) -> None:
         """One step by `shift` units that keeps the hand's rotation."""
-        self.step(shift, np.clip(self.turn_left / RADIANS_PER_UNIT, -turn_speed, turn_speed))
+        self.step(shift, np.clip(self.remaining_rotation / RADIANS_PER_UNIT, -turn_speed, turn_speed))
 
     def follow(self, start: Array, direction: Array, *, speed: float) -> None:
         """One step along the line through `start` (3,) in `direction` (3,), back onto it if the hand has strayed."""
@@ -111,7 +111,8 @@ class Arm:
         near = 0
         for _ in range(max_steps):
             off = max(
-                np.linalg.norm(target - self.position) / tolerance, np.linalg.norm(self.turn_left) / turn_tolerance
+                np.linalg.norm(target - self.position) / tolerance,
+                np.linalg.norm(self.remaining_rotation) / turn_tolerance,
             )
             near = near + 1 if off < 2 else 0
             if off < 1 or near > 3 or (until is not None and until()):

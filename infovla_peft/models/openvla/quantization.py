@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Quantization = Literal["none", "nf4"]
-KEPT = ["lm_head", "action_head", "proprio_projector"]  # small, and every action goes through them
+NOT_QUANTIZED = ["lm_head", "action_head", "proprio_projector"]  # small, and every action goes through them
 
 
 def quantization_config(quantization: Quantization) -> Any:
@@ -37,7 +37,7 @@ def quantization_config(quantization: Quantization) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
-        llm_int8_skip_modules=KEPT,  # of 4 bits as well, in spite of its name
+        llm_int8_skip_modules=NOT_QUANTIZED,  # of 4 bits as well, in spite of its name
     )
 
 
