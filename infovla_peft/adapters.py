@@ -115,7 +115,7 @@ def add_adapter(model: nn.Module, name: str, config: InfoVLAConfig, *, start_fro
         start_from: name of an adapter of the model (`adapter_init="continue"`).
 
     Raises:
-        AdapterError: the name is taken or unusable; `start_from` is unknown or of another shape.
+        AdapterError: the name is taken or unusable; `start_from` is unknown, or of another shape or scale.
     """
     known = list(model.peft_config) if isinstance(model, PeftModel) else []
     if "." in name or name in "lora_" or name in known:  # PEFT finds an adapter's weights by its name
@@ -130,6 +130,14 @@ def add_adapter(model: nn.Module, name: str, config: InfoVLAConfig, *, start_fro
         init_lora_weights="gaussian",  # OpenVLA's fine-tuning recipe
         bias="none",  # anything else would change the teacher, which is the base
     )
+    if start_from is not None and isinstance(model, PeftModel):
+        theirs: Any = model.peft_config[start_from]
+        if theirs.r == lora.r and theirs.lora_alpha != lora.lora_alpha:
+            raise AdapterError(
+                f"adapter {start_from!r} has lora_alpha {theirs.lora_alpha}, the new one {lora.lora_alpha}: scaled "
+                "differently it would not begin as a copy; keep lora_alpha, or use adapter_init='fresh'"
+            )
+    before = active_adapter(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(f"{config.seed}/{name}".encode()))
         peft_model = attach(model, name, lora)
@@ -138,6 +146,7 @@ def add_adapter(model: nn.Module, name: str, config: InfoVLAConfig, *, start_fro
             weights = get_peft_model_state_dict(peft_model, adapter_name=start_from, save_embedding_layers=False)
             _load_weights(peft_model, name, weights)
         except (AdapterError, RuntimeError) as error:
+            _take_back(peft_model, name, before)
             raise AdapterError(
                 f"adapter {start_from!r} has another shape than the new one (rank {config.lora_r}, targets "
                 f"{config.lora_targets!r}); keep lora_r and lora_targets, or use adapter_init='fresh'"
@@ -257,6 +266,11 @@ def _load_weights(model: PeftModel, name: str, weights: Mapping[str, Tensor]) ->
             )
     empty = any(parameter.is_meta for _, parameter in adapter_parameters(model, name))
     set_peft_model_state_dict(model, lora, adapter_name=name, low_cpu_mem_usage=empty)
+    rounded = [parameter for _, parameter in adapter_parameters(model, name) if parameter.dtype != torch.float32]
+    if rounded:  # where they are made from nothing, PEFT gives them the type of the base, which may be 16 bits
+        for parameter in rounded:
+            parameter.data = parameter.data.float()
+        set_peft_model_state_dict(model, lora, adapter_name=name)
 
 
 # --- on disk ---------------------------------------------------------------------------------------------------------
@@ -355,8 +369,7 @@ def read_adapter(model: nn.Module, folder: Path, name: str, *, trainable: bool =
         read_adapter_weights(peft_model, name, folder)
     except Exception:
         if isinstance(model, PeftModel):
-            peft_model.delete_adapter(name)
-            switch(peft_model, before) if before else deactivate(peft_model)
+            _take_back(peft_model, name, before)
         else:
             tuner: Any = peft_model.base_model
             tuner.unload()
@@ -365,6 +378,12 @@ def read_adapter(model: nn.Module, folder: Path, name: str, *, trainable: bool =
         raise
     activate(peft_model, name, trainable=trainable)
     return peft_model
+
+
+def _take_back(model: PeftModel, name: str, before: str | None) -> None:
+    """Remove an adapter that could not be filled, and run with what ran before."""
+    model.delete_adapter(name)
+    switch(model, before) if before else deactivate(model)
 
 
 # --- which base ------------------------------------------------------------------------------------------------------

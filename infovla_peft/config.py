@@ -254,6 +254,11 @@ class InfoVLAConfig(TrainingArguments):
     )
     remove_unused_columns: bool = _option(False, "Must stay False: batches carry more than the model's arguments.")
 
+    @property
+    def n_gpu(self) -> int:
+        """At most one: several GPUs are several processes (`accelerate launch`), never `nn.DataParallel`."""
+        return min(int(super().n_gpu), 1)
+
     def __getstate__(self) -> dict[str, Any]:
         # Trainer pickles its configuration beside what it saves, and pushes both.
         return {**self.__dict__, "hub_token": None}
@@ -313,6 +318,11 @@ class InfoVLAConfig(TrainingArguments):
                 "load_best_model_at_end and metric_for_best_model are not supported: which checkpoint of a policy is "
                 "the best, rollouts say, not a loss; evaluate the checkpoints that you keep (save_total_limit)"
             )
+        for name, neutral in (("label_smoothing_factor", 0.0), ("dataloader_drop_last", False)):
+            if getattr(self, name) != neutral:
+                raise ValueError(f"{name} must stay {neutral}: batches and losses are made here, without it")
+        if self.train_sampling_strategy != "random":
+            raise ValueError("train_sampling_strategy must stay random: batches are drawn here, task by task")
         if self.ignore_data_skip:
             raise ValueError("ignore_data_skip must stay False: a training that goes on would see other batches")
         if self.remove_unused_columns:

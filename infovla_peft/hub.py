@@ -31,6 +31,8 @@ __all__ = ["ListedAdapter", "create_collection", "list_adapters", "load_policy",
 
 AGENT_VIEW, WRIST_VIEW = "agentview", "robot0_eye_in_hand"
 _DESCRIPTIONS = (INFO, f"*/{INFO}", PEFT_CONFIG, f"*/{PEFT_CONFIG}", "config.json", RESULTS)
+_TRAINER_STATE = re.compile(r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|training_args\.bin")
+"""What Trainer leaves in a folder here beside an adapter. Nothing of it is read."""
 _CHECKPOINT = ("*.json", "*.safetensors", "*.model", "*.txt", "*--*.pt")
 """Of a checkpoint without adapter; the .pt files of OpenVLA-OFT are read with weights_only=True."""
 
@@ -298,7 +300,8 @@ def _place(repo_or_path: str | os.PathLike[str], revision: str | None, access: A
     # A checkpoint of OpenVLA-OFT has .pt files, and beside them the adapter that was merged into it.
     if any(Path(file).name in (INFO, PEFT_CONFIG) and Path(file).parts[0] != "lora_adapter" for file in files):
         check_file_names(files, name)
-        check_no_pickles(files, name)
+        unread = [file for file in files if place.snapshot is None and _TRAINER_STATE.fullmatch(file)]
+        check_no_pickles(files, name, but=unread)
     return place
 
 

@@ -74,7 +74,12 @@ class Rehearsal:
             past_tasks = memory.instructions if memory is not None else {}
         # Of a task that a later adapter learned, the base's features are usable anchors; its actions are not.
         unanswered = set(learned_by or {}) if config.teacher == "base" else set()
-        answered = {name: words for name, words in past_tasks.items() if name not in unanswered}
+        spoken = {words.casefold() for words in current.instructions}
+        answered: dict[str, str] = {}
+        for name, words in past_tasks.items():  # one answer to the same words, and none beside the demonstrations'
+            if name not in unanswered and words.casefold() not in spoken:
+                answered[name] = words
+                spoken.add(words.casefold())
         replays = method.replay and config.replay_fraction > 0
         self.memory = memory if memory is not None and len(memory) and replays else None
         self.remembered: ChunkDataset | None = None
@@ -254,7 +259,7 @@ class _TeacherQueries:
     ) -> Anchors:
         options = {**self._options, "adapter": self._teachers[task]}
         if stored is not None and task in stored.spec:
-            spec = anchor_spec(self._model, table, rows, views, **options)
+            spec = anchor_spec(self._model, table, self._collator, rows, views, **options)
             if dict(stored.spec[task]) == spec:
                 return stored.of_task(task)
         computed = compute_anchors(

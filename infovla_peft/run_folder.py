@@ -145,7 +145,11 @@ class RunFolder:
     def _settle(self, config: dict[str, Any], harmless: Iterable[str]) -> None:
         file = self / "config.yaml"
         if file.exists():
-            changed = changed_keys(_read_config(file), config, ignore=harmless)
+            before = _read_config(file)
+            # An option that only one version of a library knows, and that is off, changes nothing.
+            off = {key for key in {*before, *config} if key not in before or key not in config}
+            off = {key for key in off if not before.get(key) and not config.get(key)}
+            changed = changed_keys(before, config, ignore={*harmless, *off})
             if changed:
                 listed = "".join(f"\n  {key}: {old!r:.200} -> {new!r:.200}" for key, (old, new) in changed.items())
                 raise RunError(

@@ -16,9 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import torch
 
 from .adapter_files import STATISTICS, AdapterInfo
-from .adapters import add_adapter, base_model, fingerprint, load_adapter, merge_adapters, save_adapter
+from .adapters import (
+    add_adapter,
+    base_model,
+    fingerprint,
+    load_adapter,
+    merge_adapters,
+    save_adapter,
+    target_modules,
+)
 from .analysis import analyse_run
 from .analysis_results import FILE as ANALYSIS
 from .checkpoints import STAGING, checkpoints
@@ -40,7 +49,13 @@ from .memory import MANIFEST as MEMORY
 from .memory import ReplayMemory
 from .mending import check_memory, column_is_gone, demonstrations_are_gone, memory_is_behind
 from .methods import METHODS
-from .models.openvla import PROMPT, build_tiny_openvla, load_openvla
+from .models.openvla import (
+    PROMPT,
+    OpenVLAConfig,
+    OpenVLAForActionPrediction,
+    build_tiny_openvla,
+    load_openvla,
+)
 from .models.openvla.quantization import quantization_config
 from .plan import Stage, describe_plan, describe_results, plan_stages, step_name, tiny_shape, worker_count
 from .policy import chunk_length
@@ -67,17 +82,22 @@ HARMLESS = frozenset(
         "analyse",
         "cache_images",
         "logging_steps",
+        "logging_strategy",
+        "logging_first_step",
         "logging_dir",
+        "save_strategy",
         "save_steps",
         "save_total_limit",
         "disable_tqdm",
         "report_to",
         "run_name",
+        "project",
         "log_level",
         "local_rank",
         "ddp_timeout",
         "dataloader_num_workers",
         "dataloader_pin_memory",
+        "dataloader_persistent_workers",
         "dataloader_prefetch_factor",
         "push_to_hub",
         "hub_model_id",
@@ -142,11 +162,24 @@ class Stream:
         if self.config.videos_per_task and not video_available():
             raise RunError(f"videos of rollouts need PyAV: {CURE}")
         quantization_config(self.config.quantization)
-        if not self.is_tiny:
-            read_config(self.config.base_model, {})
         self.check()
+        self._check_parts(None if self.is_tiny else read_config(self.config.base_model, {})[0])
         check_trackers(self.training.report_to)  # that they are installed, too
         self.check_batches()
+
+    def _check_parts(self, checkpoint: OpenVLAConfig | None) -> None:
+        """See that the base has what options name of it: built without memory, if it is a checkpoint."""
+        if checkpoint is None:
+            words = [task.instruction for task in self.tasks]
+            model, _ = build_tiny_openvla(instructions=words, **tiny_shape(self.config))
+        else:
+            with torch.device("meta"):
+                model = OpenVLAForActionPrediction(checkpoint)
+        try:
+            model.tap_module(self.training.tap_layer)
+        except ValueError as error:
+            raise RunError(f"tap_layer: {error}") from error
+        target_modules(model, self.training.lora_targets)
 
     def check(self) -> None:
         """See that the recipe fits together, as far as it says so itself: what `--dry-run` checks, on any machine.
@@ -172,6 +205,8 @@ class Stream:
                 raise RunError(f"{name}: there is nothing at {place}; correct the path")
         if self.training.per_device_train_batch_size < 1:
             raise RunError("per_device_train_batch_size must be at least 1")
+        if self.training.eval_strategy != "no":
+            raise RunError("eval_strategy must be no: a stream holds no samples out; its rollouts evaluate each stage")
 
     def check_batches(self) -> None:
         """See that a batch of all processes can hold what the last stage replays.
@@ -184,6 +219,8 @@ class Stream:
         remembered = past if method.replay and (method.keeps_all or config.memory_trajectories) else []
         answered = self.stages[0].tasks if training.teacher == "base" else past
         counterfactual = answered if method.counterfactual and training.counterfactual_share else []
+        if len(counterfactual) > training.counterfactual_frames:
+            raise ValueError(f"counterfactual_frames must be at least {len(counterfactual)}, one per past task")
         batch = training.train_batch_size * training.world_size
         replay_places(batch, training.replay_fraction, len(remembered or counterfactual))
 
@@ -285,6 +322,7 @@ class Stream:
             training.max_steps = self.config.base_steps
             training.learning_rate = self.config.base_learning_rate
             training.per_device_train_batch_size = self.config.base_batch_size
+            training.cache_vision_features = False  # nothing is replayed, and the vision tower is trained
         return training
 
     def callbacks(self, stage: Stage) -> list[Any]:

@@ -79,14 +79,19 @@ def _statistics(model: Any, statistics: dict[str, Any]) -> Iterator[None]:
 
 
 def anchor_spec(
-    model: nn.Module, data: FrameTable, rows: NDArray[np.int64], views: Views, *, adapter: str | None, tap_layer: int,
-    temperature: float, dtype: str,
+    model: nn.Module, data: FrameTable, collator: VLACollator, rows: NDArray[np.int64], views: Views, *,
+    adapter: str | None, tap_layer: int, temperature: float, dtype: str,
 ) -> dict[str, str]:  # fmt: skip
-    """All that the anchors of some rows depend on; equal specifications mean equal anchors."""
+    """All that the anchors of some rows depend on; equal specifications mean equal anchors.
+
+    What the collator does (crop, normalisation, prompt, cameras) enters by what it makes of three of the rows.
+    """
     content = hashlib.sha256(
         json.dumps([data.frame[rows].tolist(), sorted({data.tasks[k] for k in data.task[rows]})]).encode()
     )
     content.update(data.states[rows].tobytes() + views.shifts.tobytes() + views.proprio_noise.tobytes())
+    for name, tensor in sorted(collator(data.__getitems__(rows[[0, len(rows) // 2, -1]])).items()):
+        content.update(name.encode() + tensor.numpy().tobytes())
     return {
         "base": fingerprint(model)["weights"],
         "teacher": "base" if adapter is None else fingerprint(model, adapter)["weights"],
@@ -133,7 +138,15 @@ def compute_anchors(
     rows = np.arange(len(data)) if rows is None else rows
     views = Views.draw(data, 1, Augmentation(), 0).rows(rows) if views is None else views
     spec = anchor_spec(
-        model, data, rows, views, adapter=adapter, tap_layer=tap_layer, temperature=temperature, dtype=dtype
+        model,
+        data,
+        collator,
+        rows,
+        views,
+        adapter=adapter,
+        tap_layer=tap_layer,
+        temperature=temperature,
+        dtype=dtype,
     )
     inner = base_model(model)
     device = next(inner.parameters()).device

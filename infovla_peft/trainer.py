@@ -78,13 +78,15 @@ class InfoVLATrainer(Trainer):
         previous_adapter: name of the adapter of the stage before; None where that stage is the base. Only used by
             `teacher="previous"`.
         past_tasks: name → instruction of the tasks learned before, for counterfactual frames; None = the memory's.
-        learned_by: name of a past task → name of the adapter that learned it; tasks that are not in it are the base's.
-            Used by `teacher="auto"`, and by `teacher="base"`, whose answers on tasks of others are not kept.
+        learned_by: name of a past task → name of the adapter that learned it. Used by `teacher="auto"`, and by
+            `teacher="base"`, whose answers on tasks of others are not kept. Tasks that are not in it are the base's:
+            without it, `teacher="base"` holds the policy to the base's answers on all of them, learned or not.
         consolidation: what past tasks depend on, for `method="ewc"`.
         kwargs: further arguments of `Trainer`.
 
     Raises:
         TypeError: `args` is no InfoVLAConfig, or data and collator are swapped.
+        ValueError: `push_to_hub`, or an argument of Trainer that would have no effect.
         ValueError: a teacher whose adapter is not loaded, a batch too small for replay, nothing to train.
 
     Example:
@@ -112,6 +114,14 @@ class InfoVLATrainer(Trainer):
             raise TypeError(f"args must be an InfoVLAConfig, got {type(args).__name__}")
         if isinstance(train_dataset, VLACollator):
             raise TypeError("the data comes before the collator here: InfoVLATrainer(model, args, dataset, collator)")
+        unused = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+        if given := [name for name in unused if kwargs.get(name) is not None]:
+            raise ValueError(f"{', '.join(given)}: the policy's loss is the model's own; subclass to change it")
+        if args.push_to_hub:
+            raise ValueError(
+                "push_to_hub: Trainer would push checkpoints, pickles included. Leave it out, and push what is "
+                "finished: a run by `infovla push` or `push_to_hub`, a single adapter by `model.push_to_hub` (PEFT)"
+            )
         args = copy.copy(args)
         self.rehearsal = Rehearsal(
             model, args, train_dataset, data_collator, memory=memory, previous_adapter=previous_adapter,

@@ -17,7 +17,9 @@ from torch import nn
 from infovla_peft.adapter_files import AdapterError, AdapterInfo, read_info, read_lora, read_statistics, write_info
 from infovla_peft.adapters import (
     activate,
+    active_adapter,
     adapter_parameters,
+    adapter_weights,
     add_adapter,
     base_model,
     check_base,
@@ -148,7 +150,44 @@ def test_continuing_with_another_rank(tmp_path: Path) -> None:
         add_adapter(model, "two", config(tmp_path, lora_r=2), start_from="one")
 
 
+def test_continuing_at_another_scale_is_refused(tmp_path: Path) -> None:
+    """The matrices alone would be copied: at twice the scale they are twice the update."""
+    model = add_adapter(tiny_policy().model, "one", config(tmp_path))
+    alpha = config(tmp_path).lora_alpha
+    with pytest.raises(AdapterError, match=f"has lora_alpha {alpha}, the new one {2 * alpha}: .* keep lora_alpha"):
+        add_adapter(model, "two", config(tmp_path, lora_alpha=2 * alpha), start_from="one")
+    assert list(model.peft_config) == ["one"]
+
+
+def test_a_refused_start_can_be_corrected(tmp_path: Path) -> None:
+    model = add_adapter(tiny_policy().model, "one", config(tmp_path))
+    with pytest.raises(AdapterError, match="another shape"):
+        add_adapter(model, "two", config(tmp_path, lora_targets="q_proj"), start_from="one")
+    assert list(model.peft_config) == ["one"]
+    assert active_adapter(model) == "one"
+    add_adapter(model, "two", config(tmp_path), start_from="one")
+    assert active_adapter(model) == "two"
+
+
 # --- on disk ---
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_on_a_base_of_16_bits_is_read_as_it_was_saved(tmp_path: Path, dtype: torch.dtype) -> None:
+    """What continues from it, teaches or is merged must not be rounded to the type of the base."""
+    policy = tiny_policy()
+    model = add_adapter(policy.model.to(dtype), "one", config(tmp_path))
+    randomise(model, "one")
+    folder = save_adapter(model, "one", tmp_path / "adapter", info(policy), {"libero_goal": {"action": {}}})
+    saved = load_file(folder / "adapter_model.safetensors")
+    loaded, _ = load_adapter(tiny_policy().model.to(dtype), folder, "again", trainable=True)
+    assert {parameter.dtype for _, parameter in adapter_parameters(loaded, "again")} == {torch.float32}
+    assert all(parameter.requires_grad for _, parameter in adapter_parameters(loaded, "again"))
+    add_adapter(loaded, "next", config(tmp_path), start_from="again")
+    for name in ("again", "next"):
+        found = adapter_weights(loaded, name)
+        assert set(found) == set(saved)
+        assert all(torch.equal(found[key], tensor) for key, tensor in saved.items())
 
 
 def test_an_adapter_reads_back_bit_for_bit(tmp_path: Path) -> None:

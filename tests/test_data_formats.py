@@ -568,6 +568,18 @@ def test_an_export_is_read_back_and_has_lerobot_s_fields(files: dict[str, Path],
     assert stored["index"] == list(range(ROWS))
 
 
+def test_two_scenes_with_one_instruction_are_two_sets(files: dict[str, Path], tmp_path: Path) -> None:
+    """LeRobot tells tasks by their words: one set would mix the scenes."""
+
+    def scene(row: dict[str, Any], index: int) -> dict[str, Any]:
+        return {**row, "task": f"KITCHEN_SCENE{1 + (index >= ROWS // 2)}_turn_it_on", "instruction": "turn it on"}
+
+    rows = load_demonstrations(files["hdf5"]).map(scene, with_indices=True)
+    with pytest.raises(DemonstrationError, match=r"have the same instruction, 'turn it on', .* two data sets"):
+        export_lerobot(rows, tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
 def test_every_image_column_is_exported(files: dict[str, Path], tmp_path: Path) -> None:
     columns = {"front": "obs/agentview_rgb", "image": None}
     frames = load_demonstrations(files["hdf5"], columns=columns)

@@ -148,7 +148,7 @@ def test_private_branch_and_base_of_its_own(hub: LocalHub, finished: Path) -> No
     assert (config["base_model_name_or_path"], config["revision"]) == ("me/base", info["base_revision"])
     policy = load_policy(REPO, revision="draft", token=hub.token("me"))
     assert act(policy) == act(load_policy(finished))
-    with pytest.raises(FileNotFoundError, match="or not for you"):
+    with pytest.raises(FileNotFoundError, match="or you have no access to it"):
         load_policy(REPO, revision="draft")
 
 
@@ -533,6 +533,17 @@ def test_a_pickle_in_a_local_adapter_is_refused(run: Path) -> None:
         load_policy(adapter)
 
 
+def test_a_checkpoint_here_is_a_policy_although_its_trainer_left_its_state(run: Path) -> None:
+    """`load_best_model_at_end` is refused with the advice to evaluate the checkpoints that were kept."""
+    adapter = next(run.glob("adapters/stage_01*"))
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_1.pth", "training_args.bin"):
+        (adapter / name).write_bytes(b"no pickle: reading it would be an error")
+    load_policy(adapter)
+    (adapter / "optimizer.pt").rename(adapter / "weights.pt")
+    with pytest.raises(AdapterError, match=r"holds weights\.pt, which can run code"):
+        load_policy(adapter)
+
+
 def test_a_pickle_below_a_local_copy_is_refused_but_not_the_trainers_own(run: Path, hub: LocalHub) -> None:
     trained = run / "stages" / "stage_01" / "checkpoint-2" / "optimizer.pt"
     trained.parent.mkdir(parents=True)
@@ -766,4 +777,4 @@ def test_commands_take_a_token(hub: LocalHub, finished: Path, capsys: pytest.Cap
             continue
         assert main([command, REPO, *options, *token]) == 0
         assert main([command, REPO, *options]) == 1
-        assert "or not for you" in capsys.readouterr().err
+        assert "or you have no access to it" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from infovla_peft.memory import ReplayMemory
 from infovla_peft.plan import Stage, plan_stages
 from infovla_peft.publishing import check_run
 from infovla_peft.results import Results
-from infovla_peft.run_folder import RunError
+from infovla_peft.run_folder import RunError, RunFolder
 from infovla_peft.simulation import AssetSet
 from infovla_peft.stream import Stream
 from infovla_peft.verify import verify_run
@@ -170,6 +170,62 @@ def test_a_changed_configuration_is_refused_and_harmless_changes_are_not(make: C
         make({"stage_steps": 4}, lora_r=3).__enter__()
     with make({"eval_workers": 5}, save_steps=7, disable_tqdm=False):
         pass
+
+
+def test_an_option_that_only_another_version_knows_is_no_change(make: Callable[..., Stream], tmp_path: Path) -> None:
+    with make() as stream:
+        stream.record()
+        config = stream.resolved_config()
+    for removed, added in (("torch_compile", {}), ("use_cpu", {}), ("", {"of_tomorrow": False})):
+        (tmp_path / "run/config.yaml").unlink()
+        before = {key: value for key, value in config.items() if key != removed} | added
+        with RunFolder(tmp_path / "run") as folder:
+            folder.open(before)
+        if removed == "use_cpu":  # it is on: its absence may have been another choice
+            with pytest.raises(RunError, match="use_cpu: None -> True"):
+                make().__enter__()
+        else:
+            with make():
+                pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_targets": "q_projj"}, "lora_targets: no linear layer is named 'q_projj'"),
+        ({"tap_layer": 40}, "tap_layer: Layer 40 cannot be tapped: choose 1 to"),
+        ({"counterfactual_frames": 2, "teacher": "auto"}, "counterfactual_frames must be at least 3"),
+        ({"eval_strategy": "steps"}, "eval_strategy must be no"),
+    ],
+)
+def test_what_a_later_stage_would_stumble_over_is_said_first(
+    make: Callable[..., Stream], tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    """After the base is trained a corrected option would be another run's."""
+    with pytest.raises((RunError, ValueError), match=message):
+        make(method="infovla", **options).__enter__()
+    assert not (tmp_path / "run").exists()
+
+
+def test_parts_of_a_checkpoint_are_known_before_it_is_loaded(make: Callable[..., Stream], tmp_path: Path) -> None:
+    with make() as stream:
+        stream.record()
+        stream.learn_base()
+    for file in (tmp_path / "run/base").glob("*.safetensors"):
+        file.unlink()
+    for options, message in (({"lora_targets": "q_projj"}, "no linear layer"), ({"tap_layer": 9}, "choose 1 to")):
+        with pytest.raises((RunError, ValueError), match=message):
+            make({"base_model": str(tmp_path / "run/base"), "stream": "B0-1N1"}, **options).__enter__()
+
+
+def test_cached_vision_features_are_the_adapters_stages(make: Callable[..., Stream]) -> None:
+    """In the base stage the tower is trained, and nothing is replayed."""
+    options = {"cache_vision_features": True, "lora_targets": "q_proj,v_proj", "image_shift": 0}
+    with make(method="er", **options) as stream:
+        assert not stream.stage_training(stream.stages[0]).cache_vision_features
+        assert stream.stage_training(stream.stages[1]).cache_vision_features
+        stream.record()
+        stream.learn_base()
 
 
 def test_asset_sets_and_process_counts_are_not_mixed(

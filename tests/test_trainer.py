@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import json
@@ -22,6 +23,8 @@ from infovla_peft.adapters import activate, adapter_parameters, add_adapter, bas
 from infovla_peft.config import InfoVLAConfig
 from infovla_peft.consolidation import Consolidation
 from infovla_peft.data.chunks import ChunkDataset
+from infovla_peft.data.collator import VLACollator
+from infovla_peft.data.normalisation import Normaliser
 from infovla_peft.memory import Anchors, ReplayMemory
 from infovla_peft.teacher import compute_anchors, teacher_mode
 from infovla_peft.trainer import InfoVLATrainer, LossLog, last_checkpoint
@@ -241,6 +244,49 @@ def test_stored_anchors_are_used_again_while_they_fit(tmp_path: Path) -> None:
     handle.remove()
 
 
+def test_anchors_are_made_again_where_the_samples_would_be_others(tmp_path: Path) -> None:
+    """Another crop or other statistics make other features of the same rows."""
+    policy = tiny_policy()
+    memory = old_tasks(policy).save(tmp_path / "memory")
+    model = add_adapter(policy.model, "one", config(tmp_path))
+    calls: list[int] = []
+    base_model(model).register_forward_hook(lambda *_: calls.append(1))
+    processor, config_of_base = policy.processor, base_model(model).config
+    wide = copy.deepcopy(dict(policy.collator.normaliser.as_statistics()))
+    wide["libero_goal"]["proprio"]["q99"] = [2.0 + bound for bound in wide["libero_goal"]["proprio"]["q99"]]
+    cropped = VLACollator(processor, policy.collator.normaliser, config_of_base, crop=True)
+    rescaled = VLACollator(processor, Normaliser(wide, "libero_goal"), config_of_base)
+    for collator, expected in ((policy.collator, 4), (cropped, 8), (cropped, 8), (rescaled, 12)):
+        stored = ReplayMemory.load(memory.folder)  # type: ignore[arg-type]
+        dataset = ChunkDataset(policy.task(BOWL), collator.pipeline, chunk=policy.dataset.chunk)
+        InfoVLATrainer(model, config(tmp_path), dataset, collator, memory=stored).prepare_anchors()
+        assert len(calls) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "message"),
+    [
+        ({"push_to_hub": True}, {}, "push what is finished: a run by `infovla push`"),
+        ({}, {"compute_loss_func": lambda *_: 0.0}, "compute_loss_func: the policy's loss is the model's own"),
+        ({}, {"compute_metrics": lambda _: {}}, "compute_metrics: the policy's loss is the model's own"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    tmp_path: Path, options: dict[str, Any], arguments: dict[str, Any], message: str
+) -> None:
+    policy = tiny_policy()
+    with pytest.raises(ValueError, match=message):
+        InfoVLATrainer(policy.model, config(tmp_path, **options), policy.dataset, policy.collator, **arguments)
+
+
+def test_one_process_uses_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer would wrap the model in `nn.DataParallel`, which cannot gather what it returns."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 4))
+    args = config(tmp_path)
+    assert args.n_gpu == 1
+    assert args.train_batch_size == args.per_device_train_batch_size
+
+
 def three_stages(folder: Path, **options: Any) -> InfoVLATrainer:
     """A third stage: the base learned to open the drawer, adapter "one" to turn on the stove; both differ."""
     policy = tiny_policy(autoregressive=options.pop("autoregressive", False))
@@ -282,6 +328,20 @@ def test_auto_asks_whoever_learned_a_task(tmp_path: Path) -> None:
             model, config(tmp_path, teacher="auto"), policy.dataset.like(policy.task(BOWL)), policy.collator,
             memory=old_tasks(policy),
         )  # fmt: skip
+
+
+def test_the_same_words_have_one_answer(tmp_path: Path) -> None:
+    """Tasks of several scenes share instructions (28 of LIBERO-90's): none is imagined twice, nor beside its own."""
+    policy = tiny_policy()
+    words = policy.dataset.like(policy.task(BOWL)).instructions[0]
+    past = {"SCENE1_a": "open it", "SCENE2_a": "Open it", "SCENE2_b": words.upper(), "c": "close it"}
+    model = add_adapter(policy.model, "one", config(tmp_path))
+    trainer = InfoVLATrainer(
+        model, config(tmp_path, counterfactual_share=0.5, counterfactual_frames=10),
+        policy.dataset.like(policy.task(BOWL)), policy.collator, past_tasks=past,
+    )  # fmt: skip
+    assert trainer.rehearsal.counterfactual is not None
+    assert trainer.rehearsal.counterfactual.tasks == ["SCENE1_a", "c"]
 
 
 def test_the_base_answers_for_its_own_tasks_alone(tmp_path: Path) -> None:

@@ -150,6 +150,7 @@ class _Writer:
     def __init__(self, folder: Path, frames_per_second: int, codec: str, quality: int) -> None:
         self._folder, self._rate, self._codec, self._quality = folder, frames_per_second, codec, quality
         self._tasks: dict[str, int] = {}
+        self._names: dict[str, str] = {}
         self._episodes: list[dict[str, Any]] = []
         self._videos: dict[str, _Video] = {}
         self._moments: dict[str, Moments] = {}
@@ -161,7 +162,12 @@ class _Writer:
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write one episode."""
         length, number = len(rows), len(self._episodes)
-        text = str(rows[0]["instruction"])
+        text, name = str(rows[0]["instruction"]), str(rows[0]["task"])
+        if self._names.setdefault(text, name) != name:
+            raise DemonstrationError(
+                f"{self._names[text]!r} and {name!r} have the same instruction, {text!r}, and LeRobot tells tasks by "
+                "it: export them as two data sets"
+            )
         task = self._tasks.setdefault(text, len(self._tasks))
         columns: dict[str, NDArray[Any]] = {
             **{str(COLUMNS[name]): np.stack([np.asarray(row[name], np.float32) for row in rows]) for name in NAMES},
