@@ -133,15 +133,18 @@ def analyse_run(
     return analysis.to_dict()
 
 
-def is_analysed(run_folder: str | os.PathLike[str]) -> bool:
-    """Whether a run has an analysis of all stages that are evaluated.
+def is_analysed(run_folder: str | os.PathLike[str], *, frames: int | None = None) -> bool:
+    """Whether a run has an analysis of all stages that are evaluated, with so many frames per task (None: any).
 
     Raises:
         FileNotFoundError: no results.json.
         AnalysisError, ResultsError: a damaged file.
     """
     stages = Results.load(Path(run_folder) / "results.json").stages
-    return (Path(run_folder) / FILE).exists() and Analysis.load(run_folder).stages == stages
+    if not (Path(run_folder) / FILE).exists():
+        return False
+    found = Analysis.load(run_folder)
+    return found.stages == stages and frames in (None, found.frames)
 
 
 def known_with(task: TaskEntry, tasks: Sequence[TaskEntry]) -> list[str]:

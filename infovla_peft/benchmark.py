@@ -134,6 +134,7 @@ class Progress:
     Attributes:
         stages: evaluated so far, base included.
         planned: stages of the whole run.
+        pending: steps after the last stage that the recipe asks for (analysis, push) and that are not done.
         seconds: spent in finished steps.
         problem: why the run can neither be counted nor continued; None if all is well.
     """
@@ -142,10 +143,11 @@ class Progress:
     planned: int
     seconds: float
     problem: str | None = None
+    pending: tuple[str, ...] = ()
 
     @property
     def done(self) -> bool:
-        return self.stages == self.planned and self.problem is None
+        return self.stages == self.planned and not self.pending and self.problem is None
 
 
 @dataclass(frozen=True)
@@ -357,7 +359,9 @@ def progress(job: Job) -> Progress:
     if changed:
         listed = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())
         problem = f"{job.folder} was run with another configuration ({listed}); move it away, or undo the change"
-    return Progress(min(stages, results.stages, planned), planned, seconds, problem)
+    last = {"analyse": "analyse", "push_to_hub": f"push_{planned - 1:02d}"}
+    pending = tuple(step for option, step in last.items() if job.recipe.get(option) and step not in state)
+    return Progress(min(stages, results.stages, planned), planned, seconds, problem, pending)
 
 
 def _comparable(recipe: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def card(
         license: as the Hub names it.
     """
     suite, last = SUITES.get(results.suite, results.suite), results.stages - 1
+    planned = max(task.learned_at for task in results.tasks)
     name = repo_id.rsplit("/", maxsplit=1)[-1]
     figure = "figures/success_matrix.png"
     videos = [f"videos/{task.name}.mp4" for task in results.tasks]
@@ -78,6 +79,8 @@ def card(
             title=_plain(name),
             repo_id=repo_id,
             tasks=results.tasks,
+            learned=[task for task in results.tasks if task.learned_at < results.stages],
+            unfinished=f"; {last} of its {planned} stages so far" if last < planned else "",
             suite_name=suite,
             stream=results.stream,
             method=results.method,

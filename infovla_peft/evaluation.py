@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .adapters import base_model
 from .config import BENCHMARK_STATES
 from .distributed import deal, gather_pieces, is_main
 from .inference import Policy
-from .video import write_video
+from .policy import chunk_length
+from .video import check_video, write_video
 
 if TYPE_CHECKING:
     from .simulation.environment import Observation
@@ -81,6 +83,11 @@ def policy_actions(policy: Policy) -> Callable[[Sequence[Observation], Sequence[
     return act
 
 
+def executed_steps(policy: Policy, open_loop_steps: int) -> int:
+    """Actions executed between two looks: what was asked for, as far as the policy predicts so many at a time."""
+    return min(open_loop_steps, chunk_length(base_model(policy.model).config))
+
+
 def check_initial_states(episodes: int, first_state: int = 0) -> None:
     """See that there are that many initial states.
 
@@ -121,14 +128,20 @@ def evaluate(
         episodes: rollouts per task, 1 to 50.
         first_state: the initial state of the first one; those that follow take the next ones.
         seed: of the simulation; the default is used throughout the package, whatever the seed of the training.
-        open_loop_steps: actions executed of each predicted chunk.
+        open_loop_steps: actions executed of each predicted chunk, at most all of it (`executed_steps`).
         max_steps: step cap; LIBERO's own per suite by default (220, 280, 300, 520, 400).
         videos: MP4s per task in `video_folder`, failures first.
 
     Raises:
-        ValueError: there are not that many initial states, or the step cap is below 1.
+        ValueError: there are not that many initial states, the step cap is below 1, or `videos` below 0.
+        ImportError: PyAV, which writes videos, is not installed.
     """
     check_initial_states(episodes, first_state)
+    if videos < 0:
+        raise ValueError(f"videos must be at least 0, got {videos}")
+    if videos and video_folder is not None:
+        check_video()
+    open_loop_steps = executed_steps(policy, open_loop_steps)
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, or None for the suite's own step cap, got {max_steps}")
     from .simulation.workers import Episode

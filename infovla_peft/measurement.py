@@ -152,7 +152,7 @@ def gather_results(stream: Stream, stage: Stage) -> Results:
         assets=stream.assets.name,
         renderer=config.renderer,
         step_cap=config.rollout_max_steps or STEP_CAPS[config.suite],
-        open_loop_steps=config.open_loop_steps,
+        open_loop_steps=stream.open_loop_steps,
         tasks=[TaskEntry(task.name, task.instruction, each.index) for each in stream.stages for task in each.tasks],
         versions=collect_versions(),
         commit=source_commit(),

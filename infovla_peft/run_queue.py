@@ -26,6 +26,7 @@ import yaml
 
 from .benchmark import Job, progress, take_over_base
 from .files import write_json, write_text
+from .run_folder import RunError
 
 Command = Callable[[Job, Path], Sequence[str]]
 """A job and its recipe file -> the command that runs it."""
@@ -130,8 +131,12 @@ class RunQueue:
             elif found.done:
                 self._outcome.done.append(job)
             else:
-                self._spawn(job, lock)
-                self._say(f"{self._place(job)} {'goes on' if found.seconds else 'starts'}: {job.name}")
+                try:
+                    self._spawn(job, lock)
+                except (RunError, OSError, ValueError) as error:  # of this run or its base: the others go on
+                    self._fail(job, str(error))
+                else:
+                    self._say(f"{self._place(job)} {'goes on' if found.seconds else 'starts'}: {job.name}")
         return True
 
     def _spawn(self, job: Job, lock: IO[str]) -> None:
@@ -173,7 +178,8 @@ class RunQueue:
                 self._outcome.done.append(child.job)
                 self._say(f"{self._place(child.job)} finished in {minutes:.1f} min: {child.job.name}")
             else:
-                reason = f"exit code {code}" if code else found.problem or "ended without having measured every stage"
+                undone = ", ".join(found.pending) or "having measured every stage"
+                reason = f"exit code {code}" if code else found.problem or f"ended without {undone}"
                 self._fail(child.job, reason, log_tail(child.job.folder / "log.txt"))
 
     def _fail(self, job: Job, reason: str, log: str = "") -> None:

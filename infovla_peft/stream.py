@@ -109,7 +109,7 @@ HARMLESS = frozenset(
         "grad_norm_limit",
     }
 )
-"""What may differ between a run and its continuation: none of it changes a number."""
+"""What may differ between a run and its continuation: none of it changes a number by more than rounding does."""
 
 
 class Stream:
@@ -253,6 +253,13 @@ class Stream:
     def base(self) -> str:
         """Folder or Hub id of the base checkpoint."""
         return str(self.run_folder.base) if self.is_tiny else self.config.base_model
+
+    @cached_property
+    def open_loop_steps(self) -> int:
+        """Actions executed between two looks: as many as were asked for, and the base predicts at a time."""
+        from .models.openvla.checkpoint import read_config
+
+        return min(self.config.open_loop_steps, chunk_length(read_config(self.base, {})[0]))
 
     @property
     def demonstrations_folder(self) -> Path:

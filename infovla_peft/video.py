@@ -12,12 +12,18 @@ from numpy.typing import NDArray
 
 from .files import atomic_file
 
-CURE = "pip install 'infovla-peft[video]', or set videos_per_task to 0"
+CURE = "pip install 'infovla-peft[video]', or ask for no videos (videos_per_task 0, of `infovla evaluate` --videos 0)"
 
 
 def video_available() -> bool:
     """Whether PyAV, which writes the files, is installed."""
     return importlib.util.find_spec("av") is not None
+
+
+def check_video() -> None:
+    """An ImportError that names the cure, unless videos can be written."""
+    if not video_available():
+        raise ImportError(f"writing videos needs PyAV: {CURE}")
 
 
 def write_video(
@@ -34,8 +40,7 @@ def write_video(
         ImportError: PyAV is not installed.
         ValueError: no frames, or frames of different shapes.
     """
-    if not video_available():
-        raise ImportError(f"writing videos needs PyAV: {CURE}")
+    check_video()
     import av
 
     if not frames or any(frame.shape != frames[0].shape or frame.dtype != np.uint8 for frame in frames):

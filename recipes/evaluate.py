@@ -35,6 +35,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", help="by number or name; those it has learned if not given")
     parser.add_argument("--episodes", type=int, default=20, help="rollouts per task, from the first of 50 states")
     parser.add_argument("--workers", type=int, default=0, help="simulation processes; 0 = one per core")
+    parser.add_argument("--videos", type=int, default=2, help="MP4s per task, failures first")
     parser.add_argument("--output", type=Path, default=Path("runs/evaluation"), help="for evaluation.json and videos")
     return parser.parse_args(argv)
 
@@ -57,7 +58,7 @@ def main(options: argparse.Namespace) -> None:
     with EnvironmentPool(worker_count(options.workers), assets=assets, cameras=policy.cameras, **look) as pool:
         for result in evaluate(
             policy, tasks, pool, episodes=options.episodes, open_loop_steps=policy.recipe.get("open_loop_steps", 8),
-            videos=2, video_folder=options.output / "videos",
+            videos=options.videos, video_folder=options.output / "videos",
         ):  # fmt: skip
             low, high = wilson_interval(sum(result.successes), result.episodes)
             print(f"{result.rate:6.1%}  [{low:.0%}, {high:.0%}]  {result.task}", flush=True)

@@ -307,6 +307,9 @@ def test_a_run_that_does_not_ask_is_analysed_afterwards(
     assert analysis.listening[1] == [None, 1.0]
     assert (run / "report/cka.png").exists()
     assert is_analysed(run)
+    frames = Analysis.load(run).frames
+    assert is_analysed(run, frames=frames)
+    assert not is_analysed(run, frames=frames + 1)
     shorter = Results.load(run / "results.json")
     shorter.add_stage(2, {})
     shorter.save(run / "results.json")

@@ -375,6 +375,32 @@ def test_a_failed_run_is_reported_and_the_queue_goes_on(benchmark: Benchmark, tm
     assert len(queue(benchmark, tmp_path).run().done) == 10  # the same command tries again
 
 
+def test_a_run_is_done_when_all_that_it_was_asked_for_is(tmp_path: Path) -> None:
+    """An analysis or a last push that failed is made up for by the same command."""
+    recipe = {**CONFIG["recipe"], "analyse": True, "push_to_hub": True, "hub_model_id": "me/runs"}
+    found = load_benchmark(write_config(tmp_path, recipe=recipe))
+    job = next(job for job in found.jobs if not job.is_base)
+    run_products(job, job.folder)
+    assert (progress(job).done, progress(job).pending) == (False, ("analyse", "push_02"))
+    for step in ("analyse", "push_02"):
+        RunFolder(job.folder).mark(step, 1.0)
+    assert progress(job).done
+
+
+def test_a_damaged_cell_of_a_base_stops_its_runs_alone(tmp_path: Path) -> None:
+    found = load_benchmark(write_config(tmp_path))
+    first = found.jobs[0]
+    run_products(first, first.folder)
+    cell = RunFolder(first.folder).stage(0) / "rollouts" / "task.json"
+    cell.parent.mkdir(parents=True)
+    cell.write_text('{"torn')
+    outcome = queue(found, tmp_path).run()
+    stopped = {job.name for job in found.jobs if job.base == first}
+    assert {failure.job.name for failure in outcome.failed} == stopped
+    assert all("task.json" in failure.reason for failure in outcome.failed)
+    assert {job.name for job in outcome.done} == {job.name for job in found.jobs} - stopped
+
+
 def test_without_its_base_no_run_starts(benchmark: Benchmark, tmp_path: Path) -> None:
     benchmark.jobs[0].folder.mkdir(parents=True)
     (benchmark.jobs[0].folder / "crash").touch()

@@ -198,9 +198,9 @@ def test_what_a_killed_recording_has_left_is_removed(folder: Path, monkeypatch: 
     monkeypatch.setattr(recording, "version", lambda _: SETTINGS.mujoco)
     seen: list[bool] = []
 
-    def prepare(_folder: Path) -> None:
+    def prepare(_folder: Path, tasks: set[str]) -> None:
         seen.append(prepared.exists())
-        prepare_recorded(_folder)
+        prepare_recorded(_folder, tasks)
 
     monkeypatch.setattr(recording, "prepare_recorded", prepare)
     with atomic_file(folder / "living.json") as living:

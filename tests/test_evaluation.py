@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from infovla_peft.data.normalisation import Normaliser
-from infovla_peft.evaluation import TaskResult, episode_seed, evaluate, policy_actions
+from infovla_peft.evaluation import TaskResult, episode_seed, evaluate, executed_steps, policy_actions
 from infovla_peft.inference import Policy
 from infovla_peft.models.openvla import build_tiny_openvla
 from infovla_peft.simulation import Observation, Task
@@ -201,11 +201,31 @@ def test_videos_show_failures_first(policy: Policy, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(result.videos)
     with av.open(str(tmp_path / result.videos[0])) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-        assert float(container.streams.video[0].average_rate) == 2.5
+        assert float(container.streams.video[0].average_rate) == 5.0  # its chunks have 4 actions, not 8
     assert [frame.shape for frame in frames] == [(30, 32, 3)] * 3  # even sides
     assert [abs(float(frame.mean()) - shade) < 4 for frame, shade in zip(frames, (0, 80, 160), strict=True)] == [
         True
     ] * 3
+
+
+def test_no_more_is_executed_than_is_predicted(policy: Policy) -> None:
+    pool = FakePool()
+    for steps in (2, 4, 8):
+        list(evaluate(policy, TASKS[:1], pool, episodes=1, open_loop_steps=steps))  # type: ignore[arg-type]
+    assert [options["open_loop_steps"] for options in pool.options] == [2, 4, 4]
+    assert [executed_steps(policy, steps) for steps in (2, 8)] == [2, 4]
+
+
+def test_what_writing_videos_needs_is_checked_before_the_first_rollout(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("infovla_peft.video.video_available", lambda: False)
+    for videos, error, message in ((1, ImportError, r"needs PyAV: .*--videos 0"), (-1, ValueError, "at least 0")):
+        pool = FakePool()
+        with pytest.raises(error, match=message):
+            list(evaluate(policy, TASKS, pool, videos=videos, video_folder=tmp_path))  # type: ignore[arg-type]
+        assert not pool.episodes
+    list(evaluate(policy, TASKS[:1], FakePool(), episodes=1, video_folder=tmp_path))  # type: ignore[arg-type]
 
 
 def test_a_video_needs_frames_of_one_shape(tmp_path: Path) -> None:

@@ -161,6 +161,15 @@ def test_several_may_open_an_unprepared_set_at_once(folder: Path, monkeypatch: p
     assert sorted(written) == arrow_files(folder)
 
 
+def test_what_nobody_asks_for_may_be_gone(folder: Path) -> None:
+    """Of a shared set, a recording prepares its own tasks, and of those what is whole."""
+    (folder / "task_000" / "episode_000002.parquet").unlink()
+    prepare_recorded(folder, {"task_000", "task_001"})
+    assert len(load_demonstrations(folder, ["task_000"], 2)) == 2 * FRAMES
+    with pytest.raises(DemonstrationError, match=r"episode_000002\.parquet"):
+        load_demonstrations(folder, ["task_000"])
+
+
 def test_one_process_records_into_a_folder_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
 

@@ -619,6 +619,18 @@ def test_the_card_names_the_demonstrations_that_were_learned_from(
     assert "/data/my" not in text
 
 
+def test_the_card_counts_what_is_learned_so_far(run: Path, hub: LocalHub) -> None:
+    """It is pushed after every stage."""
+    results = add_results(run, stages=2)
+    planned = max(task.learned_at for task in results.tasks)
+    push(hub, run)
+    text = " ".join(hub.file(REPO, "README.md").decode().split())
+    learned = sum(task.learned_at < results.stages for task in results.tasks)
+    assert learned < len(results.tasks)
+    assert f"that learned {learned} robot tasks of" in text
+    assert f"{results.stages - 1} of its {planned} stages so far)" in text
+
+
 def test_the_card_says_that_base_and_teacher_were_quantised(finished: Path) -> None:
     info, results = read_info(find_adapters(finished)[-1].folder), Results.load(finished / "results.json")
     assert "4 bits" not in card(results, info, REPO, files=[], stages=[info])

@@ -93,6 +93,18 @@ def test_doctor_names_a_torchvision_that_does_not_load(tmp_path: Path, monkeypat
     assert check.cure.startswith("pip uninstall -y torchvision")
 
 
+@pytest.mark.parametrize(
+    ("name", "detail", "ok"),
+    [("transformers", "5.22.1", False), ("transformers", "5.24.0", True), ("torch", "2.13.0+cpu", True),
+     ("torch", "2.5.1+cu124", False), ("torch", "2.99.0", False)],
+)  # fmt: skip
+def test_doctor_knows_the_versions_that_the_package_takes(name: str, detail: str, ok: bool) -> None:
+    check = installation._check_version(name, Check(name, True, detail), "the cure")
+    assert check.ok == ok
+    assert ok or (check.cure == "the cure" and f"{detail}, and {name}" in check.detail)
+    assert installation._check_version(name, Check(name, False, "broken", "cure"), "").detail == "broken"
+
+
 @pytest.mark.parametrize(("version", "ok"), [("3.3.2", True), ("2.3.7", True), ("3.3.7", False), ("3.10.0", False)])
 def test_doctor_knows_the_mujoco_versions(version: str, ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installation, "version", lambda _: version)

@@ -52,6 +52,35 @@ def test_tasks_are_those_of_the_benchmark() -> None:
 
 
 @pytest.mark.libero
+def test_the_same_words_in_two_scenes_are_no_name() -> None:
+    words = "close the top drawer of the cabinet"
+    with pytest.raises(
+        ValueError, match=r"several tasks .*KITCHEN_SCENE10_close_the_top.*KITCHEN_SCENE5_close_the_top"
+    ):
+        find_task("libero_90", words)
+    assert find_task("libero_90", "KITCHEN_SCENE5_close_the_top_drawer_of_the_cabinet").instruction == words
+
+
+def test_a_broken_download_of_assets_is_not_taken_for_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = iter([False, True])
+
+    def download(*_arguments: object, local_dir: Path, **_options: object) -> None:
+        for name in FOLDERS:
+            (local_dir / name).mkdir(parents=True, exist_ok=True)
+        if not next(whole):
+            raise ConnectionError("reset by peer")
+
+    monkeypatch.setenv("INFOVLA_CACHE", str(tmp_path))
+    monkeypatch.delenv("INFOVLA_LIBERO_ASSETS", raising=False)
+    monkeypatch.setattr(assets, "_known_official", lambda: iter([assets._downloads()]))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(FileNotFoundError, match="reset by peer"):
+        find_assets("official")
+    assert find_assets("auto", fetch=False).name == "primitive"
+    assert find_assets("official").name == find_assets("auto").name == "official"
+
+
+@pytest.mark.libero
 def test_every_task_has_fifty_start_states() -> None:
     for suite in SUITES:
         for task in suite_tasks(suite):

@@ -30,17 +30,28 @@ def add_token(parser: argparse.ArgumentParser) -> None:
 def add_simulation(parser: argparse.ArgumentParser, *, trained: bool = False) -> None:
     """For what simulates; `trained`: what is not said is as the policy was trained."""
     default: dict[str, Any] = {} if trained else EVALUATION_DEFAULTS
-    note = "; as trained if not given" if trained else ""
-    parser.add_argument("--suite", default=default.get("suite"), help=f"LIBERO suite{note}")
+
+    def note(name: str) -> str:
+        return f"; as trained if not given, {EVALUATION_DEFAULTS[name]} if that is not known" if trained else ""
+
+    parser.add_argument("--suite", default=default.get("suite"), help=f"LIBERO suite{note('suite')}")
     default_tasks = "those that the policy has learned, or else all of the suite," if trained else "all of the suite"
     parser.add_argument("--tasks", nargs="+", help=f"by number or name; {default_tasks} if not given")
     sets = ("auto", "official", "primitive")
-    parser.add_argument("--assets", default=default.get("assets"), choices=sets, help=f"asset set{note}")
+    parser.add_argument("--assets", default=default.get("assets"), choices=sets, help=f"asset set{note('assets')}")
     parser.add_argument("--assets_folder", help="folder of the official assets")
     renderers = ("fast", "exact")
     parser.add_argument(
-        "--renderer", default=default.get("renderer"), choices=renderers, help=f"exact: LIBERO's own pictures{note}"
+        "--renderer",
+        default=default.get("renderer"),
+        choices=renderers,
+        help=f"exact: LIBERO's own pictures{note('renderer')}",
     )
     size = default.get("image_size")
-    parser.add_argument("--image_size", type=int, default=size, help=f"side of the rendered images in pixels{note}")
+    parser.add_argument(
+        "--image_size",
+        type=int,
+        default=size,
+        help=f"side of the rendered images in pixels{note('image_size')}",
+    )
     parser.add_argument("--workers", type=int, default=0, help="simulation processes; 0 = one per core")

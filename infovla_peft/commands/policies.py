@@ -13,13 +13,13 @@ from .options import EVALUATION_DEFAULTS, AddCommand, add_simulation, add_token
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from ..evaluation import check_initial_states, evaluate
-    from ..files import write_json
+    from ..evaluation import check_initial_states, evaluate, executed_steps
+    from ..files import make_folder, write_json
     from ..metrics import wilson_interval
     from ..plan import worker_count
     from ..progress import quiet_libraries
     from ..results import collect_versions, source_commit
-    from ..simulation import find_assets
+    from ..simulation import SUITES, find_assets
     from ..simulation.workers import EnvironmentPool
 
     check_initial_states(options.episodes)
@@ -41,11 +41,22 @@ def _evaluate(options: argparse.Namespace) -> None:
         **EVALUATION_DEFAULTS,
         **{key: policy.recipe[key] for key in EVALUATION_DEFAULTS if key in policy.recipe},
     }
+    trained_on = (policy.normaliser.key or "").removesuffix("_no_noops")
+    if "suite" not in policy.recipe and trained_on in SUITES:  # a checkpoint says it by its statistics
+        chosen["suite"] = trained_on
     chosen |= {key: value for key, value in vars(options).items() if key in chosen and value is not None}
     tasks = _tasks_to_evaluate(options, chosen["suite"], policy.recipe, policy.tasks_after(options.stage))
-    assets = find_assets(chosen["assets"], options.assets_folder)
+    known = policy.recipe.get("assets_folder")
+    known = known if known and Path(known).is_dir() else None
+    assets = find_assets(chosen["assets"], options.assets_folder or known)
+    chosen["open_loop_steps"] = executed_steps(policy, chosen["open_loop_steps"])
     output = Path(options.output) if options.output else None
-    print(f"{options.policy} on {chosen['suite']}: {assets.name} assets, {chosen['renderer']} renderer")
+    if output:
+        make_folder(output)  # fails now, not after the first rollouts
+    print(
+        f"{options.policy} on {chosen['suite']}: {assets.name} assets, {chosen['renderer']} renderer, "
+        f"{chosen['image_size']} px"
+    )
     given = ("policy", "stage", "revision", "base", "unnorm_key", "dtype", "episodes")
     content: dict[str, Any] = {
         **{key: getattr(options, key) for key in given},

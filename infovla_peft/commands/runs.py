@@ -30,7 +30,7 @@ def _analyse(options: argparse.Namespace) -> None:
     named = [_named(run) for run in options.runs]
     names, runs = [name for name, _ in named], [run for _, run in named]
     for run in runs:
-        if options.again or not is_analysed(run):
+        if options.again or not is_analysed(run, frames=options.frames):
             analyse_run(
                 run,
                 frames=options.frames,

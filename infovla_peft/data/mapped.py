@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -77,15 +77,18 @@ def map_recorded(
     )
 
 
-def prepare_recorded(folder: str | Path) -> None:
-    """Make the Arrow files of all tasks of a recorded set, so that it opens at once.
+def prepare_recorded(folder: str | Path, tasks: Collection[str] | None = None) -> None:
+    """Make the Arrow files of some tasks of a recorded set, or of all, so that it opens at once.
 
     Raises:
         DemonstrationError, OSError: see `map_recorded`.
     """
     source = RecordedSource(Location(Path(folder)))
-    if entries := source.entries():
-        map_recorded(source, entries)
+    entries = [entry for entry in source.entries() if tasks is None or entry.task in tasks]
+    # Who opens a task of which an episode is gone, says whether that one is needed.
+    torn = {entry.task for entry in entries if not (Path(folder) / entry.file).is_file()}
+    if whole := [entry for entry in entries if entry.task not in torn]:
+        map_recorded(source, whole)
 
 
 def verify_mapped(folder: Path) -> tuple[list[Path], list[Path]]:

@@ -110,7 +110,7 @@ def record_demonstrations(
     with locked(Path(folder), "recording into"):
         clean_up(folder, but=Path(folder) / CACHE)
         manifest = _record_missing(Path(folder), settings, tasks, episodes, assets, num_workers, progress)
-        prepare_recorded(folder)
+        prepare_recorded(folder, {task.name for task in tasks})
     return manifest
 
 

@@ -52,8 +52,10 @@ def _download() -> Path:
     from huggingface_hub import snapshot_download
 
     folder = _downloads()
+    partial = folder.with_name(f"{folder.name}.part")  # a broken download goes on there, and is never taken for whole
     try:
-        snapshot_download(HUB_REPOSITORY, repo_type="dataset", local_dir=folder)
+        snapshot_download(HUB_REPOSITORY, repo_type="dataset", local_dir=partial)
+        partial.rename(folder)
     except Exception as error:  # the Hub client raises errors of many libraries
         raise FileNotFoundError(
             f"LIBERO's own assets are not on this machine and {HUB_REPOSITORY} could not be downloaded "

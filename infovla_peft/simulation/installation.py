@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 
+from packaging.requirements import Requirement
+
 from .assets import find_assets
 from .headless import GL_PACKAGES, SETUP_HINT, SimulatorNotFoundError, cache_folder, choose_gl
 
@@ -72,7 +74,7 @@ def doctor() -> list[Check]:
     """Look at everything that the simulation and the models need; takes some ten seconds, changes nothing."""
     checks: list[Callable[[], Check]] = [
         _check_python,
-        lambda: _check_import("torch", "import torch; print(torch.__version__)", "pip install torch"),
+        _check_torch,
         _check_torchvision,
         _check_transformers,
         *(lambda name=name: _check_package(name) for name in PACKAGES),
@@ -121,6 +123,24 @@ def _check_import(name: str, code: str, cure: str) -> Check:
     return Check(name, False, lines[-1] if lines else f"exit code {run.returncode}", cure)
 
 
+def _check_torch() -> Check:
+    cure = f"pip install '{_needed('torch')}'"
+    return _check_version("torch", _check_import("torch", "import torch; print(torch.__version__)", cure), cure)
+
+
+def _check_version(name: str, check: Check, cure: str) -> Check:
+    """The check, failed if the version that it found is none that the package is made for."""
+    if not check.ok or _needed(name).specifier.contains(check.detail.split("+")[0], prereleases=True):
+        return check
+    return Check(name, False, f"{check.detail}, and {_needed(name)} is needed", cure)
+
+
+def _needed(name: str) -> Requirement:
+    """What the package says of its own dependency."""
+    found = map(Requirement, requires("infovla_peft") or [])
+    return next((each for each in found if each.name == name and each.marker is None), Requirement(name))
+
+
 def _check_torchvision() -> Check:
     name = "torchvision"
     if importlib.util.find_spec("torchvision") is None:
@@ -134,8 +154,9 @@ def _check_torchvision() -> Check:
 
 def _check_transformers() -> Check:
     code = "import transformers; from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer; "
-    cure = "pip install 'transformers>=5.20,<6'; if a line above names torchvision, cure that first"
-    return _check_import("transformers", code + "print(transformers.__version__)", cure)
+    cure = f"pip install '{_needed('transformers')}'; if a line above names torchvision, cure that first"
+    check = _check_import("transformers", code + "print(transformers.__version__)", cure)
+    return _check_version("transformers", check, cure)
 
 
 def _check_package(name: str) -> Check:

@@ -86,9 +86,12 @@ def find_task(suite: str, task: int | str) -> Task:
         if len(str(task)) > 9 or not 0 <= int(task) < len(tasks):
             raise ValueError(f"{suite} has tasks 0 to {len(tasks) - 1}, not {task!s:.80}")
         return tasks[int(task)]
-    for candidate in tasks:
-        if task in (candidate.name, candidate.instruction):
-            return candidate
+    found = [candidate for candidate in tasks if task in (candidate.name, candidate.instruction)]
+    if len(found) > 1:
+        names = ", ".join(candidate.name for candidate in found)
+        raise ValueError(f"{suite} has several tasks {task!r:.80}, in different scenes: say one of {names}")
+    if found:
+        return found[0]
     raise ValueError(f"{suite} has no task {task!r:.80}: {_closest(task, [candidate.name for candidate in tasks])}")
 
 
