@@ -30,21 +30,32 @@ def most_interfered(
     Returns:
         (count,) rows of `candidates`, in their order. Without gradient.
     """
+    scores = interference(model, current, candidates, learning_rate)
+    return scores.topk(count).indices.sort().values
+
+
+def interference(
+    model: nn.Module, current: Mapping[str, Tensor], candidates: Mapping[str, Tensor], learning_rate: float
+) -> Tensor:
+    """(N,) how much the loss of each candidate grows under that step. Dropout is off, which would hide it."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     loss = model(**current, return_logits=False).loss
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    training = [module for module in model.modules() if module.training]
     with torch.no_grad():
-        before = sample_losses(model, candidates)
         kept = [parameter.clone() for parameter in parameters]
+        model.eval()
         try:
+            before = sample_losses(model, candidates)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
                     parameter.sub_(learning_rate * gradient)
-            after = sample_losses(model, candidates)
+            return sample_losses(model, candidates) - before
         finally:
             for parameter, value in zip(parameters, kept, strict=True):
                 parameter.copy_(value)
-    return (after - before).topk(count).indices.sort().values
+            for module in training:
+                module.training = True
 
 
 def sample_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -61,7 +61,8 @@ class InfoVLATrainer(Trainer):
     and `rac_skipped` and so on.
 
     Where a batch may hold counterfactual frames, an L1 policy loss becomes smooth L1, as in
-    `losses.output_distillation_loss`: their labels are actions that the student reproduces at the start.
+    `losses.output_distillation_loss`: their labels are actions that the student reproduces at the start
+    (of the frame itself; shifted views keep its label).
 
     Without a PEFT model, all parameters are trained that ever receive a gradient: that is the base stage. Without past
     tasks there is no replay and no term.
@@ -141,7 +142,8 @@ class InfoVLATrainer(Trainer):
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # everything trainable receives a gradient in every step
         if args.max_steps <= 0:
-            args.max_steps = _steps(args, len(train_dataset), bool(self.rehearsal))
+            replayed = self.rehearsal.sampler(args.train_batch_size, 1).replay_size
+            args.max_steps = _steps(args, len(train_dataset), replayed)
         self._collator = data_collator
         if JSONL in (args.report_to or ()):  # no tracker of Trainer's
             args.report_to = trainer_report_to(args.report_to)
@@ -483,10 +485,10 @@ class InfoVLATrainer(Trainer):
         }
 
 
-def _steps(config: InfoVLAConfig, samples: int, replay: bool) -> int:
-    share = 1 - config.replay_fraction * replay
-    per_step = float(config.train_batch_size * config.world_size * config.gradient_accumulation_steps * share)
-    return math.ceil(config.num_train_epochs * samples / per_step)
+def _steps(config: InfoVLAConfig, samples: int, replayed: int) -> int:
+    """Steps of `num_train_epochs` over the current task's samples, beside so many replayed ones in a batch of all."""
+    per_step = (config.train_batch_size * config.world_size - replayed) * config.gradient_accumulation_steps
+    return math.ceil(config.num_train_epochs * samples / float(per_step))
 
 
 class _StopOnSignal(TrainerCallback):

@@ -68,19 +68,23 @@ class FakePool:
     calls: list[str] = []  # noqa: RUF012
     episodes = 0
     fail_at: str | None = None
+    asked: list[dict[str, Any]] = []  # noqa: RUF012
 
-    def __init__(self, _workers: int, **_options: Any) -> None: ...
+    def __init__(self, _workers: int, **options: Any) -> None:
+        self._options = options
 
     def __enter__(self) -> FakePool:
         return self
 
     def __exit__(self, *_exception: object) -> None: ...
 
-    def run(self, episodes: Sequence[Episode], act: Any, **_options: Any) -> list[EpisodeResult]:
+    def run(self, episodes: Sequence[Episode], act: Any, **options: Any) -> list[EpisodeResult]:
         name = episodes[0].task.name
         if name == self.fail_at:
             raise KeyboardInterrupt
         self.calls.append(name)
+        states = [episode.initial_state_index for episode in episodes]
+        self.asked.append({**self._options, **options, "states": states})
         FakePool.episodes += len(episodes)
         image = np.zeros((24, 24, 3), dtype=np.uint8)
         seen = Observation({"agentview": image}, np.zeros(8, dtype=np.float32))
@@ -105,4 +109,5 @@ def install_fakes(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(infovla_peft.simulation.workers, "EnvironmentPool", FakePool)
     monkeypatch.setattr("infovla_peft.simulation.find_assets", lambda *_: AssetSet("primitive", folder))
     monkeypatch.setattr(FakePool, "calls", [])
+    monkeypatch.setattr(FakePool, "asked", [])
     monkeypatch.setattr(FakePool, "fail_at", None)

@@ -127,6 +127,7 @@ def test_initial_weights_depend_on_seed_and_name_alone(tmp_path: Path) -> None:
 
     assert torch.equal(weights("one", 0), weights("one", 0))
     assert not torch.equal(weights("one", 0), weights("one", 1))
+    assert not torch.equal(weights("one", 0), weights("two", 0))
 
 
 @pytest.mark.parametrize(

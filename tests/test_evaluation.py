@@ -235,3 +235,34 @@ def test_a_video_needs_frames_of_one_shape(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one frame"):
         write_video(tmp_path / "a.mp4", [])
     assert not list(tmp_path.iterdir())
+
+
+def test_seed_cap_and_steps_are_those_that_were_asked_for(policy: Policy) -> None:
+    pool = FakePool()
+    list(evaluate(policy, TASKS[:1], pool, episodes=2, seed=5, open_loop_steps=3, max_steps=77))  # type: ignore[arg-type]
+    assert [episode.seed for episode in pool.episodes] == [episode_seed(5, TASKS[0].index, state) for state in (0, 1)]
+    assert pool.options == [{"open_loop_steps": 3, "max_steps": 77, "progress": True}]
+
+
+def test_the_policy_is_told_the_instruction_and_the_state() -> None:
+    heard: list[tuple[Any, ...]] = []
+
+    def act_batch(*arguments: Any) -> Any:
+        heard.append(arguments)
+        return np.zeros((2, 4, 7))
+
+    stub = SimpleNamespace(act_batch=act_batch, normaliser=Normaliser({"x": {"action": {"q01": [0], "q99": [1]}}}))
+    seen = [observation(0), observation(1)]
+    policy_actions(stub)(seen, TASKS)  # type: ignore[arg-type]
+    ((images, instructions, states),) = heard
+    assert instructions == [task.instruction for task in TASKS]
+    assert all(given is each.images for given, each in zip(images, seen, strict=True))
+    assert all(given is each.state for given, each in zip(states, seen, strict=True))
+
+
+def test_images_by_name_are_taken_in_the_order_of_the_training() -> None:
+    stub: Any = SimpleNamespace(cameras=("agentview", "robot0_eye_in_hand"))
+    agent, wrist = np.zeros((2, 2, 3), np.uint8), np.ones((2, 2, 3), np.uint8)
+    row = Policy._in_order(stub, {"robot0_eye_in_hand": wrist, "agentview": agent})
+    assert row[0] is agent
+    assert row[1] is wrist

@@ -399,3 +399,32 @@ def test_stages_take_turns_and_within_each_its_tasks(current: ChunkDataset) -> N
     few = counts(4, {late: "stage_01"})
     assert all(row[2] == 1 and sum(row) == 2 for row in few)
     assert {tuple(row) for row in few} == {(1, 0, 1), (0, 1, 1)}
+
+
+def test_the_seed_decides_the_order_of_the_current_task(current: ChunkDataset) -> None:
+    orders = [
+        [
+            int(row)
+            for draw in StratifiedBatchSampler(
+                current, None, batch_size=6, replay_fraction=0.0, batches=len(current) // 6, seed=seed
+            )
+            for row in draw.current
+        ]
+        for seed in (0, 1)
+    ]
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1])
+
+
+def test_every_view_is_drawn(current: ChunkDataset, memory: ChunkDataset) -> None:
+    views = Views.draw(memory, 3, Augmentation(4), seed=0)
+    sampler = StratifiedBatchSampler(
+        current, memory, batch_size=8, replay_fraction=0.5, batches=20, seed=0, views=views
+    )
+    assert {int(view) for draw in sampler for view in draw.replay.own[:, 0]} == {0, 1, 2}
+
+
+def test_each_task_has_the_larger_share_in_turn(current: ChunkDataset, memory: ChunkDataset) -> None:
+    sampler = StratifiedBatchSampler(current, memory, batch_size=6, replay_fraction=0.5, batches=40, seed=0)
+    larger = {int(np.bincount(memory.task[draw.replay.own[:, 1]], minlength=2).argmax()) for draw in sampler}
+    assert larger == {0, 1}

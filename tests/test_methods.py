@@ -17,7 +17,7 @@ from infovla_peft.adapters import adapter_parameters, add_adapter, merge_adapter
 from infovla_peft.config import InfoVLAConfig
 from infovla_peft.consolidation import Consolidation
 from infovla_peft.features import Features, extract_features
-from infovla_peft.interference import most_interfered, sample_losses
+from infovla_peft.interference import interference, most_interfered, sample_losses
 from infovla_peft.losses import (
     SMOOTH_L1_BETA,
     cross_modal_mi_from_summaries,
@@ -339,3 +339,61 @@ def test_merged_adapters_are_the_sum_of_their_updates(tmp_path: Path) -> None:
 )
 def test_methods_that_say_where_an_adapter_starts(tmp_path: Path, method: str, expected: str) -> None:
     assert config(tmp_path, method=method).adapter_init == expected
+
+
+@pytest.mark.parametrize("mode", ["infonce", "relational", "paper"])
+def test_cmi_uses_the_temperature_that_is_configured(tmp_path: Path, anchors: Anchors, mode: Any) -> None:
+    (cmi,) = make_terms(config(tmp_path, lambda_output=0.0, lambda_rac=0.0, cmi_mode=mode, temperature=0.3))
+    student, chosen = features(3, seed=3), contrast(anchors, pairs((0, 0), (1, 5), (0, 12)), pairs((1, 17)))
+    across = {"bank": anchors.fused[1, 17][None], "exclude": chosen.exclude} if mode != "paper" else {}
+    expected = cross_modal_mi_from_summaries(
+        summarize_cross_modal(student.vision, student.language, temperature=0.3),
+        anchors.summary(chosen.own, WORDS),
+        mode=mode,
+        temperature=0.3,
+        joint_network=cmi.network,  # type: ignore[arg-type]
+        **across,  # type: ignore[arg-type]
+    )
+    torch.testing.assert_close(cmi(student, chosen), expected)
+
+
+def test_the_bank_depends_on_the_seed() -> None:
+    chosen = [Negatives(TRAJECTORY, FRAME, bank_size=8, window=2, seed=seed)._chosen for seed in (0, 1)]
+    assert not torch.equal(*chosen)
+
+
+def test_online_ewc_refers_to_the_latest_weights(tmp_path: Path) -> None:
+    policy, model = moved_adapter(tmp_path)
+    data = policy.dataset.like(policy.task("open_the_drawer"))
+    first = Consolidation.measure(model, "one", data, policy.collator, samples=2, seed=0)
+    with torch.no_grad():
+        for _, parameter in adapter_parameters(model, "one"):
+            parameter.add_(0.3)
+    later = Consolidation.measure(model, "one", data, policy.collator, samples=2, seed=0, before=first)
+    assert later.penalty(model, "one") == 0
+    assert first.penalty(model, "one") > 0
+
+
+@pytest.mark.parametrize("what", ["fisher", "interference"])
+def test_dropout_has_no_part_in_what_is_measured(tmp_path: Path, what: str) -> None:
+    policy, model = moved_adapter(tmp_path, lora_dropout=0.5)
+    data = policy.dataset.like(policy.task("open_the_drawer"))
+    model.train()
+    flags = [module.training for module in model.modules()]
+    if what == "fisher":
+        one, two = (
+            Consolidation.measure(model, "one", data, policy.collator, samples=2, seed=0).fisher for _ in range(2)
+        )
+        assert all(torch.equal(one[name], two[name]) for name in one)
+        model.train()
+    else:
+        current, offered = (policy.collator(data.__getitems__(rows)) for rows in ([0, 1], [2, 3, 4, 5, 6, 7]))
+        scores = []
+        for _ in range(2):
+            torch.manual_seed(0)  # of the step's own dropout
+            scores.append(interference(model, current, offered, 1e-2))
+            torch.rand(7)
+        assert torch.equal(*scores)
+        torch.manual_seed(0)
+        assert float(interference(model, current, offered, 1e-9).abs().max()) < 1e-6
+    assert [module.training for module in model.modules()] == flags

@@ -160,3 +160,9 @@ def test_actions_of_another_controller_have_bounds_of_their_own(scale: float, fi
         assert (np.array(found["q99"][:6]) < 2.1 * scale).all()  # and the range is used
     assert found["q01"][6] == 0.0
     assert found["q99"][6] == 1.0
+
+
+def test_the_percentiles_are_the_first_and_the_ninety_ninth() -> None:
+    ramp = np.linspace(0, 1, 101)[:, None]
+    found = compute_statistics(np.repeat(ramp, 7, 1), np.repeat(ramp, 8, 1), 1)["proprio"]
+    np.testing.assert_allclose(found["q01"] + found["q99"], [0.01] * 8 + [0.99] * 8)

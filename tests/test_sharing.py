@@ -148,10 +148,6 @@ def test_a_refused_adapter_leaves_what_is_trained(run: Path, tmp_path: Path, ada
 
 
 def test_adapters_with_other_statistics_do_not_share_a_policy(run: Path, tmp_path: Path) -> None:
-    import shutil
-
-    from infovla_peft.adapter_files import read_info, write_info
-
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     folder = find_adapters(copy)[0].folder
     info = read_info(folder)
@@ -166,6 +162,14 @@ def test_adapters_with_other_statistics_do_not_share_a_policy(run: Path, tmp_pat
     )
     with pytest.raises(AdapterError, match="another image pipeline than"):
         load_policy(copy).use(TASKS[1])
+    again = Path(shutil.copytree(run, tmp_path / "again"))
+    first = find_adapters(again)[0].folder
+    content = json.loads((first / "dataset_statistics.json").read_text())
+    content["libero_10"]["action"]["q99"] = [3.0] * 7
+    (first / "dataset_statistics.json").write_text(json.dumps(content))
+    write_info(first, read_info(first))
+    with pytest.raises(AdapterError, match="another statistics than"):
+        load_policy(again).use(stage=1)
     write_info(folder, type(info)(**{**vars(info), "prompt": "Q: {instruction}\nA:"}))
     other = load_policy(copy, stage=1)
     assert other.prompt == "Q: {instruction}\nA:"

@@ -423,6 +423,20 @@ def _on_two_processes(folder: str) -> None:
     patch.undo()
 
 
+def test_rollouts_are_as_the_recipe_has_them(make: Callable[..., Stream]) -> None:
+    options = {"eval_first_state": 10, "rollout_max_steps": 77, "open_loop_steps": 3, "image_size": 24}
+    with make({"stream": "B1-1N1", "renderer": "exact", "eval_episodes": 2, **options}) as stream:
+        stream.run()
+    assert FakePool.asked
+    for asked in FakePool.asked:
+        found = {name: asked[name] for name in ("open_loop_steps", "max_steps", "image_size", "renderer", "states")}
+        assert found == {
+            "open_loop_steps": 3, "max_steps": 77, "image_size": 24, "renderer": "exact", "states": [10, 11]
+        }  # fmt: skip
+        assert list(asked["cameras"]) == stream.config.cameras
+    assert Results.load(stream.run_folder.results).open_loop_steps == 3
+
+
 def test_the_last_column_may_have_more_rollouts(make: Callable[..., Stream], tmp_path: Path) -> None:
     with make({"stream": "B1-2N1", "eval_episodes": 1, "final_eval_episodes": 3}) as stream:
         plan = stream.plan()

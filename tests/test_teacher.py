@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ from tiny_policy import TinyPolicy, tiny_policy
 
 from infovla_peft.adapters import activate, active_adapter, add_adapter, deactivate
 from infovla_peft.data.chunks import ChunkDataset
+from infovla_peft.data.normalisation import Normaliser
 from infovla_peft.data.sampling import Augmentation, Views
 from infovla_peft.features import FeatureTap, extract_features
 from infovla_peft.losses import summarize_cross_modal
 from infovla_peft.memory import Anchors, ReplayMemory
 from infovla_peft.models.openvla import OpenVLAForActionPrediction
-from infovla_peft.teacher import compute_anchors, teacher_answers, teacher_mode
+from infovla_peft.teacher import anchor_spec, compute_anchors, teacher_answers, teacher_mode
 
 
 def flags(model: Any) -> tuple[list[bool], list[bool], str]:
@@ -190,3 +193,35 @@ def test_answers_are_what_the_teacher_would_do(tmp_path: Path, autoregressive: b
         expected = policy.model.predict_action(**batch, unnorm_key="libero_goal")
         np.testing.assert_allclose(answer, np.atleast_2d(expected), atol=1e-5)
     assert policy.model.config.norm_stats is statistics
+
+
+def test_anchors_are_fused_at_the_temperature_of_the_student() -> None:
+    policy = tiny_policy()
+    data = memory_data(policy)
+    cold, warm = (compute_anchors(policy.model, data, policy.collator, temperature=value) for value in (0.1, 1.0))
+    assert torch.equal(cold.affinity, warm.affinity)
+    assert not torch.allclose(cold.fused, warm.fused, atol=1e-4)
+
+
+def test_answers_are_of_the_view_and_in_the_units_of_the_collator() -> None:
+    policy = tiny_policy()
+    data, rows = memory_data(policy), np.arange(5, 9)
+    views = Views.draw(data, 1, Augmentation(4, 0.2), 0, plain=False).rows(rows)
+    wide = json.loads(json.dumps(policy.collator.normaliser.as_statistics()))
+    wide["libero_goal"]["action"]["q99"] = [3.0] * 7
+    policy.collator.normaliser = Normaliser(wide, "libero_goal")
+    found = teacher_answers(policy.model, data, policy.collator, rows=rows, views=views)
+    shown = replace(data.__getitems__(rows), shifts=views.shifts[0], proprio_noise=views.proprio_noise[0])
+    with torch.no_grad():
+        seen = policy.model.eval()(**policy.collator(shown)).predicted_actions.numpy()
+    np.testing.assert_allclose(found, policy.collator.normaliser.unnormalise_actions(seen), atol=1e-5)
+
+
+def test_anchors_are_of_the_states_they_were_made_of() -> None:
+    policy = tiny_policy()
+    data, rows = memory_data(policy), np.arange(9)
+    views = Views.draw(data, 1, Augmentation(), 0).rows(rows)
+    options: dict[str, Any] = {"adapter": None, "tap_layer": -1, "temperature": 0.1, "dtype": "no"}
+    before = anchor_spec(policy.model, data, policy.collator, rows, views, **options)
+    data.states[3] += 0.1
+    assert anchor_spec(policy.model, data, policy.collator, rows, views, **options) != before

@@ -22,7 +22,7 @@ from infovla_peft import files
 from infovla_peft.adapters import activate, adapter_parameters, add_adapter, base_model
 from infovla_peft.config import InfoVLAConfig
 from infovla_peft.consolidation import Consolidation
-from infovla_peft.data.chunks import ChunkDataset
+from infovla_peft.data.chunks import ChunkDataset, ReplayRows
 from infovla_peft.data.collator import VLACollator
 from infovla_peft.data.normalisation import Normaliser
 from infovla_peft.memory import Anchors, ReplayMemory
@@ -781,3 +781,72 @@ def test_features_are_held_on_memory_samples_alone_and_answers_on_all(tmp_path: 
     alone.train()
     assert losses(alone, "rac_skipped") == losses(alone, "cmi_skipped") == [1]  # no memory sample in the batch
     assert losses(alone, "output")
+
+
+def test_the_penalty_of_ewc_is_added(tmp_path: Path) -> None:
+    trainer = adapter_stage(tmp_path, method="ewc", lambda_ewc=2.0)
+    model: Any = trainer.model
+    start = {name.replace(".one.", "."): value.detach().clone() for name, value in adapter_parameters(model, "one")}
+    trainer._consolidation = Consolidation({name: torch.ones_like(value) for name, value in start.items()}, start)
+    with torch.no_grad():
+        for _, parameter in adapter_parameters(model, "one"):
+            parameter.add_(0.1)
+    batch = next(iter(trainer.get_train_dataloader()))
+    added = (trainer.compute_loss(model, batch) - model(**batch).loss).detach()
+    numbers = sum(value.numel() for value in start.values())
+    assert float(added) == pytest.approx(2.0 * 0.5 * 0.1**2 * numbers, rel=1e-4)
+
+
+def test_mir_replays_what_it_has_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = adapter_stage(tmp_path, method="mir", mir_candidates=3)
+    batch = next(iter(trainer.get_train_dataloader()))
+    offered, chosen = len(batch.pop("replay").own), (1, 4, 6, 11)  # three for each of four places
+    monkeypatch.setattr("infovla_peft.trainer.most_interfered", lambda *_: torch.tensor(chosen))
+    kept = trainer._retrieve(batch, offered)
+    for name, rows in kept.items():
+        first = len(batch[name]) - offered
+        assert torch.equal(rows, batch[name][[*range(first), *(first + row for row in chosen)]])
+
+
+def test_views_of_counterfactual_frames_are_augmented(tmp_path: Path) -> None:
+    trainer = three_stages(tmp_path, counterfactual_share=0.5, counterfactual_frames=10, image_shift=2)
+    views, remembered = trainer.rehearsal.views, trainer.rehearsal.remembered
+    assert views is not None
+    assert remembered is not None
+    assert not views.shifts[0, : len(remembered)].any()
+    assert views.shifts[0, len(remembered) :].any()
+
+
+@pytest.mark.parametrize("split", [([0, 2, 3], [1]), ([0], [1, 2, 3])])
+def test_the_terms_of_two_processes_average_to_those_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: tuple[list[int], list[int]]
+) -> None:
+    options = {"lambda_output": 1.0, "counterfactual_share": 0.5, "counterfactual_frames": 10}
+    trainer = three_stages(tmp_path, teacher="base", **options)
+    trainer.prepare_anchors()
+    model: Any = trainer.model
+    batch = next(iter(trainer.get_train_dataloader()))
+    rows = batch.pop("replay").own
+    first = len(batch["input_ids"]) - len(rows)
+    assert trainer.rehearsal.are_answered(torch.from_numpy(rows)).tolist().count(False) == 1
+
+    def terms(mine: list[int], theirs: list[int]) -> Tensor:
+        part = {name: tensor[[first + row for row in mine]] for name, tensor in batch.items()}
+        loss = trainer.compute_loss(model, {**part, "replay": ReplayRows(rows[mine], rows[theirs])})
+        policy_loss: Tensor = trainer._policy_loss(model(**part, return_logits=False), part)
+        return (loss - policy_loss).detach()  # type: ignore[no-any-return]
+
+    whole = terms([0, 1, 2, 3], [])
+    monkeypatch.setattr(InfoVLAConfig, "world_size", property(lambda _: 2))
+    one, two = split
+    torch.testing.assert_close((terms(one, two) + terms(two, one)) / 2, whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("batch", "fraction"), [(5, 0.5), (8, 0.01), (6, 0.25)])
+def test_an_epoch_is_all_samples_of_the_current_task_once(tmp_path: Path, batch: int, fraction: float) -> None:
+    trainer = adapter_stage(
+        tmp_path, max_steps=-1, num_train_epochs=2, per_device_train_batch_size=batch, replay_fraction=fraction
+    )
+    seen = sum(len(trainer._sampler().draw(step).current) for step in range(trainer.args.max_steps))
+    per_step = seen / trainer.args.max_steps
+    assert 0 <= seen - 2 * len(trainer.train_dataset) < per_step  # type: ignore[arg-type]

@@ -16,13 +16,13 @@ class CounterfactualDataset(torch.utils.data.Dataset[Samples]):
     """Frames of the current task, each told to do one of the past tasks; the actions are the frozen teacher's.
 
     Needs no memory of past tasks but their instructions. It keeps the policy listening: the frames are those on which
-    the new task is learned, so only the words can tell what to do.
+    the new task is learned, so only the words can tell what to do. A shifted view has the label of the frame itself,
+    as augmentation has it of demonstrations.
 
     Args:
         source: the current task's data.
         instructions: of the past tasks, by their names, in the order of learning.
-        frames: how many rows; tasks get equal numbers of them. Where `source` has fewer frames, they are used again,
-            under other instructions.
+        frames: how many rows; tasks get equal numbers of them. Where `source` has fewer frames, they are used again.
         seed: of the choice.
 
     Raises:

@@ -121,7 +121,7 @@ class StratifiedBatchSampler(torch.utils.data.Sampler[Draw]):
     """Draws batches with a fixed share of replay, spread evenly over the past tasks.
 
     Of a batch (over all processes), round(replay_fraction · size) samples are replay, at least one, and at least two
-    from two tasks where there are two. Tasks take turns in random order, or stages and within each its tasks
+    where there are two tasks. Tasks take turns in random order, or stages and within each its tasks
     (`stages`); within a task, frames are drawn uniformly. Of the replay samples, round(counterfactual_share · replay)
     are counterfactual, all where there is no memory. The current task's samples come from one random order after
     another, so each is used equally often.
