@@ -303,6 +303,23 @@ def test_the_tables_of_the_results_are_those_of_the_aggregate() -> None:
     assert refresh_tables(text, found) == text
 
 
+def test_the_first_page_says_what_the_aggregate_says() -> None:
+    text = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
+    found = load_comparison(REPOSITORY / "recipes/results/bench_s.json")
+    count = {2: "two", 3: "three", 6: "six"}
+    for suite, place in (("libero_goal", "LIBERO-Goal `infovla` ends"), ("libero_object", "LIBERO-Object")):
+        runs = [each for each in found.groups()[suite, 1] if each.method in ("er", "infovla")]
+        ours, theirs = (estimates(runs)[name] for name in ("infovla", "er"))
+        assert ours["auc"].n == theirs["auc"].n
+        final = [f"{100 * each['final_average'].mean:.0f} %" for each in (ours, theirs)]
+        assert f"{place} at {final[0]}" in text
+        assert f"{final[1]} ({count[ours['auc'].n]} runs each" in text
+        if suite == "libero_goal":
+            learned = [f"{100 * each['adaptation'].mean:.0f} %" for each in (ours, theirs)]
+            assert f"a new task succeeds {learned[0]} of the time right after its stage" in text
+            assert f"with replay alone {learned[1]}" in text
+
+
 def test_figures_are_drawn(tmp_path: Path) -> None:
     methods = ["er", "infovla", *(f"method_{index}" for index in range(11))]
     paths = draw_comparison(compare(*(run(method, seed) for method in methods for seed in (0, 1))), tmp_path)
