@@ -46,7 +46,9 @@ from .representation import diffusion, linear_cka, similarity_matrix
 from .results import Results, TaskEntry, collect_versions, source_commit
 
 PROBE_FRAMES = 32
+"""Per task; unverified."""
 SHOWN_TASKS = 3
+"""Tasks whose affinity maps are drawn; unverified."""
 
 
 def analyse_run(

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -158,11 +157,7 @@ def compute_anchors(
             my_share(len(batches)), desc="anchors", unit="batch", delay=2, disable=None if is_main() else True
         ):
             view, row = batches[number].T
-            samples = replace(
-                data.__getitems__(rows[row]),
-                shifts=views.shifts[view, row],
-                proprio_noise=views.proprio_noise[view, row],
-            )
+            samples = views.samples(data, rows[row], view, row)
             batch = {name: tensor.to(device) for name, tensor in collator(samples).items()}
             with autocast(), FeatureTap(inner, tap_layer) as tap:
                 output = model(**batch, return_logits=False)
@@ -211,11 +206,7 @@ def teacher_answers(
             my_share(len(batches)), desc="answers", unit="batch", delay=2, disable=None if is_main() else True
         ):
             part = batches[number]
-            samples = replace(
-                data.__getitems__(rows[part]),
-                shifts=views.shifts[0, part],
-                proprio_noise=views.proprio_noise[0, part],
-            )
+            samples = views.samples(data, rows[part], 0, part)
             batch = {name: tensor.to(device) for name, tensor in collator.observations(samples).items()}
             actions = np.asarray(acting.predict_action(**batch, unnorm_key=normaliser.key), dtype=np.float32)
             answers.append(actions.reshape(len(rows[part]), -1, actions.shape[-1]))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +123,7 @@ def _compute(
         my_share(len(batches)), desc="vision", unit="batch", delay=2, disable=None if is_main() else True
     ):
         table, view, rows, place = batches[number]
-        samples = replace(table.__getitems__(rows), shifts=views.shifts[view, place])
+        samples = views.samples(table, rows, view, place)
         pixels = collator.observations(samples)["pixel_values"].to(device)
         with autocast():
             found = inner.vision_backbone(pixels).cpu()

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,6 +70,11 @@ class Views:
         if plain:
             shifts[0], noise[0] = 0, 0
         return cls(shifts, noise)
+
+    def samples(self, table: FrameTable, rows: NDArray[np.int64], view: Any, place: Any) -> Samples:
+        """`rows` of a table as these views show them; `place` is where the rows stand here, an index as `view`."""
+        shown = table.__getitems__(rows)
+        return replace(shown, shifts=self.shifts[view, place], proprio_noise=self.proprio_noise[view, place])
 
     def rows(self, rows: NDArray[np.int64]) -> Views:
         return Views(self.shifts[:, rows], self.proprio_noise[:, rows])

@@ -32,8 +32,9 @@ ACTION_NOISE = 0.1
 demonstrations made with it."""
 STEPS_AFTER_SUCCESS = 8
 """LIBERO's goals hold at first contact; that many steps later the gripper is open and the hand retreats."""
-SETTLING_STEPS = 10
+FINAL_HOLD_STEPS = 10
 SPREAD = 0.055
+"""Metres. Both chosen by trial on LIBERO's tasks."""
 
 Term = tuple[str, ...]
 
@@ -106,7 +107,7 @@ class Demonstrator:
         try:
             arm = Arm(Scene(self.environment.env), recorder.act)
             solve(arm, push=self.environment.instruction.startswith("push"))
-            arm.hold(SETTLING_STEPS + self.steps_after_success)
+            arm.hold(FINAL_HOLD_STEPS + self.steps_after_success)
             failure = "the goal does not hold at the end of the script"
         except EpisodeOver:
             if not recorder.success:

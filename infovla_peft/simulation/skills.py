@@ -12,6 +12,7 @@ from .geometry import Array, Scene
 from .grasping import SIDE_PREFERENCE, YAWS, Grasp, plan_grasps
 from .motion import CLOSED, Arm, SkillFailed
 
+# Metres and radians, chosen by trial on LIBERO's tasks.
 GOOD_SCORE = -0.072
 LEANS = tuple(np.deg2rad([0, -20, 20, -35, 35]))
 RELEASE_BELOW_RIM = 0.035
