@@ -85,8 +85,8 @@ class InfoVLAConfig(TrainingArguments):
             `near_duplicate_window=0`. `der++` sets `teacher="auto"`, `lwf` sets `teacher="previous"`, `ewc`
             `adapter_init="continue"`, `single_task` and `merge` `adapter_init="fresh"`.
         lambda_rac: weight λ1 of the replay-anchor contrastive term, ≥ 0; 0 leaves it out. Default: 0.02; at 0.1,
-            beside λ3 = 0.3, a tiny base did not learn a task with a new object (one seed), and at 0.02 it learned it less
-            well than without (two seeds; recipes/README.md). `infovla_paper`: 0.1 (paper, §5.1).
+            beside λ3 = 0.3, a tiny base did not learn a task with a new object (one seed), and at 0.02 it learned it
+            less well than without (two seeds; recipes/README.md). `infovla_paper`: 0.1 (paper, §5.1).
         lambda_cmi: weight λ2 of the cross-modal mutual information term, ≥ 0; 0 leaves it out. Default: as lambda_rac.
         lambda_output: weight λ3 of the distance to the teacher's answers, ≥ 0; 0 leaves it out. Default: 0.3;
             0.1 keeps recent tasks less well, 1 learns new ones less well (the same runs).
