@@ -266,8 +266,9 @@ def _load_weights(model: PeftModel, name: str, weights: Mapping[str, Tensor]) ->
             )
     empty = any(parameter.is_meta for _, parameter in adapter_parameters(model, name))
     set_peft_model_state_dict(model, lora, adapter_name=name, low_cpu_mem_usage=empty)
-    rounded = [parameter for _, parameter in adapter_parameters(model, name) if parameter.dtype != torch.float32]
-    if rounded:  # where they are made from nothing, PEFT gives them the type of the base, which may be 16 bits
+    halves = (torch.float16, torch.bfloat16)
+    rounded = [parameter for _, parameter in adapter_parameters(model, name) if parameter.dtype in halves]
+    if rounded:  # PEFT gives what it makes from nothing the type of the base
         for parameter in rounded:
             parameter.data = parameter.data.float()
         set_peft_model_state_dict(model, lora, adapter_name=name)

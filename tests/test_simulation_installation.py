@@ -105,6 +105,17 @@ def test_doctor_knows_the_versions_that_the_package_takes(name: str, detail: str
     assert installation._check_version(name, Check(name, False, "broken", "cure"), "").detail == "broken"
 
 
+def test_doctor_needs_no_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is, run from its source by PYTHONPATH."""
+
+    def absent(name: str) -> list[str]:
+        raise installation.PackageNotFoundError(name)
+
+    monkeypatch.setattr(installation, "requires", absent)
+    check = Check("torch", True, "1.0")
+    assert installation._check_version("torch", check, "the cure") == check
+
+
 @pytest.mark.parametrize(("version", "ok"), [("3.3.2", True), ("2.3.7", True), ("3.3.7", False), ("3.10.0", False)])
 def test_doctor_knows_the_mujoco_versions(version: str, ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installation, "version", lambda _: version)
