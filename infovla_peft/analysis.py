@@ -35,7 +35,6 @@ from .analysis_results import (
     compare,
 )
 from .data.demonstrations import recipe_demonstrations
-from .features import resolved_layer
 from .files import atomic_file
 from .hub import load_policy
 from .inference import Policy
@@ -92,12 +91,11 @@ def analyse_run(
     memory = ReplayMemory.load(run / "memory")
     load = policies or (lambda stage: load_policy(run, stage=stage, device=device))
     own = results.method in METHODS and METHODS[results.method].policy == "own"
-    temperature = float(config.get("temperature", 0.1))
+    layer, temperature = int(config.get("tap_layer", -1)), float(config.get("temperature", 0.1))
     probes: dict[str, Probe] = {}
     found: dict[tuple[str, int], Findings] = {}
     for stage in range(tasks[0].learned_at, results.stages):
         policy = load(stage)
-        layer = resolved_layer(base_model(policy.model), config.get("tap_layer", -1))
         seen = [task for task in tasks if task.learned_at <= stage]
         print(f"analysis: {f'stage {stage}' if stage else 'base'}, {len(seen)} tasks", flush=True)
         for task in seen:

@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 
 from .adapters import base_model
-from .features import resolved_layer
 
 
 def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -46,7 +45,7 @@ def check_compilable(device: str) -> None:
 
 
 @contextmanager
-def compiled_blocks(model: nn.Module, tap_layer: int | None, *, backend: str = "inductor") -> Iterator[list[str]]:
+def compiled_blocks(model: nn.Module, tap_layer: int, *, backend: str = "inductor") -> Iterator[list[str]]:
     """Within this, the blocks of a model run compiled; weights, names and what is saved stay as they are.
 
     Args:
@@ -58,7 +57,7 @@ def compiled_blocks(model: nn.Module, tap_layer: int | None, *, backend: str = "
         Names of the compiled modules.
     """
     inner: Any = base_model(model)
-    tapped = inner.tap_module(resolved_layer(inner, tap_layer))
+    tapped = inner.tap_module(tap_layer)
     blocks = {name: block for name, block in repeated_blocks(inner).items() if block is not tapped}
     for block in blocks.values():
         block.compile(backend=backend)

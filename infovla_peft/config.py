@@ -100,9 +100,7 @@ class InfoVLAConfig(TrainingArguments):
             that it has learned itself; `auto` = the base for its own tasks and, for a task learned later, the frozen
             adapter that learned it (as in Bench-S); `previous` = the adapter of stage k−1, frozen (the paper's).
         tap_layer: layer whose hidden states are the features, counted as in `hidden_states` (-1 = last, after the
-            final norm). Default: a third of the way up, 11 of 32. Of a tiny base's three layers, RAC costs the
-            learning of a new object least at the first (two seeds; recipes/README.md); unverified for larger ones.
-            The paper's "layer that fuses" has no counterpart in a causal language model; `infovla_paper`: -1.
+            final norm). The paper's "layer that fuses" has no counterpart in a causal language model; unverified.
         anchor_bank: number of stored anchors (at most; chosen once per stage) that are the negatives of RAC and CMI,
             so that the cost of a step does not grow with the number of tasks. 0: the other replay samples of the
             mini-batch, as in Eq. 1. Unverified.
@@ -206,11 +204,7 @@ class InfoVLAConfig(TrainingArguments):
         "Frozen teacher: base (adapters off; its answers are kept on its own tasks alone), auto (the base for its own "
         "tasks, for a later one the adapter that learned it) or previous (the adapter of the stage before).",
     )
-    tap_layer: int | None = _option(
-        None,
-        "Layer whose hidden states are the features; -1 = last, after the final norm. Default: a third of the way up; "
-        "infovla_paper: -1.",
-    )
+    tap_layer: int = _option(-1, "Layer whose hidden states are the features; -1 = last, after the final norm.")
     anchor_bank: int = _option(1024, "Stored anchors used as negatives; 0 = those of the mini-batch, as in Eq. 1.")
     near_duplicate_window: int = _option(
         8, "Frames of one trajectory at most this far apart are no negatives of each other."
@@ -285,7 +279,6 @@ class InfoVLAConfig(TrainingArguments):
                 setattr(self, name, 0.1 if self.method == "infovla_paper" else 0.02)
         _settle_types(self)
         if self.method == "infovla_paper":
-            self.tap_layer = -1 if self.tap_layer is None else self.tap_layer
             self.teacher, self.cmi_mode, self.anchor_bank, self.near_duplicate_window = "previous", "paper", 0, 0
             self.rac_targets, self.rac_center = "hard", False
         elif self.method in ("der++", "lwf"):

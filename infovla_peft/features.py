@@ -39,11 +39,11 @@ class FeatureTap:
 
     Args:
         model: offers `tap_module` (see `policy.VLAModel`); not wrapped by DistributedDataParallel.
-        layer: counted as in `hidden_states`, -1 = the last one, after the final norm; None: see `resolved_layer`.
+        layer: counted as in `hidden_states`, -1 = the last one, after the final norm.
     """
 
-    def __init__(self, model: VLAModel, layer: int | None) -> None:
-        self._module = model.tap_module(resolved_layer(model, layer))
+    def __init__(self, model: VLAModel, layer: int) -> None:
+        self._module = model.tap_module(layer)
         self._hidden: Tensor | None = None
         self._handle: Any = None
 
@@ -70,23 +70,6 @@ class FeatureTap:
 
     def _keep(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._hidden = output[0] if isinstance(output, tuple) else output
-
-
-def resolved_layer(model: Any, layer: int | None) -> int:
-    """`layer`, or for None a third of the way up, rounded: 1 of 3 layers, 11 of 32.
-
-    Args:
-        model: whose configuration says how many layers its language model has.
-
-    Raises:
-        ValueError: None, and it does not say so.
-    """
-    if layer is not None:
-        return layer
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    if layers is None:
-        raise ValueError(f"{type(model.config).__name__} does not say how many layers there are: set tap_layer")
-    return max(round(int(layers) / 3), 1)
 
 
 def policy_output(output: Any, rows: slice = slice(None)) -> Tensor:

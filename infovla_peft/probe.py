@@ -151,7 +151,7 @@ def look_at(
     probe: Probe,
     others: Sequence[str],
     *,
-    tap_layer: int | None = None,
+    tap_layer: int = -1,
     temperature: float = 0.1,
     batch_size: int = 16,
 ) -> Findings:

@@ -40,7 +40,6 @@ from .data.normalisation import Normaliser
 from .data.sampling import replay_places
 from .data.statistics import statistics_of
 from .distributed import whole_state
-from .features import resolved_layer
 from .files import atomic_folder, remove_folder
 from .hub import load_policy, relative_base
 from .inference import Policy
@@ -177,7 +176,7 @@ class Stream:
             with torch.device("meta"):
                 model = OpenVLAForActionPrediction(checkpoint)
         try:
-            model.tap_module(resolved_layer(model, self.training.tap_layer))
+            model.tap_module(self.training.tap_layer)
         except ValueError as error:
             raise RunError(f"tap_layer: {error}") from error
         target_modules(model, self.training.lora_targets)
@@ -539,7 +538,7 @@ class Stream:
                 "resize": base.image_resize_strategy,
                 "center_crop": self.config.center_crop,
             },
-            taps={"layer": resolved_layer(base_model(model), self.training.tap_layer)},
+            taps={"layer": self.training.tap_layer},
             versions=collect_versions(),
             training=self.resolved_config(),
             quantization=self.config.quantization,

@@ -21,7 +21,7 @@ from .data.chunks import FrameTable
 from .data.collator import VLACollator
 from .data.sampling import Augmentation, Views
 from .distributed import gather_pieces, is_main, my_share, reshard
-from .features import FeatureTap, extract_features, policy_output, resolved_layer
+from .features import FeatureTap, extract_features, policy_output
 from .losses import summarize_cross_modal
 from .memory import Anchors
 
@@ -79,7 +79,7 @@ def _statistics(model: Any, statistics: dict[str, Any]) -> Iterator[None]:
 
 def anchor_spec(
     model: nn.Module, data: FrameTable, collator: VLACollator, rows: NDArray[np.int64], views: Views, *,
-    adapter: str | None, tap_layer: int | None, temperature: float, dtype: str,
+    adapter: str | None, tap_layer: int, temperature: float, dtype: str,
 ) -> dict[str, str]:  # fmt: skip
     """All that the anchors of some rows depend on; equal specifications mean equal anchors.
 
@@ -96,7 +96,7 @@ def anchor_spec(
         "teacher": "base" if adapter is None else fingerprint(model, adapter)["weights"],
         "rows": str(len(rows)),
         "content": content.hexdigest(),
-        "tap_layer": str(resolved_layer(base_model(model), tap_layer)),
+        "tap_layer": str(tap_layer),
         "temperature": str(temperature),
         "dtype": dtype,
     }
@@ -108,7 +108,7 @@ def compute_anchors(
     collator: VLACollator,
     *,
     adapter: str | None = None,
-    tap_layer: int | None = None,
+    tap_layer: int = -1,
     temperature: float = 0.1,
     views: Views | None = None,
     rows: NDArray[np.int64] | None = None,

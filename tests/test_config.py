@@ -230,11 +230,3 @@ def test_the_weights_of_a_method_are_its_own_unless_given(tmp_path: Path) -> Non
     assert weights(method="infovla_paper") == (0.1, 0.1)  # paper, section 5.1
     assert weights(method="infovla_paper", lambda_rac=0.0) == (0.0, 0.1)
     assert weights(lambda_cmi=0.5) == (0.02, 0.5)
-
-
-def test_the_layer_of_a_method_is_its_own_unless_given(tmp_path: Path) -> None:
-    def layer(**options: Any) -> int | None:
-        return InfoVLAConfig(output_dir=str(tmp_path), use_cpu=True, **options).tap_layer
-
-    assert (layer(), layer(method="infovla_paper")) == (None, -1)
-    assert (layer(tap_layer=2), layer(method="infovla_paper", tap_layer=2)) == (2, 2)

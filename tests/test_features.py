@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tiny_policy import TinyPolicy, tiny_policy
 
-from infovla_peft.features import FeatureTap, extract_features, resolved_layer
+from infovla_peft.features import FeatureTap, extract_features
 
 
 @pytest.fixture(scope="module")
@@ -19,26 +17,13 @@ def policy() -> TinyPolicy:
     return tiny_policy()
 
 
-@pytest.mark.parametrize("layer", [-1, -2, 1, None])
-def test_the_tap_gives_the_hidden_state_of_its_layer(policy: TinyPolicy, layer: int | None) -> None:
+@pytest.mark.parametrize("layer", [-1, -2, 1])
+def test_the_tap_gives_the_hidden_state_of_its_layer(policy: TinyPolicy, layer: int) -> None:
     batch = policy.batch([0, 30, 60])
     with FeatureTap(policy.model, layer) as tap:
         output = policy.model(**batch, output_hidden_states=True)
-    assert torch.equal(tap.hidden, output.hidden_states[layer or 1])
-    assert tap._keep not in policy.model.tap_module(layer or 1)._forward_hooks.values()
-
-
-def test_no_layer_means_a_third_of_the_way_up(policy: TinyPolicy) -> None:
-    def taps(layers: int) -> int:
-        text = SimpleNamespace(num_hidden_layers=layers)
-        return resolved_layer(SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text)), None)
-
-    assert [taps(layers) for layers in (1, 2, 3, 4, 5, 12, 32)] == [1, 1, 1, 1, 2, 4, 11]
-    assert [resolved_layer(policy.model, layer) for layer in (None, 2, -1)] == [1, 2, -1]
-    strange: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=SimpleNamespace))
-    assert resolved_layer(strange, -1) == -1
-    with pytest.raises(ValueError, match="how many layers there are: set tap_layer"):
-        resolved_layer(strange, None)
+    assert torch.equal(tap.hidden, output.hidden_states[layer])
+    assert tap._keep not in policy.model.tap_module(layer)._forward_hooks.values()
 
 
 def test_features_by_role_equal_a_loop_over_positions(policy: TinyPolicy) -> None:

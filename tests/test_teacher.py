@@ -122,7 +122,7 @@ def test_anchors_equal_features_computed_by_hand(tmp_path: Path) -> None:
     policy = tiny_policy()
     data = memory_data(policy)
     views = Views.draw(data, 2, Augmentation(3, 0.1), 0)
-    anchors = compute_anchors(policy.model, data, policy.collator, views=views, batch_size=7, tap_layer=-1)
+    anchors = compute_anchors(policy.model, data, policy.collator, views=views, batch_size=7)
     assert anchors.action.shape[:2] == (2, len(data)) == (2, 36)
     assert not views.shifts[0].any()
     policy.model.eval()
@@ -159,7 +159,7 @@ def test_a_specification_names_everything_that_matters(tmp_path: Path) -> None:
         spec(policy, model),
         spec(policy, model, adapter="one"),
         spec(policy, model, adapter="two"),
-        spec(policy, model, tap_layer=2),
+        spec(policy, model, tap_layer=1),
         spec(policy, model, temperature=0.2),
         spec(policy, model, views=shifted),
         spec(policy, model, views=noisy),
@@ -167,7 +167,7 @@ def test_a_specification_names_everything_that_matters(tmp_path: Path) -> None:
         spec(policy, tiny_policy(seed=1).model),
     ]
     assert len({tuple(sorted(each.items())) for each in specs}) == len(specs)
-    assert spec(policy, model) == spec(policy, model, tap_layer=1) == specs[0]  # the first of two is its default
+    assert spec(policy, model) == specs[0]
 
 
 def test_anchors_of_some_rows_are_those_rows(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import base_model
-from ..features import Features, extract_features, resolved_layer
+from ..features import Features, extract_features
 from ..losses import JointDistributionMLP, cross_modal_mi_loss, replay_anchor_contrastive_loss
 from ..memory import Anchors
 from ..trainer import InfoVLATrainer
@@ -67,8 +67,8 @@ class NaiveInfoVLATrainer(InfoVLATrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _features(self, outputs: Any, rows: slice) -> Features:
-        model = base_model(cast(nn.Module, self.model))
-        layer, layers = resolved_layer(model, self.args.tap_layer), model.config.text_config.num_hidden_layers
+        layers = base_model(cast(nn.Module, self.model)).config.text_config.num_hidden_layers
+        layer = self.args.tap_layer
         return extract_features(
             outputs.hidden_states[layer if layer >= 0 else layer + layers + 1], outputs.token_roles, rows
         )
