@@ -85,8 +85,9 @@ class InfoVLAConfig(TrainingArguments):
             `near_duplicate_window=0`. `der++` sets `teacher="auto"`, `lwf` sets `teacher="previous"`, `ewc`
             `adapter_init="continue"`, `single_task` and `merge` `adapter_init="fresh"`.
         lambda_rac: weight λ1 of the replay-anchor contrastive term, ≥ 0; 0 leaves it out. Default: 0.02; at 0.1,
-            beside λ3 = 0.3, a tiny base did not learn a task with a new object (one seed), and at 0.02 it learned it
-            less well than without (two seeds; recipes/README.md). `infovla_paper`: 0.1 (paper, §5.1).
+            beside λ3 = 0.3, a tiny base did not learn a task with a new object (one seed), and at 0.02 its actions
+            there were farther off than without (two seeds), which rollouts did not bear out (recipes/README.md).
+            `infovla_paper`: 0.1 (paper, §5.1).
         lambda_cmi: weight λ2 of the cross-modal mutual information term, ≥ 0; 0 leaves it out. Default: as lambda_rac.
         lambda_output: weight λ3 of the distance to the teacher's answers, ≥ 0; 0 leaves it out. Default: 0.3;
             0.1 keeps recent tasks less well, 1 learns new ones less well (the same runs).
@@ -100,7 +101,8 @@ class InfoVLAConfig(TrainingArguments):
             that it has learned itself; `auto` = the base for its own tasks and, for a task learned later, the frozen
             adapter that learned it (as in Bench-S); `previous` = the adapter of stage k−1, frozen (the paper's).
         tap_layer: layer whose hidden states are the features, counted as in `hidden_states` (-1 = last, after the
-            final norm). The paper's "layer that fuses" has no counterpart in a causal language model; unverified.
+            final norm). The paper's "layer that fuses" has no counterpart in a causal language model. Of a tiny base's
+            three layers the first kept less in Bench-S than the last (two seeds); unverified for larger ones.
         anchor_bank: number of stored anchors (at most; chosen once per stage) that are the negatives of RAC and CMI,
             so that the cost of a step does not grow with the number of tasks. 0: the other replay samples of the
             mini-batch, as in Eq. 1. Unverified.

@@ -168,7 +168,7 @@ def test_a_policy_looked_at(autoregressive: bool) -> None:
     if not autoregressive:
         assert found.change["turn on the stove"] > 0
         batch = tiny.batch(range(6))
-        with torch.no_grad(), FeatureTap(tiny.model, 1) as tap:
+        with torch.no_grad(), FeatureTap(tiny.model, -1) as tap:
             output = tiny.model(**batch)
         torch.testing.assert_close(found.action, extract_features(tap.hidden, output.token_roles).action)
         predicted = tiny.collator.normaliser.normalise_actions(
