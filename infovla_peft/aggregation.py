@@ -12,8 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from .analysis_results import FILE as ANALYSIS
+from .analysis_results import Analysis
 from .benchmark import Benchmark, Job, RunKey, progress, resolved_recipe, unimportant
-from .comparison import FORMAT_VERSION, ComparedRun, load_comparison
+from .comparison import ANALYSED, FORMAT_VERSION, ComparedRun, load_comparison
 from .library import find_adapters
 from .methods import unread_options
 from .results import Results
@@ -45,7 +47,7 @@ def aggregate(benchmark: Benchmark, held: Held | None = None) -> tuple[dict[str,
             raise ValueError(found.problem)
         if found.done:
             run = _aggregate_run(job.key, Results.load(RunFolder(job.folder).results), benchmark)
-            runs.append({**run, "base": _base_of(job)})
+            runs.append({**run, "base": _base_of(job), "analysis": _analysis_of(job)})
         elif held and job.key in held:
             runs.append(asdict(held[job.key]))
         else:
@@ -88,6 +90,19 @@ def _base_of(job: Job) -> str | None:
     """Digest of the weights that the run's adapters were trained on."""
     adapters = find_adapters(job.folder)
     return adapters[0].info.base_fingerprint["weights"] if adapters else None
+
+
+def _analysis_of(job: Job) -> dict[str, Any] | None:
+    """What `comparison` takes of the run's analysis; None for a run that was not analysed, or only half way."""
+    if not (job.folder / ANALYSIS).exists():
+        return None
+    found = Analysis.load(job.folder)
+    if found.stages < progress(job).planned:
+        return None
+    return {
+        name: [[None if cell is None else round(cell, 6) for cell in row] for row in getattr(found, name)]
+        for name in ANALYSED
+    }
 
 
 def _aggregate_run(key: RunKey, results: Results, benchmark: Benchmark) -> dict[str, Any]:

@@ -14,6 +14,8 @@ An aggregate is strict JSON with these keys and no others::
         train_seconds, evaluate_seconds       of the stages after the base
         config                                in what the run differs from the protocol
         base                                  digest of the base's weights; may be missing or null: not known
+        analysis                              `cka` and `action_error`, [task][stage], of its analysis.json; may be
+                                              missing or null: not analysed
     }]
 
 Intervals are percentile bootstrap intervals over runs (seeds and orders): with three runs they are narrower than they
@@ -38,6 +40,8 @@ from .reading import Checker, read_json
 
 FORMAT_VERSION = 1
 RESAMPLES = 10_000
+ANALYSED = ("cka", "action_error")
+"""The tables of analysis.json that an aggregate takes in."""
 STUDENT = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
     2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
@@ -93,6 +97,7 @@ class ComparedRun:
     evaluate_seconds: float
     config: dict[str, Any]
     base: str | None = None
+    analysis: dict[str, list[list[float | None]]] | None = None
 
     @property
     def matrix(self) -> NDArray[np.float64]:
@@ -372,7 +377,7 @@ class _Reader(Checker[ComparisonError]):
 
     def run(self, value: Any, where: str) -> ComparedRun:
         if isinstance(value, dict):
-            value = {"base": None, **value}
+            value = {"base": None, "analysis": None, **value}
         record = self.record(value, [item.name for item in fields(ComparedRun)], where)
         for name, kind, expected in _KINDS:
             if not isinstance(record[name], kind) or isinstance(record[name], bool):
@@ -392,7 +397,17 @@ class _Reader(Checker[ComparisonError]):
             for j, (rate, count) in enumerate(zip(rates, counts, strict=True)):
                 if not _is_cell(rate, count):
                     self.fail(f"{where}: task {i}, stage {j}", "a rate in [0, 1] of so many rollouts", (rate, count))
+        if record["analysis"] is not None:
+            tables = self.record(record["analysis"], ANALYSED, f"{where}.analysis")
+            for name in ANALYSED:
+                self.table(tables[name], f"{where}.analysis.{name}", tasks, stages[-1] + 1)
         return ComparedRun(**record)
+
+    def table(self, value: Any, where: str, tasks: int, stages: int) -> None:
+        for place, row in self.items(value, where, tasks):
+            for there, cell in self.items(row, place, stages):
+                if cell is not None:
+                    self.number(cell, there)
 
 
 def _is_cell(rate: Any, count: Any) -> bool:

@@ -6,14 +6,16 @@ A block of Markdown says what stands in it; the lines up to its end are written 
     <!-- end -->
 
 `show` is `means` (over runs, bootstrap interval), `differences` (paired, to the method `against`; of the final average
-Student's interval too) or `last` (successes per task after the last stage, each seed by itself). `order` and `methods`
-(separated by commas) leave the others out.
+Student's interval too), `last` (successes per task after the last stage, each seed by itself) or `each` (the same with
+the base's tasks summed, and with the errors of the actions then, a mean over tasks, where runs were analysed). `order`
+and `methods` (separated by commas) leave the others out. A text may hold tables of several benchmarks: a block with
+`of=NAME` is that benchmark's alone.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from .comparison import (
     ComparedRun,
@@ -36,7 +38,7 @@ COLUMNS: Mapping[str, str] = {
     "adaptation": "new tasks, right after learning",
 }
 _BLOCK = re.compile(r"(<!-- table (?P<words>[^\n]*?) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
-_WORDS = frozenset({"show", "suite", "memory", "order", "methods", "against"})
+_WORDS = frozenset({"of", "show", "suite", "memory", "order", "methods", "against"})
 
 
 def refresh_tables(text: str, comparison: Comparison) -> str:
@@ -50,7 +52,14 @@ def refresh_tables(text: str, comparison: Comparison) -> str:
     """
     if text.count("<!-- table ") != len(_BLOCK.findall(text)):
         raise ComparisonError("a block `<!-- table ... -->` is no line of its own, or has no `<!-- end -->` after it")
-    return _BLOCK.sub(lambda block: f"{block[1]}{_table(block['words'], comparison)}\n{block[4]}", text)
+    return _BLOCK.sub(lambda block: _fill(block, comparison), text)
+
+
+def _fill(block: re.Match[str], comparison: Comparison) -> str:
+    of = re.search(r"\bof=(\S+)", block["words"])
+    if of and of[1] != comparison.protocol.get("name"):
+        return block[0]
+    return f"{block[1]}{_table(block['words'], comparison)}\n{block[4]}"
 
 
 def _table(words: str, comparison: Comparison) -> str:
@@ -76,6 +85,8 @@ def _table(words: str, comparison: Comparison) -> str:
         raise ComparisonError(f"<!-- table {words} -->: there is no run of {', '.join(missing) or 'all that'}")
     if len({(run.suite, run.memory) for run in runs}) > 1:
         raise ComparisonError(f"<!-- table {words} -->: say which suite=, and which memory=")
+    if make is _each and len({run.order for run in runs}) > 1:
+        raise ComparisonError(f"<!-- table {words} -->: the orders have other tasks; say which order=")
     if make is _means and len(comparable(runs)) > 1:
         raise ComparisonError(f"<!-- table {words} -->: not all of these methods had all orders; say which order=")
     header, rows = make(runs, options.get("against", "er"))
@@ -118,8 +129,39 @@ def _last_column(run: ComparedRun | None) -> str:
     return " ".join("-" if rate is None or count is None else str(round(rate * count)) for rate, count in cells)
 
 
+def _each(runs: Sequence[ComparedRun], _against: str) -> tuple[list[str], list[list[str]]]:
+    first = runs[0]
+    new = [index for index, stage in enumerate(first.learned_at) if stage]
+    groups = {"base tasks": range(new[0]), **{first.tasks[index].replace("_", " "): [index] for index in new}}
+    places = [
+        *(f"{name}, of {sum(first.episodes[index][-1] or 0 for index in rows)}" for name, rows in groups.items()),
+        "final average, %",
+        *(f"error, {name}" for name in groups),
+    ]
+    rows = []
+    for method, unsorted in by_method(runs).items():
+        own = sorted(unsorted, key=lambda run: run.seed)
+        cells = [[_successes(run, tasks) for run in own] for tasks in groups.values()]
+        cells += [[f"{100 * run.metrics()['final_average']:.1f}" for run in own]]
+        cells += [[_error(run, tasks) for run in own] for tasks in groups.values()]
+        seeds = ", ".join(str(run.seed) for run in own)
+        rows.append([f"`{method}`", seeds, *(", ".join(cell) for cell in cells)])
+    return ["row", "seed", *places], rows
+
+
+def _successes(run: ComparedRun, tasks: Iterable[int]) -> str:
+    cells = [(run.success[task][-1], run.episodes[task][-1]) for task in tasks]
+    return str(sum(round(rate * count) for rate, count in cells if rate is not None and count is not None))
+
+
+def _error(run: ComparedRun, tasks: Iterable[int]) -> str:
+    column = [run.analysis["action_error"][task][-1] for task in tasks] if run.analysis else []
+    known = [error for error in column if error is not None]
+    return f"{sum(known) / len(known):.4f}" if known else "–"
+
+
 def _shown(found: Mapping[str, Estimate]) -> list[Estimate]:
     return [found[name] for name in COLUMNS]
 
 
-_SHOWN = {"means": _means, "differences": _differences, "last": _last}
+_SHOWN = {"means": _means, "differences": _differences, "last": _last, "each": _each}

@@ -28,6 +28,7 @@ from test_recipes import script
 from infovla_peft import benchmark as module
 from infovla_peft.adapter_files import AdapterInfo, write_info
 from infovla_peft.aggregation import aggregate, load_held
+from infovla_peft.analysis_results import RANGES, Analysis, ProbedTask
 from infovla_peft.benchmark import Benchmark, Job, learn_base, load_benchmark, progress, take_over_base
 from infovla_peft.comparison import read_comparison
 from infovla_peft.config import load_recipe
@@ -539,12 +540,26 @@ def test_a_damaged_run_is_named(benchmark: Benchmark) -> None:
     assert "no valid JSON" in str(progress(benchmark.jobs[1]).problem)
 
 
+def analysed(job: Job, table: list[list[float | None]]) -> None:
+    """Leave an analysis in the run's folder; all its tables are this one."""
+    tasks = results_of(job).tasks[: len(table)]
+    Analysis(
+        method="er", stream="B2-2N1", suite="libero_goal", seed=0, base_model="tiny", assets="official", frames=1,
+        demonstrations=1, tap_layer=-1, temperature=0.1, stages=len(table[0]),
+        tasks=[ProbedTask(task.name, task.instruction, task.learned_at, 1, [0]) for task in tasks],
+        **dict.fromkeys(RANGES, table),  # type: ignore[arg-type]
+    ).save(job.folder)  # fmt: skip
+
+
 def test_an_aggregate_holds_the_finished_runs(benchmark: Benchmark) -> None:
     for job in benchmark.jobs[:4]:
         finish(job)
     adapter = benchmark.jobs[1].folder / "adapters" / "stage_01_task_2"
     adapter.mkdir(parents=True)
     write_info(adapter, AdapterInfo("../../base", {"config": "c", "weights": "w"}, "libero_goal", stage=1))
+    whole = [[0.1, 0.2, 0.1234567], [0.1, 0.2, 0.3], [None, 0.1, 0.1], [None, None, 0.1]]
+    analysed(benchmark.jobs[2], whole)
+    analysed(benchmark.jobs[3], [row[:2] for row in whole[:3]])  # before its last stage
     content, missing = aggregate(benchmark)
     assert missing == [f"libero_goal/{name}" for name in names(benchmark)[3:]]
     runs = read_comparison(json.loads(json.dumps(content))).runs
@@ -552,6 +567,8 @@ def test_an_aggregate_holds_the_finished_runs(benchmark: Benchmark) -> None:
         ("er", 0, "A", 1), ("rac_only", 0, "A", 1), ("er", 0, "B", 1),
     ]  # fmt: skip
     assert [run.base for run in runs] == ["w", None, None]
+    rounded = [[0.1, 0.2, 0.123457], *whole[1:]]
+    assert [run.analysis for run in runs] == [None, {"cka": rounded, "action_error": rounded}, None]
     assert runs[1].config == {"method": "infovla", "lambda_cmi": 0.0}
     assert runs[0].config == {"method": "er"}
     assert (runs[0].train_seconds, runs[0].evaluate_seconds) == (200.0, 100.0)  # without the shared base

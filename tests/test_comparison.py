@@ -271,19 +271,51 @@ def test_tables_inside_a_text() -> None:
     assert "| minus `er` | pairs | final average | Student's | AUC |" in fresh
     assert "| `mir` | 1 | +5.0 |  | " in fresh
     assert "infovla" not in fresh
+    other = block(f"of=another show=means {where} order=A", "| kept |\n")
+    assert refresh_tables(other, found) == other
+    ours = block(f"of={found.protocol['name']} show=means {where} order=A", "| old |\n")
+    assert "| `er` | 2 | 0, 1 | 65.0" in refresh_tables(ours, found)
     fresh = refresh_tables(block(f"show=last {where} order=A"), found)
     assert "| `er` | 10 14 16 12 | 10 14 16 12 |" in fresh
     assert "| `mir` |  | 10 14 16 16 |" in fresh
 
 
+def test_a_table_of_each_seed_with_the_errors_of_analysed_runs() -> None:
+    errors = [[0.1, 0.2, 0.05], [0.1, 0.2, 0.07], [None, 0.3, None], [None, None, 0.08]]
+    analysis = {"cka": errors, "action_error": errors}
+    found = compare(run("er", 3, last=[0.5, 0.5, 0.25, 1.0]), run("er", 1, analysis=analysis), run("mir", 1))
+    lines = refresh_tables(block("show=each memory=1"), found).splitlines()
+    assert lines[2] == (
+        "| row | seed | base tasks, of 40 | turn it, of 20 | lift it, of 20 | final average, % | error, base tasks | "
+        "error, turn it | error, lift it |"
+    )
+    assert lines[4] == "| `er` | 1, 3 | 24, 20 | 16, 5 | 12, 20 | 65.0, 56.2 | 0.0600, – | –, – | 0.0800, – |"
+    assert lines[5] == "| `mir` | 1 | 24 | 16 | 12 | 65.0 | – | – | – |"
+
+
+@pytest.mark.parametrize(
+    ("analysis", "message"),
+    [
+        ({"cka": []}, "analysis"),
+        ({"cka": [[None] * 3] * 4, "action_error": [[None] * 3] * 3}, "action_error must be an array of 4"),
+        ({"cka": [[None] * 2] * 4, "action_error": [[None] * 3] * 4}, r"cka\[0\] must be an array of 3"),
+        ({"cka": [["x"] * 3] * 4, "action_error": [[None] * 3] * 4}, r"cka\[0\]\[0\] must be a"),
+    ],
+)
+def test_a_damaged_analysis_in_an_aggregate_is_refused(analysis: Any, message: str) -> None:
+    with pytest.raises(ComparisonError, match=message):
+        compare(run("er", analysis=analysis))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (block("show=each suite=libero_goal memory=1"), "the orders have other tasks; say which order="),
         (block("show=means suite=libero_goal memory=1"), "not all of these methods had all orders; say which order="),
         (block("show=means suite=libero_goal"), "say which suite=, and which memory="),
         (block("show=means suite=libero_90"), "there is no run of all that"),
         (block("show=means order=A memory=1 methods=er,ewc"), "there is no run of ewc"),
-        (block("show=matrix suite=libero_goal"), r"write show=means\|differences\|last and, of against"),
+        (block("show=matrix suite=libero_goal"), r"write show=means\|differences\|last\|each and, of against"),
         (block("show=means suit=libero_goal"), "each as name=value"),
         ("<!-- table show=means -->\nno end\n", "has no `<!-- end -->`"),
         ("<!-- table show=means -->\nno end\n" + block("show=means order=A memory=1"), "has no `<!-- end -->`"),
@@ -298,9 +330,10 @@ def test_a_block_that_cannot_be_filled_says_why(text: str, message: str) -> None
 def test_the_tables_of_the_results_are_those_of_the_aggregate() -> None:
     """After `aggregate`: `benchmark.py refresh recipes/results/bench_s.json recipes/README.md`."""
     text = (REPOSITORY / "recipes/README.md").read_text(encoding="utf-8")
-    found = load_comparison(REPOSITORY / "recipes/results/bench_s.json")
-    assert text.count("<!-- table ") >= 6
-    assert refresh_tables(text, found) == text
+    for name, blocks in (("bench_s", 6), ("explore_options", 1)):
+        assert text.count(f"<!-- table of={name} ") >= blocks
+        assert refresh_tables(text, load_comparison(REPOSITORY / f"recipes/results/{name}.json")) == text
+    assert text.count("<!-- table ") == text.count("<!-- table of=")
 
 
 def test_the_first_page_says_what_the_aggregate_says() -> None:
