@@ -19,8 +19,7 @@ from .comparison import ANALYSED, FORMAT_VERSION, ComparedRun, load_comparison
 from .library import find_adapters
 from .methods import unread_options
 from .results import Results
-from .run_folder import RunFolder, changed_keys
-from .stream import HARMLESS
+from .run_folder import HARMLESS, RunFolder, changed_keys
 
 Held = Mapping[RunKey, ComparedRun]
 """Finished runs of other machines."""

@@ -38,8 +38,8 @@ from .measurement import read_cell, write_cell
 from .methods import unread_options
 from .reading import read_yaml
 from .results import Results, ResultsError
-from .run_folder import RunError, RunFolder, changed_keys
-from .stream import HARMLESS, Stream
+from .run_folder import HARMLESS, RunError, RunFolder, changed_keys
+from .stream import Stream
 
 BASE_SEED = 0
 ADAPTER_OPTIONS = frozenset(

@@ -8,17 +8,15 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from numbers import Integral, Real
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, cast, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from .option_checks import check_at_least, check_choices, settle_types
 from .reading import read_yaml
 
 BENCHMARK_STATES = 50
@@ -279,7 +277,7 @@ class InfoVLAConfig(TrainingArguments):
         for name in ("lambda_rac", "lambda_cmi"):
             if getattr(self, name) is None:
                 setattr(self, name, 0.1 if self.method == "infovla_paper" else 0.02)
-        _settle_types(self)
+        settle_types(self)
         if self.method == "infovla_paper":
             self.teacher, self.cmi_mode, self.anchor_bank, self.near_duplicate_window = "previous", "paper", 0, 0
             self.rac_targets, self.rac_center = "hard", False
@@ -289,15 +287,15 @@ class InfoVLAConfig(TrainingArguments):
             self.adapter_init = "continue"
         elif self.method in ("single_task", "merge"):
             self.adapter_init = "fresh"
-        _check_at_least(
+        check_at_least(
             self, 0, "lambda_rac", "lambda_cmi", "lambda_output", "anchor_bank", "near_duplicate_window", "image_shift"
         )
-        _check_at_least(self, 0, "proprio_noise", "lambda_ewc")
+        check_at_least(self, 0, "proprio_noise", "lambda_ewc")
         if not self.grad_norm_limit > 0:
             raise ValueError(f"grad_norm_limit must be above 0, got {self.grad_norm_limit}")
-        _check_at_least(self, 1, "lora_r", "lora_alpha", "anchor_views", "counterfactual_frames")
-        _check_at_least(self, 1, "ewc_samples", "mir_candidates")
-        _check_choices(self)
+        check_at_least(self, 1, "lora_r", "lora_alpha", "anchor_views", "counterfactual_frames")
+        check_at_least(self, 1, "ewc_samples", "mir_candidates")
+        check_choices(self)
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be > 0, got {self.temperature}")
         if self.rac_center and self.lambda_rac and self.method == "infovla" and not self.anchor_bank:
@@ -428,8 +426,8 @@ class StreamConfig:
     tiny_heads: int = _option(4, "Tiny base: attention heads of both.")
 
     def __post_init__(self) -> None:
-        _settle_types(self)
-        _check_choices(self)
+        settle_types(self)
+        check_choices(self)
         shape = parse_stream(self.stream)
         if self.base_model == "tiny" and shape.base_tasks == 0:
             raise ValueError(
@@ -449,8 +447,8 @@ class StreamConfig:
             )
         if self.tasks is not None and len(set(self.tasks)) != len(self.tasks):
             raise ValueError(f"`tasks` names a task twice: {self.tasks}")
-        _check_at_least(self, 1, "tiny_image_size", "tiny_patch_size", "tiny_vision_width", "tiny_vision_depth")
-        _check_at_least(self, 1, "tiny_hidden_size", "tiny_layers", "tiny_heads")
+        check_at_least(self, 1, "tiny_image_size", "tiny_patch_size", "tiny_vision_width", "tiny_vision_depth")
+        check_at_least(self, 1, "tiny_hidden_size", "tiny_layers", "tiny_heads")
         if self.tiny_image_size % self.tiny_patch_size:
             raise ValueError(
                 f"tiny_image_size {self.tiny_image_size} is no multiple of tiny_patch_size {self.tiny_patch_size}"
@@ -460,7 +458,7 @@ class StreamConfig:
                 "analyse looks at demonstrations that are not in the replay memory, so there must be more of them: "
                 f"demonstrations is {self.demonstrations}, memory_trajectories {self.memory_trajectories}"
             )
-        _check_at_least(
+        check_at_least(
             self,
             1,
             "image_size",
@@ -471,7 +469,7 @@ class StreamConfig:
             "open_loop_steps",
             "eval_episodes",
         )
-        _check_at_least(
+        check_at_least(
             self,
             0,
             "demonstration_noise",
@@ -483,7 +481,7 @@ class StreamConfig:
         )
         for name in ("final_eval_episodes", "rollout_max_steps"):
             if getattr(self, name) is not None:
-                _check_at_least(self, 1, name)
+                check_at_least(self, 1, name)
         for name in ("eval_episodes", "final_eval_episodes"):
             last = self.eval_first_state + (getattr(self, name) or 0)
             if last > BENCHMARK_STATES:
@@ -609,44 +607,3 @@ def _takes_list(name: str) -> bool:
 def _near(name: str) -> str:
     near = difflib.get_close_matches(name[:80], _option_names(), n=3)
     return f"; did you mean {', '.join(near)}?" if near else "; --help lists all of them"
-
-
-def _check_at_least(config: Any, lowest: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not lowest <= value < math.inf:
-            raise ValueError(f"{name} must be at least {lowest}, and finite, got {value}")
-
-
-def _settle_types(config: Any) -> None:
-    """What argparse does on the command line, for the fields of configurations that are made in Python.
-
-    A path becomes text, a tuple a list, a whole number an integer; a ValueError names what is of another type.
-    """
-    hints = get_type_hints(type(config))
-    for name in type(config).__annotations__:
-        value: Any = getattr(config, name)
-        hint = hints[name]
-        allowed = get_args(hint) if get_origin(hint) is UnionType else (hint,)
-        kinds = {get_origin(kind) or kind for kind in allowed} & set(_KINDS)
-        if str in kinds and isinstance(value, Path):
-            value = os.fspath(value)
-        elif list in kinds and isinstance(value, tuple):
-            value = list(value)
-        elif int in kinds and type(value) is not bool and isinstance(value, Real) and float(value).is_integer():
-            value = int(cast(Any, value))
-        fits = any(isinstance(value, _KINDS[kind]) and isinstance(value, bool) <= (kind is bool) for kind in kinds)
-        if kinds and not fits and not (value is None and NoneType in allowed):
-            wanted = " or ".join("None" if kind is NoneType else getattr(kind, "__name__", kind) for kind in allowed)
-            raise ValueError(f"{name} must be of type {wanted}, got {value!r:.80}")
-        setattr(config, name, value)
-
-
-_KINDS: dict[Any, type] = {int: Integral, float: Real, str: str, bool: bool, list: list}
-
-
-def _check_choices(config: Any) -> None:
-    """What argparse does on the command line, for configurations that are made in Python."""
-    for name, hint in get_type_hints(type(config)).items():
-        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
-            raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, got {getattr(config, name)!r}")

@@ -43,6 +43,43 @@ RESTORE = "restore it from a copy, or start anew in another --output_dir"
 _SUM = "# sha256: "
 
 STATE_VERSION = 2  # 1 had no checksums
+HARMLESS = frozenset(
+    {
+        "output_dir",
+        "demonstration_workers",
+        "eval_workers",
+        "videos_per_task",
+        "analyse",
+        "cache_images",
+        "logging_steps",
+        "logging_strategy",
+        "logging_first_step",
+        "logging_dir",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "disable_tqdm",
+        "report_to",
+        "run_name",
+        "project",
+        "log_level",
+        "local_rank",
+        "ddp_timeout",
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataloader_persistent_workers",
+        "dataloader_prefetch_factor",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private_repo",
+        "hub_revision",
+        "hub_strategy",
+        "hub_always_push",
+        "hub_token",
+        "grad_norm_limit",
+    }
+)
+"""What may differ between a run and its continuation: none of it changes a number by more than rounding does."""
 
 
 class RunError(RuntimeError):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
-import torch
 
 from .adapter_files import STATISTICS, AdapterInfo
 from .adapters import (
@@ -26,7 +25,6 @@ from .adapters import (
     load_adapter,
     merge_adapters,
     save_adapter,
-    target_modules,
 )
 from .analysis import analyse_run
 from .analysis_results import FILE as ANALYSIS
@@ -37,13 +35,13 @@ from .data.chunks import ChunkDataset
 from .data.collator import VLACollator
 from .data.demonstrations import CAMERA_COLUMNS, load_demonstrations, recipe_demonstrations
 from .data.normalisation import Normaliser
-from .data.sampling import replay_places
 from .data.statistics import statistics_of
 from .distributed import whole_state
 from .files import atomic_folder, remove_folder
 from .hub import load_policy, relative_base
 from .inference import Policy
 from .integrity import DamagedFileError, read_sealed, sha256, write_sealed
+from .loss_log import LossLog
 from .measurement import measure_stage
 from .memory import MANIFEST as MEMORY
 from .memory import ReplayMemory
@@ -51,65 +49,25 @@ from .mending import check_memory, column_is_gone, demonstrations_are_gone, memo
 from .methods import METHODS
 from .models.openvla import (
     PROMPT,
-    OpenVLAConfig,
-    OpenVLAForActionPrediction,
     build_tiny_openvla,
     load_openvla,
 )
-from .models.openvla.quantization import quantization_config
 from .plan import Stage, describe_plan, describe_results, plan_stages, step_name, tiny_shape, worker_count
 from .policy import chunk_length
+from .preflight import check_start
 from .progress import show_progress
 from .publishing import check_access, push_to_hub
 from .remote import HubError
 from .results import Results, collect_versions
-from .run_folder import RESTORE, RunError, RunFolder
-from .trackers import check_tracker_names, check_trackers, curves_beside, make_trackers, stage_record
-from .trainer import InfoVLATrainer, LossLog
-from .video import CURE, video_available
+from .run_folder import HARMLESS, RESTORE, RunError, RunFolder
+from .trackers import curves_beside, make_trackers, stage_record
+from .trainer import InfoVLATrainer
 
 if TYPE_CHECKING:
     from .simulation import AssetSet, Task
 
 DEMONSTRATION_SEED = 0
 """Demonstrations are data: the same for every seed of a training, so that runs can share them."""
-HARMLESS = frozenset(
-    {
-        "output_dir",
-        "demonstration_workers",
-        "eval_workers",
-        "videos_per_task",
-        "analyse",
-        "cache_images",
-        "logging_steps",
-        "logging_strategy",
-        "logging_first_step",
-        "logging_dir",
-        "save_strategy",
-        "save_steps",
-        "save_total_limit",
-        "disable_tqdm",
-        "report_to",
-        "run_name",
-        "project",
-        "log_level",
-        "local_rank",
-        "ddp_timeout",
-        "dataloader_num_workers",
-        "dataloader_pin_memory",
-        "dataloader_persistent_workers",
-        "dataloader_prefetch_factor",
-        "push_to_hub",
-        "hub_model_id",
-        "hub_private_repo",
-        "hub_revision",
-        "hub_strategy",
-        "hub_always_push",
-        "hub_token",
-        "grad_norm_limit",
-    }
-)
-"""What may differ between a run and its continuation: none of it changes a number by more than rounding does."""
 
 
 class Stream:
@@ -138,7 +96,7 @@ class Stream:
         Raises:
             RunError: another configuration or process holds the folder; it cannot be written; something is missing.
         """
-        self._check_requirements()
+        check_start(self)
         if self.training.push_to_hub and self.run_folder.main_process:
             self._repository = check_access(
                 self.training.hub_model_id,
@@ -152,77 +110,6 @@ class Stream:
 
     def __exit__(self, *_exception: object) -> None:
         self.run_folder.close()
-
-    def _check_requirements(self) -> None:
-        from .models.openvla.checkpoint import read_config
-        from .simulation.headless import choose_gl, libero_folder
-
-        libero_folder()
-        choose_gl()
-        if self.config.videos_per_task and not video_available():
-            raise RunError(f"videos of rollouts need PyAV: {CURE}")
-        quantization_config(self.config.quantization)
-        self.check()
-        self._check_parts(None if self.is_tiny else read_config(self.config.base_model, {})[0])
-        check_trackers(self.training.report_to)  # that they are installed, too
-        self.check_batches()
-
-    def _check_parts(self, checkpoint: OpenVLAConfig | None) -> None:
-        """See that the base has what options name of it: built without memory, if it is a checkpoint."""
-        if checkpoint is None:
-            words = [task.instruction for task in self.tasks]
-            model, _ = build_tiny_openvla(instructions=words, **tiny_shape(self.config))
-        else:
-            with torch.device("meta"):
-                model = OpenVLAForActionPrediction(checkpoint)
-        try:
-            model.tap_module(self.training.tap_layer)
-        except ValueError as error:
-            raise RunError(f"tap_layer: {error}") from error
-        target_modules(model, self.training.lora_targets)
-
-    def check(self) -> None:
-        """See that the recipe fits together, as far as it says so itself: what `--dry-run` checks, on any machine.
-
-        Raises:
-            RunError, ValueError: it does not; a later stage would fail.
-        """
-        config, method = self.config, METHODS[self.training.method]
-        if config.analyse and method.keeps_all:
-            raise RunError(
-                f"analyse looks at demonstrations that are not trained on, and {self.training.method} trains on all; "
-                "leave analyse out"
-            )
-        unknown = set(config.cameras) - set(CAMERA_COLUMNS)
-        if unknown or not config.cameras:
-            raise RunError(f"cameras must be among {', '.join(CAMERA_COLUMNS)}, got {config.cameras}")
-        check_tracker_names(self.training.report_to)
-        for name in ("base_model", "demonstrations_source"):
-            place = getattr(config, name)
-            if not place or not place.startswith((".", "/", "~")) or Path(place).exists():
-                continue
-            if name == "base_model" or "demonstrations" not in self.run_folder.state():  # else they may be gone
-                raise RunError(f"{name}: there is nothing at {place}; correct the path")
-        if self.training.per_device_train_batch_size < 1:
-            raise RunError("per_device_train_batch_size must be at least 1")
-        if self.training.eval_strategy != "no":
-            raise RunError("eval_strategy must be no: a stream holds no samples out; its rollouts evaluate each stage")
-
-    def check_batches(self) -> None:
-        """See that a batch of all processes can hold what the last stage replays.
-
-        Raises:
-            ValueError: it cannot.
-        """
-        config, training, method = self.config, self.training, METHODS[self.training.method]
-        past = [task for stage in self.stages[:-1] for task in stage.tasks]
-        remembered = past if method.replay and (method.keeps_all or config.memory_trajectories) else []
-        answered = self.stages[0].tasks if training.teacher == "base" else past
-        counterfactual = answered if method.counterfactual and training.counterfactual_share else []
-        if len(counterfactual) > training.counterfactual_frames:
-            raise ValueError(f"counterfactual_frames must be at least {len(counterfactual)}, one per past task")
-        batch = training.train_batch_size * training.world_size
-        replay_places(batch, training.replay_fraction, len(remembered or counterfactual))
 
     def resolved_config(self) -> dict[str, Any]:
         """Everything that was chosen or found, as it is kept with the run and with each adapter."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
 import shutil
 import signal
 import weakref
@@ -35,9 +33,10 @@ from .data.sampling import StratifiedBatchSampler
 from .distributed import whole, whole_state
 from .divergence import DivergenceError, describe_batch, divergence_reason
 from .features import FeatureTap, extract_features, policy_output
-from .files import atomic_file, fsync, make_folder
+from .files import make_folder
 from .interference import most_interfered
 from .interruption import Stopped, deferred_stop, requested_stop
+from .loss_log import LossLog
 from .losses import output_distillation_loss
 from .memory import Anchors, ReplayMemory
 from .methods import METHODS
@@ -524,54 +523,3 @@ class _AskTeachers(TrainerCallback):
             register_fsdp_forward_method(cast(nn.Module, trainer.model), "predict_action")
             trainer.prepare_anchors()
             trainer._keep_vision()
-
-
-class LossLog(TrainerCallback):
-    """Writes each log entry of a training as one line of JSON, for the report's curves.
-
-    A resumed training drops the lines beyond its checkpoint, so that every step appears once.
-
-    Args:
-        path: the file.
-        stage: written into every line.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], stage: int) -> None:
-        self._path, self._stage = Path(path), stage
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero:
-            there = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
-            lines = there.splitlines()
-            kept = [line for line in lines if _step(line) <= state.global_step]
-            with atomic_file(self._path) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if state.is_world_process_zero and logs and "loss" in logs:
-            entry = {"stage": self._stage, "step": state.global_step, **logs}
-            if "learning_rate" in entry:
-                entry["lr"] = entry.pop("learning_rate")
-            numbers = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in entry.items()}
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(numbers) + "\n")
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self._path.exists():
-            fsync(self._path)  # a continued training goes on behind these lines
-
-
-def _step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return math.inf  # cut off by a kill, or damaged

@@ -131,7 +131,7 @@ def test_a_killed_evaluation_goes_on_with_the_next_task(
 def test_a_killed_training_goes_on_from_its_checkpoint_with_the_same_result(
     make: Callable[..., Stream], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from infovla_peft.trainer import LossLog
+    from infovla_peft.loss_log import LossLog
 
     with make({"stream": "B1-1N1"}) as stream:
         stream.run()

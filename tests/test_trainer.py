@@ -20,14 +20,16 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from infovla_peft import files
 from infovla_peft.adapters import activate, adapter_parameters, add_adapter, base_model
+from infovla_peft.checkpoints import last_checkpoint
 from infovla_peft.config import InfoVLAConfig
 from infovla_peft.consolidation import Consolidation
 from infovla_peft.data.chunks import ChunkDataset, ReplayRows
 from infovla_peft.data.collator import VLACollator
 from infovla_peft.data.normalisation import Normaliser
+from infovla_peft.loss_log import LossLog
 from infovla_peft.memory import Anchors, ReplayMemory
 from infovla_peft.teacher import compute_anchors, teacher_mode
-from infovla_peft.trainer import InfoVLATrainer, LossLog, last_checkpoint
+from infovla_peft.trainer import InfoVLATrainer
 
 DRAWER, STOVE, BOWL = "open_the_drawer", "turn_on_the_stove", "put_the_bowl_on_the_plate"
 

@@ -17,6 +17,7 @@ def train(argv: Sequence[str], *, prog: str = "infovla train") -> None:
     import torch
 
     from ..config import load_recipe
+    from ..preflight import check_batches, check_recipe
     from ..progress import quiet_libraries
     from ..stream import Stream
 
@@ -31,10 +32,10 @@ def train(argv: Sequence[str], *, prog: str = "infovla train") -> None:
     quiet_libraries(loading_bars=config.base_model != "tiny")
     if dry_run:
         planned = Stream(config, training)
-        planned.check()
+        check_recipe(planned)
         print(planned.plan())
         try:
-            planned.check_batches()
+            check_batches(planned)
         except ValueError as error:
             print(f"note: in {training.world_size} process(es), {error}")
         return
