@@ -117,9 +117,13 @@ class InfoVLAConfig(TrainingArguments):
         mir_candidates: MIR draws this many candidates per replay sample, ≥ 1. Unverified.
         merge_weight: w of each adapter's update in the merged one; 1 is task arithmetic's sum. Unverified.
 
-    > Parameters that control when a training is given up
+    > Parameters that control what is watched of a training
 
     Args:
+        log_gradients: log how strongly each part of the loss pulls (`grad_norm_*`) and whether against the new task
+            (`grad_cosine_*`, below 0: it does), in the steps that have a log entry, see `conflict.py`. There it costs
+            one more backward pass per part; it changes nothing that is trained. Not with `torch_compile`, FSDP or
+            DeepSpeed.
         grad_norm_limit: a training stops, before the step is made, when the norm of its gradient (before clipping)
             exceeds this, or when loss or norm are not finite; > 0. Unverified.
 
@@ -228,6 +232,9 @@ class InfoVLAConfig(TrainingArguments):
     mir_candidates: int = _option(3, "`mir` chooses among that many times as many samples as it replays.")
     merge_weight: float = _option(1.0, "Weight of each adapter in what `merge` evaluates.")
 
+    log_gradients: bool = _option(
+        False, "Log the gradient of each part of the loss: its norm, and its cosine with the new task's."
+    )
     grad_norm_limit: float = _option(1e6, "Stop before a step whose gradient norm exceeds this, or is not finite.")
 
     image_shift: int = _option(4, "Random image shift in pixels of the model's input; 0 turns it off.")
@@ -298,6 +305,8 @@ class InfoVLAConfig(TrainingArguments):
         check_choices(self)
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be > 0, got {self.temperature}")
+        if self.log_gradients and self.torch_compile:
+            raise ValueError("log_gradients goes through a graph several times, torch_compile once: leave one out")
         if self.rac_center and self.lambda_rac and self.method == "infovla" and not self.anchor_bank:
             raise ValueError(
                 "rac_center subtracts the mean of stored anchors: set anchor_bank above 0, or rac_center to false"

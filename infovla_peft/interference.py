@@ -46,11 +46,11 @@ def interference(
         kept = [parameter.clone() for parameter in parameters]
         model.eval()
         try:
-            before = sample_losses(model, candidates)
+            before = sample_losses(model, candidates, model(**candidates, return_logits=False))
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
                     parameter.sub_(learning_rate * gradient)
-            return sample_losses(model, candidates) - before
+            return sample_losses(model, candidates, model(**candidates, return_logits=False)) - before
         finally:
             for parameter, value in zip(parameters, kept, strict=True):
                 parameter.copy_(value)
@@ -58,9 +58,8 @@ def interference(
                 module.training = True
 
 
-def sample_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """(B,) the policy loss of each sample, in the units of the batch's."""
-    output: Any = model(**batch, return_logits=False)
+def sample_losses(model: nn.Module, batch: Mapping[str, Tensor], output: Any) -> Tensor:
+    """(B,) the policy loss of each sample, in the units of the batch's, from the model's output for the batch."""
     if "actions" in batch and output.action_logits is None:
         error: Tensor = output.predicted_actions.float() - batch["actions"].float()
         return error.abs().mean(dim=(1, 2))

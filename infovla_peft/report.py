@@ -49,6 +49,17 @@ LOSS_TERMS = {
     "cmi": "CMI (cross-modal)",
     "output": "output (the teacher's answers)",
     "ewc": "EWC (penalty)",
+    "grad_norm_current": "gradient, new task (norm)",
+    "grad_norm_replay": "gradient, replay (norm)",
+    "grad_norm_rac": "gradient, RAC (norm)",
+    "grad_norm_cmi": "gradient, CMI (norm)",
+    "grad_norm_output": "gradient, output (norm)",
+    "grad_norm_ewc": "gradient, EWC (norm)",
+    "grad_cosine_replay": "replay against new task (cosine)",
+    "grad_cosine_rac": "RAC against new task (cosine)",
+    "grad_cosine_cmi": "CMI against new task (cosine)",
+    "grad_cosine_output": "output against new task (cosine)",
+    "grad_cosine_ewc": "EWC against new task (cosine)",
 }
 
 

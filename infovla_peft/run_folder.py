@@ -77,6 +77,7 @@ HARMLESS = frozenset(
         "hub_always_push",
         "hub_token",
         "grad_norm_limit",
+        "log_gradients",
     }
 )
 """What may differ between a run and its continuation: none of it changes a number by more than rounding does."""

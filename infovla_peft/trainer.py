@@ -18,6 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
@@ -26,6 +27,7 @@ from .adapters import base_model, freeze_unused, read_adapter_weights, write_ada
 from .checkpoints import STAGING, check_continuable, keep_newest, last_checkpoint, publish_checkpoint
 from .compilation import check_compilable, compiled_blocks
 from .config import NOT_COMPILED, InfoVLAConfig
+from .conflict import CURRENT, REPLAY, conflicts
 from .consolidation import Consolidation
 from .data.chunks import ChunkDataset, ReplayRows
 from .data.collator import VLACollator
@@ -34,10 +36,10 @@ from .distributed import whole, whole_state
 from .divergence import DivergenceError, describe_batch, divergence_reason
 from .features import FeatureTap, extract_features, policy_output
 from .files import make_folder
-from .interference import most_interfered
+from .interference import most_interfered, sample_losses
 from .interruption import Stopped, deferred_stop, requested_stop
 from .loss_log import LossLog
-from .losses import output_distillation_loss
+from .losses import SMOOTH_L1_BETA, output_distillation_loss
 from .memory import Anchors, ReplayMemory
 from .methods import METHODS
 from .rehearsal import Rehearsal
@@ -57,7 +59,7 @@ class InfoVLATrainer(Trainer):
     stored with it. A training step is one forward pass of the student, of which one layer is tapped. A term without
     information in a batch (a single candidate, say) is skipped and counted. The log holds, beside Trainer's own
     entries, `policy_loss`, each term (`rac`, `cmi`, `output`: means over the batches since the last entry, before λ)
-    and `rac_skipped` and so on.
+    and `rac_skipped` and so on; with `log_gradients`, what `conflict.conflicts` finds in that step.
 
     Where a batch may hold counterfactual frames, an L1 policy loss becomes smooth L1, as in
     `losses.output_distillation_loss`: their labels are actions that the student reproduces at the start
@@ -162,6 +164,8 @@ class InfoVLATrainer(Trainer):
                 f"method={args.method!r} looks at single parameters, so each process must hold all of them; "
                 "launch with recipes/accelerate/ddp.yaml instead of FSDP or DeepSpeed"
             )
+        if sharded and args.log_gradients:
+            raise ValueError("log_gradients is not supported with FSDP or DeepSpeed: leave it out")
         if args.torch_compile:
             if sharded:
                 raise ValueError("torch_compile is not supported with FSDP or DeepSpeed: train without it")
@@ -265,6 +269,7 @@ class InfoVLATrainer(Trainer):
         """The mean loss of one batch: policy loss and weighted terms, from one forward pass."""
         inputs = dict(inputs)
         replay: ReplayRows | None = inputs.pop("replay", None)
+        current = len(inputs["input_ids"]) - (0 if replay is None else len(replay.own))  # samples; replay comes last
         if replay is not None and METHODS[self.args.method].retrieves:
             inputs = self._retrieve(inputs, len(replay.own))
         if self._vision is not None and replay is not None and len(replay.own):
@@ -272,17 +277,21 @@ class InfoVLATrainer(Trainer):
             inputs["patch_features"] = self._vision(replay.own).to(inputs["input_ids"].device, non_blocking=True)
         if replay is None or not self.terms:
             outputs = model(**inputs, return_logits=False)
-            loss = policy_loss = self._policy_loss(outputs, inputs)
+            policy_loss, terms = self._policy_loss(outputs, inputs), {}
         else:
             with FeatureTap(base_model(cast(nn.Module, self.model)), self.args.tap_layer) as tap:
                 outputs = model(**inputs, return_logits=False)
-            policy_loss = self._policy_loss(outputs, inputs)
-            loss = policy_loss + self._terms_loss(tap.hidden, outputs, replay)
+            policy_loss, terms = self._policy_loss(outputs, inputs), self._terms(tap.hidden, outputs, replay)
         self._note("policy_loss", policy_loss)
         if self._consolidation is not None and isinstance(self.model, PeftModel):
             penalty = self._consolidation.penalty(self.model, self.model.active_adapter)
             self._note("ewc", penalty)
-            loss = loss + self.args.lambda_ewc * penalty
+            terms["ewc"] = self.args.lambda_ewc * penalty
+        loss = policy_loss + sum(terms.values()) if terms else policy_loss
+        if self.args.log_gradients and model.training and self._logs_this_step():
+            parts = {**self._policy_parts(outputs, inputs, current), **terms}
+            for name, value in conflicts(parts, self._trained()).items():
+                self._note(name, value)
         self._loss = loss.detach()
         return (loss, outputs) if return_outputs else loss
 
@@ -336,13 +345,15 @@ class InfoVLATrainer(Trainer):
         chosen = most_interfered(model, current, offered, candidates // self.args.mir_candidates, rate)
         return {name: torch.cat((current[name], offered[name][chosen])) for name in inputs}
 
-    def _terms_loss(self, hidden: Tensor, outputs: Any, replay: ReplayRows) -> Tensor:
+    def _terms(self, hidden: Tensor, outputs: Any, replay: ReplayRows) -> dict[str, Tensor]:
+        """Each term as it enters the loss, with its weight."""
         anchors, negatives = self.rehearsal.anchors, self.rehearsal.negatives
         if anchors is None or negatives is None:
             raise RuntimeError("no anchors: call `train`, or `prepare_anchors` before `compute_loss`")
         own, peers = torch.from_numpy(replay.own), torch.from_numpy(replay.peers)
         kept, others = (part[self.rehearsal.are_remembered(part)] for part in (own, peers))
-        total = hidden.new_zeros((), dtype=torch.float32)
+        zero = hidden.new_zeros((), dtype=torch.float32)
+        terms: dict[str, Tensor] = {}
         first = len(hidden) - len(own)  # replay samples come last, those of the memory before counterfactual ones
         contrast = negatives(anchors, kept, others, hidden.device)
         rows = slice(first, first + len(kept))
@@ -359,17 +370,38 @@ class InfoVLATrainer(Trainer):
             # The mean over processes shall be the mean over all samples, however they are spread.
             share = len(mine) * self.args.world_size / max(len(mine) + len(theirs), 1)
             nothing = not len(mine) and len(theirs)
-            value = total if nothing else term(features, answered if term.counterfactual else contrast)
+            value = zero if nothing else term(features, answered if term.counterfactual else contrast)
             if value is None:
                 self._counts[f"{term.name}_skipped"] = self._counts.get(f"{term.name}_skipped", 0) + 1
             else:
                 self._note(term.name, value * share)
-                total = total + term.weight * share * value
+                terms[term.name] = term.weight * share * value
             if term.network is not None:  # DistributedDataParallel waits for a gradient in every step
-                total = total + sum(parameter.sum() for parameter in term.network.parameters()) * 0.0
-        return total
+                unmoved = sum(parameter.sum() for parameter in term.network.parameters()) * 0.0
+                terms[term.name] = terms.get(term.name, zero) + unmoved
+        return terms
 
     # --- the log -----------------------------------------------------------------------------------------------------
+
+    def _logs_this_step(self) -> bool:
+        return (self.state.global_step + 1) % max(int(self.state.logging_steps), 1) == 0
+
+    def _trained(self) -> list[nn.Parameter]:
+        """What the policy loss trains; the terms' own networks are not of the policy."""
+        networks = {id(value) for term in self.terms if term.network for value in term.network.parameters()}
+        parameters = cast(nn.Module, self.model).parameters()
+        return [value for value in parameters if value.requires_grad and id(value) not in networks]
+
+    def _policy_parts(self, outputs: Any, inputs: Mapping[str, Any], current: int) -> dict[str, Tensor]:
+        """The policy loss, shared between the new task's samples and the replayed ones."""
+        if self.rehearsal.regresses_answers:
+            answers, labels = outputs.predicted_actions, inputs["actions"]
+            losses = F.smooth_l1_loss(answers.float(), labels.float(), beta=SMOOTH_L1_BETA, reduction="none")
+            losses = losses.mean(dim=(1, 2))
+        else:
+            losses = sample_losses(cast(nn.Module, self.model), inputs, outputs)
+        parts = {CURRENT: losses[:current], REPLAY: losses[current:]}
+        return {name: rows.sum() / len(losses) for name, rows in parts.items() if len(rows)}
 
     def _note(self, name: str, value: Tensor) -> None:
         value = value.detach().float()
@@ -383,7 +415,12 @@ class InfoVLATrainer(Trainer):
         super().log(logs, start_time)
 
     def _drain(self) -> dict[str, float]:
-        names = ["policy_loss", *(term.name for term in self.terms), *(["ewc"] if self._consolidation else [])]
+        terms = [term.name for term in self.terms]
+        parts = [*terms, *(["ewc"] if self._consolidation else [])]
+        names = ["policy_loss", *parts]
+        if self.args.log_gradients:
+            names += [f"grad_norm_{part}" for part in (CURRENT, REPLAY, *parts)]
+            names += [f"grad_cosine_{part}" for part in (REPLAY, *parts)]
         zero = torch.zeros((), device=self.args.device)
         rows = [
             (self._sums.get(name, zero), self._counts.get(name, 0), self._counts.get(f"{name}_skipped", 0))
@@ -397,7 +434,7 @@ class InfoVLATrainer(Trainer):
         ):
             if count:
                 entry[name] = total / count
-            if name not in ("policy_loss", "ewc"):
+            if name in terms:
                 entry[f"{name}_skipped"] = int(skipped)
         return entry
 

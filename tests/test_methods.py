@@ -255,7 +255,7 @@ def test_mir_chooses_what_a_step_hurts_most(tmp_path: Path) -> None:
     rows = [{name: tensor[row : row + 1] for name, tensor in candidates.items()} for row in range(6)]
     with torch.no_grad():
         start = torch.stack([model(**row).loss for row in rows])
-    torch.testing.assert_close(sample_losses(model, candidates), start, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(sample_losses(model, candidates, model(**candidates)), start, atol=1e-5, rtol=1e-4)
     step = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     model(**current).loss.backward()
     step.step()
@@ -267,7 +267,7 @@ def test_mir_chooses_what_a_step_hurts_most(tmp_path: Path) -> None:
 def test_sample_losses_of_action_tokens(tmp_path: Path) -> None:
     policy = tiny_policy(autoregressive=True)
     batch = policy.batch([0, 14])
-    for row, found in enumerate(sample_losses(policy.model, batch)):
+    for row, found in enumerate(sample_losses(policy.model, batch, policy.model(**batch))):
         alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
         labels = alone["labels"].clone()
         labels[labels == policy.model.config.text_config.eos_token_id] = -100
