@@ -18,6 +18,7 @@ from .benchmark import Benchmark, Job, RunKey, progress, resolved_recipe, unimpo
 from .comparison import ANALYSED, FORMAT_VERSION, ComparedRun, load_comparison
 from .library import find_adapters
 from .methods import unread_options
+from .report import read_loss_curves
 from .results import Results
 from .run_folder import HARMLESS, RunFolder, changed_keys
 
@@ -46,7 +47,8 @@ def aggregate(benchmark: Benchmark, held: Held | None = None) -> tuple[dict[str,
             raise ValueError(found.problem)
         if found.done:
             run = _aggregate_run(job.key, Results.load(RunFolder(job.folder).results), benchmark)
-            runs.append({**run, "base": _base_of(job), "analysis": _analysis_of(job)})
+            more = {"base": _base_of(job), "analysis": _analysis_of(job), "gradients": _gradients_of(job)}
+            runs.append({**run, **more})
         elif held and job.key in held:
             runs.append(asdict(held[job.key]))
         else:
@@ -102,6 +104,15 @@ def _analysis_of(job: Job) -> dict[str, Any] | None:
         name: [[None if cell is None else round(cell, 6) for cell in row] for row in getattr(found, name)]
         for name in ANALYSED
     }
+
+
+def _gradients_of(job: Job) -> dict[str, list[float | None]] | None:
+    """Means over each stage of what `log_gradients` logged in it; None for a run that did not."""
+    curves = [curve for curve in read_loss_curves(job.folder)[0] if curve.term.startswith("grad_")]
+    found: dict[str, list[float | None]] = {curve.term: [None] * progress(job).planned for curve in curves}
+    for curve in curves:
+        found[curve.term][curve.stage] = round(float(curve.values.mean()), 6)
+    return found or None
 
 
 def _aggregate_run(key: RunKey, results: Results, benchmark: Benchmark) -> dict[str, Any]:

@@ -16,6 +16,8 @@ An aggregate is strict JSON with these keys and no others::
         base                                  digest of the base's weights; may be missing or null: not known
         analysis                              `cka` and `action_error`, [task][stage], of its analysis.json; may be
                                               missing or null: not analysed
+        gradients                             what `log_gradients` logged, name -> [stage], the mean over a stage's
+                                              entries; may be missing or null: not logged
     }]
 
 Intervals are percentile bootstrap intervals over runs (seeds and orders): with three runs they are narrower than they
@@ -98,6 +100,7 @@ class ComparedRun:
     config: dict[str, Any]
     base: str | None = None
     analysis: dict[str, list[list[float | None]]] | None = None
+    gradients: dict[str, list[float | None]] | None = None
 
     @property
     def matrix(self) -> NDArray[np.float64]:
@@ -377,7 +380,7 @@ class _Reader(Checker[ComparisonError]):
 
     def run(self, value: Any, where: str) -> ComparedRun:
         if isinstance(value, dict):
-            value = {"base": None, "analysis": None, **value}
+            value = {"base": None, "analysis": None, "gradients": None, **value}
         record = self.record(value, [item.name for item in fields(ComparedRun)], where)
         for name, kind, expected in _KINDS:
             if not isinstance(record[name], kind) or isinstance(record[name], bool):
@@ -401,13 +404,22 @@ class _Reader(Checker[ComparisonError]):
             tables = self.record(record["analysis"], ANALYSED, f"{where}.analysis")
             for name in ANALYSED:
                 self.table(tables[name], f"{where}.analysis.{name}", tasks, stages[-1] + 1)
+        if record["gradients"] is not None:
+            place = f"{where}.gradients"
+            if not isinstance(record["gradients"], dict):
+                self.fail(place, "an object, or null", record["gradients"])
+            for name, row in record["gradients"].items():
+                self.row(row, f"{place}.{name}", stages[-1] + 1)
         return ComparedRun(**record)
 
     def table(self, value: Any, where: str, tasks: int, stages: int) -> None:
         for place, row in self.items(value, where, tasks):
-            for there, cell in self.items(row, place, stages):
-                if cell is not None:
-                    self.number(cell, there)
+            self.row(row, place, stages)
+
+    def row(self, value: Any, where: str, stages: int) -> None:
+        for place, cell in self.items(value, where, stages):
+            if cell is not None:
+                self.number(cell, place)
 
 
 def _is_cell(rate: Any, count: Any) -> bool:

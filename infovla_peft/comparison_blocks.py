@@ -6,9 +6,10 @@ A block of Markdown says what stands in it; the lines up to its end are written 
     <!-- end -->
 
 `show` is `means` (over runs, bootstrap interval), `differences` (paired, to the method `against`; of the final average
-Student's interval too), `last` (successes per task after the last stage, each seed by itself) or `each` (the same with
-the base's tasks summed, and with the errors of the actions then, a mean over tasks, where runs were analysed). `order`
-and `methods` (separated by commas) leave the others out. A text may hold tables of several benchmarks: a block with
+Student's interval too), `last` (successes per task after the last stage, each seed by itself), `each` (the same with
+the base's tasks summed, and with the errors of the actions then, a mean over tasks, where runs were analysed) or
+`gradients` (of each part of the loss, the mean over a stage and over the runs that logged them). `order` and `methods`
+(separated by commas) leave the others out. A text may hold tables of several benchmarks: a block with
 `of=NAME` is that benchmark's alone.
 """
 
@@ -37,6 +38,9 @@ COLUMNS: Mapping[str, str] = {
     "negative_backward_transfer": "NBT",
     "adaptation": "new tasks, right after learning",
 }
+_PARTS: Mapping[str, str] = {
+    "current": "new task", "replay": "replay", "rac": "RAC", "cmi": "CMI", "output": "output", "ewc": "EWC"
+}  # fmt: skip
 _BLOCK = re.compile(r"(<!-- table (?P<words>[^\n]*?) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 _WORDS = frozenset({"of", "show", "suite", "memory", "order", "methods", "against"})
 
@@ -85,7 +89,7 @@ def _table(words: str, comparison: Comparison) -> str:
         raise ComparisonError(f"<!-- table {words} -->: there is no run of {', '.join(missing) or 'all that'}")
     if len({(run.suite, run.memory) for run in runs}) > 1:
         raise ComparisonError(f"<!-- table {words} -->: say which suite=, and which memory=")
-    if make is _each and len({run.order for run in runs}) > 1:
+    if make in (_each, _gradients) and len({run.order for run in runs}) > 1:
         raise ComparisonError(f"<!-- table {words} -->: the orders have other tasks; say which order=")
     if make is _means and len(comparable(runs)) > 1:
         raise ComparisonError(f"<!-- table {words} -->: not all of these methods had all orders; say which order=")
@@ -160,8 +164,32 @@ def _error(run: ComparedRun, tasks: Iterable[int]) -> str:
     return f"{sum(known) / len(known):.4f}" if known else "–"
 
 
+def _gradients(runs: Sequence[ComparedRun], _against: str) -> tuple[list[str], list[list[str]]]:
+    logged = [run for run in runs if run.gradients]
+    if not logged:
+        raise ComparisonError("show=gradients: no run has logged them (log_gradients)")
+    names = [f"grad_norm_{part}" for part in _PARTS] + [f"grad_cosine_{part}" for part in _PARTS][1:]
+    rows = []
+    for method, own in by_method(logged).items():
+        for index, stage in enumerate(own[0].learned_at):
+            if stage:
+                cells = [[(run.gradients or {}).get(name) for run in own] for name in names]
+                columns = [_mean(cell[stage] for cell in column if cell is not None) for column in cells]
+                seeds = ", ".join(str(run.seed) for run in own)
+                rows.append([f"`{method}`", seeds, own[0].tasks[index].replace("_", " "), *columns])
+    labels = [f"norm, {label}" for label in _PARTS.values()] + [f"cosine, {label}" for label in _PARTS.values()][1:]
+    shown = [place for place in range(len(names)) if any(row[3 + place] != "–" for row in rows)]
+    rows = [[*row[:3], *(row[3 + place] for place in shown)] for row in rows]
+    return ["row", "seed", "stage", *(labels[place] for place in shown)], rows
+
+
+def _mean(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.3f}" if known else "–"
+
+
 def _shown(found: Mapping[str, Estimate]) -> list[Estimate]:
     return [found[name] for name in COLUMNS]
 
 
-_SHOWN = {"means": _means, "differences": _differences, "last": _last, "each": _each}
+_SHOWN = {"means": _means, "differences": _differences, "last": _last, "each": _each, "gradients": _gradients}

@@ -560,6 +560,10 @@ def test_an_aggregate_holds_the_finished_runs(benchmark: Benchmark) -> None:
     whole = [[0.1, 0.2, 0.1234567], [0.1, 0.2, 0.3], [None, 0.1, 0.1], [None, None, 0.1]]
     analysed(benchmark.jobs[2], whole)
     analysed(benchmark.jobs[3], [row[:2] for row in whole[:3]])  # before its last stage
+    log = benchmark.jobs[2].folder / "stages" / "stage_02" / "log.jsonl"
+    log.parent.mkdir(parents=True)
+    entries = [{"step": 1, "rac": 1.0, "grad_norm_rac": 0.25}, {"step": 2, "rac": 1.0, "grad_norm_rac": 0.75}]
+    log.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries), encoding="utf-8")
     content, missing = aggregate(benchmark)
     assert missing == [f"libero_goal/{name}" for name in names(benchmark)[3:]]
     runs = read_comparison(json.loads(json.dumps(content))).runs
@@ -569,6 +573,7 @@ def test_an_aggregate_holds_the_finished_runs(benchmark: Benchmark) -> None:
     assert [run.base for run in runs] == ["w", None, None]
     rounded = [[0.1, 0.2, 0.123457], *whole[1:]]
     assert [run.analysis for run in runs] == [None, {"cka": rounded, "action_error": rounded}, None]
+    assert [run.gradients for run in runs] == [None, {"grad_norm_rac": [None, None, 0.5]}, None]
     assert runs[1].config == {"method": "infovla", "lambda_cmi": 0.0}
     assert runs[0].config == {"method": "er"}
     assert (runs[0].train_seconds, runs[0].evaluate_seconds) == (200.0, 100.0)  # without the shared base

@@ -293,6 +293,36 @@ def test_a_table_of_each_seed_with_the_errors_of_analysed_runs() -> None:
     assert lines[5] == "| `mir` | 1 | 24 | 16 | 12 | 65.0 | – | – | – |"
 
 
+def test_a_table_of_the_gradients_that_runs_have_logged() -> None:
+    mine = {
+        "grad_norm_current": [None, 2.0, 4.0],
+        "grad_norm_rac": [None, 0.5, 0.25],
+        "grad_cosine_rac": [None, -0.5, 0],
+    }
+    other = {"grad_norm_current": [None, 3.0, 4.0], "grad_norm_rac": [None, 0.5, None]}
+    found = compare(run("infovla", gradients=mine), run("infovla", 1, gradients=other), run("er", 2))
+    lines = refresh_tables(block("show=gradients memory=1"), found).splitlines()
+    assert lines[2] == "| row | seed | stage | norm, new task | norm, RAC | cosine, RAC |"
+    assert lines[4] == "| `infovla` | 0, 1 | turn it | 2.500 | 0.500 | −0.500 |".replace("−", "-")
+    assert lines[5] == "| `infovla` | 0, 1 | lift it | 4.000 | 0.250 | 0.000 |"
+    assert "er" not in "".join(lines[4:6]).replace("`infovla`", "").replace("norm", "")
+    with pytest.raises(ComparisonError, match="no run has logged them"):
+        refresh_tables(block("show=gradients memory=1"), compare(run("er")))
+
+
+@pytest.mark.parametrize(
+    ("gradients", "message"),
+    [
+        ([], "gradients must be an object"),
+        ({"grad_norm_rac": [None] * 2}, "grad_norm_rac must be an array of 3"),
+        ({"grad_norm_rac": [None, "x", 1.0]}, r"grad_norm_rac\[1\] must be a"),
+    ],
+)
+def test_damaged_gradients_in_an_aggregate_are_refused(gradients: Any, message: str) -> None:
+    with pytest.raises(ComparisonError, match=message):
+        compare(run("er", gradients=gradients))
+
+
 @pytest.mark.parametrize(
     ("analysis", "message"),
     [
@@ -315,7 +345,10 @@ def test_a_damaged_analysis_in_an_aggregate_is_refused(analysis: Any, message: s
         (block("show=means suite=libero_goal"), "say which suite=, and which memory="),
         (block("show=means suite=libero_90"), "there is no run of all that"),
         (block("show=means order=A memory=1 methods=er,ewc"), "there is no run of ewc"),
-        (block("show=matrix suite=libero_goal"), r"write show=means\|differences\|last\|each and, of against"),
+        (
+            block("show=matrix suite=libero_goal"),
+            r"write show=means\|differences\|last\|each\|gradients and, of against",
+        ),
         (block("show=means suit=libero_goal"), "each as name=value"),
         ("<!-- table show=means -->\nno end\n", "has no `<!-- end -->`"),
         ("<!-- table show=means -->\nno end\n" + block("show=means order=A memory=1"), "has no `<!-- end -->`"),
