@@ -297,8 +297,10 @@ def estimates(runs: Iterable[ComparedRun]) -> dict[str, dict[str, Estimate]]:
 def differences(runs: Sequence[ComparedRun], against: str) -> dict[str, dict[str, Estimate]]:
     """Method -> metric -> paired difference to the method `against`, over their common seeds and orders.
 
-    The runs must be of one suite and memory size. Empty if `against` was not run there. Two runs whose bases differ,
-    by their digests if both are known, else by their columns of rollouts, were made on two machines and are no pair.
+    The runs must be of one suite and memory size. Empty if `against` was not run there. A pair starts from the same
+    weights, by their digest, or from bases that do the same in the same rollouts: trained alike on processors that
+    round differently, their weights differ a little. Such a pair has less in common, so that its difference varies
+    more, but favours neither.
     """
     keyed = {method: {(run.order, run.seed): run for run in own} for method, own in by_method(runs).items()}
     if against not in keyed:
@@ -319,9 +321,7 @@ def differences(runs: Sequence[ComparedRun], against: str) -> dict[str, dict[str
 
 
 def _may_share_base(one: ComparedRun, other: ComparedRun) -> bool:
-    if one.base is None or other.base is None:
-        return _pair(one) == _pair(other)
-    return one.base == other.base
+    return (one.base is not None and one.base == other.base) or _pair(one) == _pair(other)
 
 
 def _pair(run: ComparedRun) -> tuple[Any, ...]:

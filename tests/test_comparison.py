@@ -175,12 +175,16 @@ def test_runs_from_different_bases_are_no_pair() -> None:
     assert found["infovla"]["final_average"].n == 1
 
 
-def test_a_base_is_told_by_its_digest_where_that_is_known() -> None:
-    runs = [run("er", 0, base="a"), run("er", 1, base="a"), run("infovla", 0, base="a"), run("infovla", 1, base="b")]
-    assert differences(compare(*runs).runs, "er")["infovla"]["final_average"].n == 1
-    assert differences(compare(run("er"), run("infovla", base="b")).runs, "er")["infovla"]["final_average"].n == 1
-    lucky = run("infovla", base="a", success=[[0.8, 0.6, 0.5], *run("er")["success"][1:]])
-    assert differences(compare(run("er", base="a"), lucky).runs, "er")["infovla"]["final_average"].n == 1
+def test_a_pair_starts_from_the_same_weights_or_from_bases_that_do_the_same() -> None:
+    column = {"success": [[0.8, 0.6, 0.5], *run("er")["success"][1:]]}
+
+    def pairs(*runs: dict[str, Any]) -> int:
+        return differences(compare(*runs).runs, "er")["infovla"]["final_average"].n
+
+    assert pairs(run("er", base="a"), run("infovla", base="b")) == 1  # another processor
+    assert pairs(run("er", base="a"), run("infovla")) == 1  # an older aggregate
+    assert pairs(run("er", base="a"), run("infovla", base="a", **column)) == 1
+    assert pairs(run("er", base="a"), run("er", 1), run("infovla", base="b", **column), run("infovla", 1)) == 1
 
 
 def test_students_interval_by_hand() -> None:
