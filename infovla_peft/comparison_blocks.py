@@ -185,7 +185,7 @@ def _gradients(runs: Sequence[ComparedRun], _against: str) -> tuple[list[str], l
 
 def _mean(values: Iterable[float | None]) -> str:
     known = [value for value in values if value is not None]
-    return f"{sum(known) / len(known):.3f}" if known else "–"
+    return f"{sum(known) / len(known):.3f}".replace("-", "−") if known else "–"
 
 
 def _shown(found: Mapping[str, Estimate]) -> list[Estimate]:

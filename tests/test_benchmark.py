@@ -184,7 +184,7 @@ def test_bench_s_is_what_it_says() -> None:
     assert jobs[0].is_base
     for method in ("er", "infovla"):
         found = {(key.seed, key.order) for key in keys if key[:2] == ("libero_goal", method) and key.memory == 1}
-        assert found == {(seed, order) for seed in range(3) for order in "AB"}
+        assert found == {(seed, order) for seed in range(4) for order in "AB"}
         assert {key.memory for key in keys if key.method == method} == {0, 1, 5}
     for method in (
         "der++",
