@@ -21,8 +21,8 @@ An aggregate is strict JSON with these keys and no others::
     }]
 
 Intervals are percentile bootstrap intervals over runs (seeds and orders): with three runs they are narrower than they
-ought to be, and with one there is none. They say what another seed or order would do, on the same base, demonstrations
-and start states.
+ought to be, and with one there is none. They say what another seed or order would do, on the same demonstrations and
+start states, and on the same base as far as the runs share it.
 """
 
 from __future__ import annotations

@@ -83,8 +83,8 @@ class InfoVLAConfig(TrainingArguments):
             `near_duplicate_window=0`. `der++` sets `teacher="auto"`, `lwf` sets `teacher="previous"`, `ewc`
             `adapter_init="continue"`, `single_task` and `merge` `adapter_init="fresh"`.
         lambda_rac: weight λ1 of the replay-anchor contrastive term, ≥ 0; 0 leaves it out. Default: 0.02; at 0.1,
-            beside λ3 = 0.3, a tiny base did not learn a task with a new object (one seed), and at 0.02 its actions
-            there were farther off than without (two seeds), which rollouts did not bear out (recipes/README.md).
+            beside λ3 = 0.3, a tiny base did not learn a task with a new object (one seed); at 0.02 its actions there
+            were farther off than without, from one base more than from another (recipes/README.md).
             `infovla_paper`: 0.1 (paper, §5.1).
         lambda_cmi: weight λ2 of the cross-modal mutual information term, ≥ 0; 0 leaves it out. Default: as lambda_rac.
         lambda_output: weight λ3 of the distance to the teacher's answers, ≥ 0; 0 leaves it out. Default: 0.3;
@@ -122,8 +122,8 @@ class InfoVLAConfig(TrainingArguments):
     Args:
         log_gradients: log how strongly each part of the loss pulls (`grad_norm_*`) and whether against the new task
             (`grad_cosine_*`, below 0: it does), in the steps that have a log entry, see `conflict.py`. There it costs
-            one more backward pass per part; it changes nothing that is trained. Not with `torch_compile`, FSDP or
-            DeepSpeed.
+            one more backward pass per part; it changes nothing that is trained. With several processes, the mean of
+            what each finds in its own samples. Not with `torch_compile`, FSDP or DeepSpeed.
         grad_norm_limit: a training stops, before the step is made, when the norm of its gradient (before clipping)
             exceeds this, or when loss or norm are not finite; > 0. Unverified.
 

@@ -18,7 +18,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
@@ -39,7 +38,7 @@ from .files import make_folder
 from .interference import most_interfered, sample_losses
 from .interruption import Stopped, deferred_stop, requested_stop
 from .loss_log import LossLog
-from .losses import SMOOTH_L1_BETA, output_distillation_loss
+from .losses import output_distillation_loss
 from .memory import Anchors, ReplayMemory
 from .methods import METHODS
 from .rehearsal import Rehearsal
@@ -394,14 +393,19 @@ class InfoVLATrainer(Trainer):
 
     def _policy_parts(self, outputs: Any, inputs: Mapping[str, Any], current: int) -> dict[str, Tensor]:
         """The policy loss, shared between the new task's samples and the replayed ones."""
+        size = len(inputs["input_ids"])
+        parts = {CURRENT: slice(0, current), REPLAY: slice(current, size)}
         if self.rehearsal.regresses_answers:
             answers, labels = outputs.predicted_actions, inputs["actions"]
-            losses = F.smooth_l1_loss(answers.float(), labels.float(), beta=SMOOTH_L1_BETA, reduction="none")
-            losses = losses.mean(dim=(1, 2))
+            means = {
+                name: output_distillation_loss(answers[rows], labels[rows], kind="actions")
+                for name, rows in parts.items()
+            }
         else:
             losses = sample_losses(cast(nn.Module, self.model), inputs, outputs)
-        parts = {CURRENT: losses[:current], REPLAY: losses[current:]}
-        return {name: rows.sum() / len(losses) for name, rows in parts.items() if len(rows)}
+            means = {name: losses[rows].mean() for name, rows in parts.items()}
+        shares = {name: (rows.stop - rows.start) / size for name, rows in parts.items()}
+        return {name: share * means[name] for name, share in shares.items() if share}
 
     def _note(self, name: str, value: Tensor) -> None:
         value = value.detach().float()
