@@ -47,8 +47,8 @@ def aggregate(benchmark: Benchmark, held: Held | None = None) -> tuple[dict[str,
             raise ValueError(found.problem)
         if found.done:
             run = _aggregate_run(job.key, Results.load(RunFolder(job.folder).results), benchmark)
-            more = {"base": _base_of(job), "analysis": _analysis_of(job), "gradients": _gradients_of(job)}
-            runs.append({**run, **more})
+            base = {"base": _base_of(job), "base_seed": job.base_seed}
+            runs.append({**run, **base, "analysis": _analysis_of(job), "gradients": _gradients_of(job)})
         elif held and job.key in held:
             runs.append(asdict(held[job.key]))
         else:
@@ -76,6 +76,11 @@ def load_held(benchmark: Benchmark, aggregates: Iterable[str | os.PathLike[str]]
                 raise ValueError(f"{path} holds a run that {benchmark.name} has not, {key}; leave the file out")
             if not isinstance(theirs, dict) or theirs.get(run.suite) != ours[run.suite]:
                 raise ValueError(f"{path}: {run.suite} is not run there as in {benchmark.name}; leave the file out")
+            if run.base_seed != job.base_seed:
+                raise ValueError(
+                    f"{path}: {job.name} was run with base_seed {run.base_seed}, here it is {job.base_seed}; leave "
+                    "the file out, or undo the change"
+                )
             wanted = _own_options(key, resolved_recipe(job.recipe), benchmark)
             differing = changed_keys(run.config, wanted, ignore=unread_options(wanted["method"]))
             if differing:

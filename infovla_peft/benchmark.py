@@ -14,10 +14,12 @@ A YAML file describes it::
       infovla_rac_only: {method: infovla, lambda_cmi: 0}
     runs:                                    the most informative first; seeds change slowest within an entry
       - {suite: libero_goal, methods: [er, infovla_rac_only], seeds: [0, 1], orders: [A], memory: [1]}
+      - {suite: libero_goal, methods: [er], seeds: [2], orders: [A], base_seed: 1}
 
 Runs with the same base tasks, in the same order, share their base: it is trained (or, if it is a checkpoint, taken)
 and measured once, by a run of its own, and the demonstrations of the suite are recorded then. A base does not depend
-on the seed, so that seeds differ in what is compared here: the learning of the new tasks.
+on the seed, so that seeds differ in what is compared here: the learning of the new tasks. How much of a result is one
+base's say runs on another: `base_seed` (default 0) chooses which tiny base an entry's runs start from.
 """
 
 from __future__ import annotations
@@ -41,7 +43,6 @@ from .results import Results, ResultsError
 from .run_folder import HARMLESS, RunError, RunFolder, changed_keys
 from .stream import Stream
 
-BASE_SEED = 0
 ADAPTER_OPTIONS = frozenset(
     {
         "lambda_rac",
@@ -88,7 +89,7 @@ BOOKKEEPING = HARMLESS | {
     "demonstrations_folder",
 }
 """What may differ between the machine that ran and the one that reads, or is no choice of the method."""
-_ENTRY_KEYS = ("suite", "methods", "seeds", "orders", "memory")
+_ENTRY_KEYS = ("suite", "methods", "seeds", "orders", "memory", "base_seed")
 
 
 class BenchmarkError(ValueError):
@@ -125,6 +126,10 @@ class Job:
     @property
     def is_base(self) -> bool:
         return self.key is None
+
+    @property
+    def base_seed(self) -> int:
+        return int((self.base or self).recipe["seed"])
 
 
 @dataclass(frozen=True)
@@ -256,9 +261,12 @@ def _plan(name: str, content: Mapping[str, Any]) -> Benchmark:
             raise ValueError(f"methods.{method}: {', '.join(sorted(changed))} must be the same for all methods")
     jobs: dict[str, Job] = {}
     for number, entry in enumerate(_list(content.get("runs"), "runs")):
-        for key in _keys(_mapping(entry, f"runs[{number}]"), f"runs[{number}]", orders):
+        base_seed = _count(_mapping(entry, f"runs[{number}]").get("base_seed", 0), f"runs[{number}].base_seed", 0)
+        for key in _keys(entry, f"runs[{number}]", orders):
             options, tasks = common[key.suite], orders[key.suite][key.order]
-            base = _base_job(output_dir, key.suite, options, tasks)
+            if base_seed and options.get("base_model", "tiny") != "tiny":
+                raise ValueError(f"runs[{number}].base_seed: a seed is for base_model tiny, which is trained here")
+            base = _base_job(output_dir, key.suite, options, tasks, base_seed)
             base = jobs.setdefault(base.name, base)
             run_name = f"{key.suite}/{key.method}_{key.order}_m{key.memory}_s{key.seed}"
             own = {"method": key.method, **methods.get(key.method, {})}
@@ -267,7 +275,11 @@ def _plan(name: str, content: Mapping[str, Any]) -> Benchmark:
                 options["base_model"] = str(base.folder / "base")
             options |= {"tasks": _names(tasks), "seed": key.seed, "memory_trajectories": key.memory}
             options["output_dir"] = str(output_dir / run_name)
-            jobs.setdefault(run_name, Job(run_name, output_dir / run_name, options, key, base))
+            job = jobs.setdefault(run_name, Job(run_name, output_dir / run_name, options, key, base))
+            if job.base_seed != base_seed:
+                raise ValueError(
+                    f"runs[{number}].base_seed: {run_name} is there with {job.base_seed}; choose another seed"
+                )
     return Benchmark(
         name,
         output_dir,
@@ -303,9 +315,9 @@ def _keys(entry: Mapping[str, Any], where: str, orders: Mapping[str, Mapping[str
     ]
 
 
-def _base_job(output_dir: Path, suite: str, options: Mapping[str, Any], tasks: Sequence[Any]) -> Job:
+def _base_job(output_dir: Path, suite: str, options: Mapping[str, Any], tasks: Sequence[Any], seed: int) -> Job:
     recipe = {name: value for name, value in options.items() if name not in ADAPTER_OPTIONS}
-    recipe |= {"method": "sequential", "seed": BASE_SEED}  # the base has neither memory nor teacher
+    recipe |= {"method": "sequential", "seed": seed}  # the base has neither memory nor teacher
     first = parse_stream(str(options["stream"])).base_tasks
     # The order of the later tasks is no matter, but their words are: the tiny base's tokeniser knows them.
     tasks = _names(tasks)

@@ -14,6 +14,7 @@ An aggregate is strict JSON with these keys and no others::
         train_seconds, evaluate_seconds       of the stages after the base
         config                                in what the run differs from the protocol
         base                                  digest of the base's weights; may be missing or null: not known
+        base_seed                             with which the base was trained; may be missing: 0
         analysis                              `cka` and `action_error`, [task][stage], of its analysis.json; may be
                                               missing or null: not analysed
         gradients                             what `log_gradients` logged, name -> [stage], the mean over a stage's
@@ -22,7 +23,7 @@ An aggregate is strict JSON with these keys and no others::
 
 Intervals are percentile bootstrap intervals over runs (seeds and orders): with three runs they are narrower than they
 ought to be, and with one there is none. They say what another seed or order would do, on the same demonstrations and
-start states, and on the same base as far as the runs share it.
+start states, and on the same bases.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ class ComparedRun:
     evaluate_seconds: float
     config: dict[str, Any]
     base: str | None = None
+    base_seed: int = 0
     analysis: dict[str, list[list[float | None]]] | None = None
     gradients: dict[str, list[float | None]] | None = None
 
@@ -325,8 +327,8 @@ def _may_share_base(one: ComparedRun, other: ComparedRun) -> bool:
 
 
 def _pair(run: ComparedRun) -> tuple[Any, ...]:
-    """What two runs of one task order share that are a pair: their seed, and their base by its column of rollouts."""
-    return run.seed, tuple(row[0] for row in run.success)
+    """What two runs of an order that are a pair share: their seed, and their base by seed and column of rollouts."""
+    return run.seed, run.base_seed, tuple(row[0] for row in run.success)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -380,7 +382,7 @@ class _Reader(Checker[ComparisonError]):
 
     def run(self, value: Any, where: str) -> ComparedRun:
         if isinstance(value, dict):
-            value = {"base": None, "analysis": None, "gradients": None, **value}
+            value = {"base": None, "base_seed": 0, "analysis": None, "gradients": None, **value}
         record = self.record(value, [item.name for item in fields(ComparedRun)], where)
         for name, kind, expected in _KINDS:
             if not isinstance(record[name], kind) or isinstance(record[name], bool):
@@ -432,7 +434,7 @@ def _is_cell(rate: Any, count: Any) -> bool:
 
 _KINDS: tuple[tuple[str, Any, str], ...] = (
     *((name, str, "a string") for name in ("suite", "method", "order", "assets", "renderer")),
-    *((name, int, "an integer") for name in ("seed", "memory", "step_cap")),
+    *((name, int, "an integer") for name in ("seed", "memory", "step_cap", "base_seed")),
     *((name, list, "a list") for name in ("tasks", "learned_at", "success", "episodes")),
     *((name, (int, float), "a number of seconds") for name in ("train_seconds", "evaluate_seconds")),
     *((name, dict, "an object") for name in ("versions", "config")),

@@ -237,6 +237,24 @@ def test_a_base_is_shared_by_what_it_is(tmp_path: Path) -> None:
     assert len(bases(suites={"libero_goal": {"orders": orders}})) == 2
 
 
+def test_a_run_may_start_from_a_base_of_another_seed(tmp_path: Path) -> None:
+    run = {**CONFIG["runs"][0], "orders": ["A"]}
+    runs = [run, {**run, "seeds": [2], "base_seed": 1}]
+    first, second = [job for job in load_benchmark(write_config(tmp_path, runs=runs)).jobs if job.is_base]
+    assert (first.recipe["seed"], second.recipe["seed"]) == (0, 1)
+    differing = {name for name in first.recipe if first.recipe[name] != second.recipe[name]}
+    assert differing == {"seed", "output_dir"}
+    benchmark = load_benchmark(write_config(tmp_path, runs=runs))
+    seeds = {job.key.seed: job.base_seed for job in benchmark.jobs if job.key}
+    assert seeds == {0: 0, 1: 0, 2: 1}
+    assert {job.recipe["base_model"] for job in benchmark.jobs if job.key and job.key.seed == 2} == {
+        str(second.folder / "base")
+    }
+    finish(benchmark.jobs[-1])
+    content, _ = aggregate(benchmark)
+    assert [(run.seed, run.base_seed) for run in read_comparison(content).runs] == [(2, 1)]
+
+
 def test_a_checkpoint_stays_the_base(tmp_path: Path) -> None:
     recipe = {**CONFIG["recipe"], "base_model": "openvla/openvla-7b"}
     benchmark = load_benchmark(write_config(tmp_path, recipe=recipe))
@@ -271,6 +289,12 @@ def test_runs_are_selected_by_name(benchmark: Benchmark) -> None:
         ({"runs": [{"suite": "libero_goal", "methods": ["er"], "seeds": ["x"]}]}, "seeds must be an integer"),
         ({"runs": [{"suite": "libero_goal", "methods": ["er"], "seeds": [0], "orders": ["Z"]}]}, "has no order Z"),
         ({"recipe": {"stream": "B2-2N1", "seed": 3}}, "seed follow from `runs`"),
+        ({"runs": [{**CONFIG["runs"][0], "base_seed": -1}]}, r"runs\[0\].base_seed must be an integer of at least 0"),
+        ({"runs": [CONFIG["runs"][0], {**CONFIG["runs"][0], "base_seed": 1}]}, "er_A_m1_s0 is there with 0; choose"),
+        (
+            {"runs": [{**CONFIG["runs"][0], "base_seed": 1}], "recipe": {"stream": "B2-2N1", "base_model": "some/7b"}},
+            "a seed is for base_model tiny",
+        ),
         ({"recipe": {}}, "say `stream`"),
         ({"methods": {"er": {"eval_episodes": 50}}}, "eval_episodes must be the same for all methods"),
         ({"workers": 0}, "workers must be an integer of at least 1"),
@@ -625,6 +649,7 @@ def test_machines_share_a_benchmark(benchmark: Benchmark, tmp_path: Path) -> Non
         (lambda c: c["protocol"]["suites"]["libero_goal"]["recipe"].update(eval_episodes=3), "is not run there as in"),
         (lambda c: c["protocol"].pop("suites"), "is not run there as in"),
         (lambda c: c["runs"][1]["config"].pop("lambda_cmi"), "rac_only_A_m1_s0 was run with another lambda_cmi"),
+        (lambda c: c["runs"][0].update(base_seed=1), "er_A_m1_s0 was run with base_seed 1, here it is 0"),
         (lambda c: c["runs"][0]["config"].update(learning_rate=1e-5), "was run with another learning_rate"),
         (lambda c: c["runs"][0]["success"].pop(), "tables of 4 rows"),
     ],

@@ -184,6 +184,7 @@ def test_a_pair_starts_from_the_same_weights_or_from_bases_that_do_the_same() ->
     assert pairs(run("er", base="a"), run("infovla", base="b")) == 1  # another processor
     assert pairs(run("er", base="a"), run("infovla")) == 1  # an older aggregate
     assert pairs(run("er", base="a"), run("infovla", base="a", **column)) == 1
+    assert pairs(run("er", base="a"), run("infovla", base="b", base_seed=1)) == 0  # the column is alike by chance
     assert pairs(run("er", base="a"), run("er", 1), run("infovla", base="b", **column), run("infovla", 1)) == 1
 
 
