@@ -112,7 +112,7 @@ class InfoVLAConfig(TrainingArguments):
     Args:
         lambda_ewc: weight of EWC's penalty, ≥ 0. Default: 1000, about 56 / 0.06, which makes a negative log-likelihood
             (Laplace) of the policy loss, a mean L1 distance of 56 numbers that ends near 0.06. Not tuned.
-        ewc_samples: frames per stage that estimate its Fisher information, ≥ 1. Unverified.
+        ewc_samples: frames per task that estimate its Fisher information, ≥ 1. Unverified.
         ewc_decay: γ in [0, 1] of online EWC; 1 forgets nothing. Unverified.
         mir_candidates: MIR draws this many candidates per replay sample, ≥ 1. Unverified.
         merge_weight: w of each adapter's update in the merged one; 1 is task arithmetic's sum. Unverified.
@@ -227,7 +227,7 @@ class InfoVLAConfig(TrainingArguments):
     counterfactual_frames: int = _option(2048, "Pairs of frame and old instruction that are chosen per stage.")
 
     lambda_ewc: float = _option(1e3, "Weight of the penalty of `ewc`.")
-    ewc_samples: int = _option(256, "Frames per stage from which `ewc` estimates the Fisher information.")
+    ewc_samples: int = _option(256, "Frames per task from which `ewc` estimates the Fisher information.")
     ewc_decay: float = _option(1.0, "Factor of earlier stages' Fisher information at each stage, in [0, 1].")
     mir_candidates: int = _option(3, "`mir` chooses among that many times as many samples as it replays.")
     merge_weight: float = _option(1.0, "Weight of each adapter in what `merge` evaluates.")

@@ -23,8 +23,9 @@ class Consolidation:
         L_EWC = ½ Σ_p F_p (θ_p − θ*_p)²,   F ← γ F + F_new
 
     Kirkpatrick et al. (1612.00796), in the online form of Schwarz et al. (1805.06370): one Fisher and one reference,
-    those of the end of the stage before. F is the mean of squared gradients of single samples' policy loss (empirical
-    Fisher). The penalty is no mean over a batch, so it does not depend on the batch's size.
+    those of the end of the stage before. F_new is the mean of squared gradients of single samples' policy loss
+    (empirical Fisher), times the tasks that they are of, as log-posteriors of tasks add up: the five tasks of a base
+    weigh five times what a later one does. The penalty is no mean over a batch, so it does not depend on its size.
 
     Deviations: only the adapter has a Fisher, because only it is trained. For the base's tasks it is measured on the
     first adapter before its training; there B = 0 and A has no gradient, so that it keeps B near 0 and leaves A free.
@@ -48,6 +49,7 @@ class Consolidation:
         *,
         samples: int,
         seed: int,
+        tasks: int = 1,
         before: Consolidation | None = None,
         decay: float = 1.0,
     ) -> Consolidation:
@@ -56,6 +58,7 @@ class Consolidation:
         Args:
             data: their demonstrations.
             samples: so many frames are drawn; each costs a forward and a backward pass of its own.
+            tasks: how many tasks these are.
             before: of the stages before; its Fisher counts `decay`-fold (γ).
         """
         parameters = {_plain(key, name): parameter for key, parameter in adapter_parameters(model, name)}
@@ -71,7 +74,7 @@ class Consolidation:
             )
             for key, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
-                    fisher[key] += gradient.detach() ** 2 / len(rows)
+                    fisher[key] += tasks * gradient.detach() ** 2 / len(rows)
         model.train(training)
         if before is not None:
             fisher = {key: value + decay * before.fisher[key].to(device) for key, value in fisher.items()}

@@ -13,12 +13,18 @@ from .models.openvla.sequence import IGNORE_INDEX
 
 
 def most_interfered(
-    model: nn.Module, current: Mapping[str, Tensor], candidates: Mapping[str, Tensor], count: int, learning_rate: float
+    model: nn.Module,
+    current: Mapping[str, Tensor],
+    candidates: Mapping[str, Tensor],
+    count: int,
+    learning_rate: float,
+    optimizer: Any = None,
 ) -> Tensor:
-    """The candidates whose loss grows most under one gradient step on the current samples.
+    """The candidates whose loss grows most under one step on the current samples alone.
 
     Maximally Interfered Retrieval (Aljundi et al., 1908.04742), MI-1: score_i = ℓ(x_i; θ − η ∇L_current) − ℓ(x_i; θ).
-    Deviation: the virtual step is plain gradient descent although the real one is Adam's.
+    There the optimiser is gradient descent, so that the virtual step is the one that it would take; for Adam it is so
+    here with Adam's step, its moments included, in place of ∇L.
 
     Args:
         model: not wrapped; its trainable parameters take the virtual step and are then as before, bit for bit.
@@ -26,16 +32,21 @@ def most_interfered(
         candidates: batch of N ≥ count memory samples.
         count: how many to choose.
         learning_rate: η > 0, large enough that a difference of losses is more than rounding.
+        optimizer: of the parameters. With Adam's moments in its state the step is Adam's, else gradient descent's.
 
     Returns:
         (count,) rows of `candidates`, in their order. Without gradient.
     """
-    scores = interference(model, current, candidates, learning_rate)
+    scores = interference(model, current, candidates, learning_rate, optimizer)
     return scores.topk(count).indices.sort().values
 
 
 def interference(
-    model: nn.Module, current: Mapping[str, Tensor], candidates: Mapping[str, Tensor], learning_rate: float
+    model: nn.Module,
+    current: Mapping[str, Tensor],
+    candidates: Mapping[str, Tensor],
+    learning_rate: float,
+    optimizer: Any = None,
 ) -> Tensor:
     """(N,) how much the loss of each candidate grows under that step. Dropout is off, which would hide it."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -49,13 +60,26 @@ def interference(
             before = sample_losses(model, candidates, model(**candidates, return_logits=False))
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
-                    parameter.sub_(learning_rate * gradient)
+                    parameter.sub_(learning_rate * _direction(parameter, gradient, optimizer))
             return sample_losses(model, candidates, model(**candidates, return_logits=False)) - before
         finally:
             for parameter, value in zip(parameters, kept, strict=True):
                 parameter.copy_(value)
             for module in training:
                 module.training = True
+
+
+def _direction(parameter: Tensor, gradient: Tensor, optimizer: Any) -> Tensor:
+    """By what the optimiser would move a parameter next, per unit of its learning rate, weight decay left out."""
+    state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+    if "exp_avg_sq" not in state or state["exp_avg_sq"].shape != gradient.shape:  # none, another, or one in 8 bits
+        return gradient
+    group = next(group for group in optimizer.param_groups if any(parameter is each for each in group["params"]))
+    (first, second), step = group["betas"], float(state["step"]) + 1
+    mean = state["exp_avg"].lerp(gradient, 1 - first) / (1 - first**step)
+    square = state["exp_avg_sq"].lerp(gradient**2, 1 - second) / (1 - second**step)
+    update: Tensor = mean / (square.sqrt() + group["eps"])
+    return update
 
 
 def sample_losses(model: nn.Module, batch: Mapping[str, Tensor], output: Any) -> Tensor:

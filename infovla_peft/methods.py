@@ -25,7 +25,8 @@ Replay samples are spread evenly over past tasks, of `infovla` over the stages t
   those of the network before the stage. A language-conditioned policy has instructions in place of old heads, so these
   are frames of the current task under the instructions of old ones, with the teacher's answers as labels.
 - **mir**: Maximally Interfered Retrieval (Aljundi et al., 1908.04742), see `interference.py`. Costs three more forward
-  passes per step; gradient steps are as many as everybody's. Each process chooses among its own candidates.
+  passes and a backward pass per step; gradient steps are as many as everybody's. Each process chooses among its own
+  candidates.
 - **ewc**: online Elastic Weight Consolidation (1612.00796, 1805.06370), see `consolidation.py`. No memory.
 - **multitask**: replay of every demonstration of every task seen so far, with the same batches and steps: an upper
   bound of replay, not of every method. Deviation from joint training from the start: it learns stage by stage, and a

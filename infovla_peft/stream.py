@@ -378,8 +378,9 @@ class Stream:
             stage.name,
             self.samples(before.tasks, model, collator),
             collator,
-            samples=self.training.ewc_samples,
+            samples=self.training.ewc_samples * len(before.tasks),
             seed=self.training.seed,
+            tasks=len(before.tasks),
             before=self._consolidated(before, earlier),
             decay=self.training.ewc_decay,
         )

@@ -62,7 +62,7 @@ class InfoVLATrainer(Trainer):
 
     Where a batch may hold counterfactual frames, an L1 policy loss becomes smooth L1, as in
     `losses.output_distillation_loss`: their labels are actions that the student reproduces at the start
-    (of the frame itself; shifted views keep its label).
+    (on the first view of a frame, whose label the other views have too).
 
     Without a PEFT model, all parameters are trained that ever receive a gradient: that is the base stage. Without past
     tasks there is no replay and no term.
@@ -341,7 +341,7 @@ class InfoVLATrainer(Trainer):
         model = cast(nn.Module, self.model)
         # Not the schedule's: at its end, what such a step changes of a loss is less than float32 holds.
         rate = self.args.learning_rate
-        chosen = most_interfered(model, current, offered, candidates // self.args.mir_candidates, rate)
+        chosen = most_interfered(model, current, offered, candidates // self.args.mir_candidates, rate, self.optimizer)
         return {name: torch.cat((current[name], offered[name][chosen])) for name in inputs}
 
     def _terms(self, hidden: Tensor, outputs: Any, replay: ReplayRows) -> dict[str, Tensor]:

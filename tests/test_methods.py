@@ -264,6 +264,33 @@ def test_mir_chooses_what_a_step_hurts_most(tmp_path: Path) -> None:
     assert set(chosen.tolist()) == set(harm.topk(2).indices.tolist())
 
 
+def test_the_virtual_step_of_mir_is_the_optimisers(tmp_path: Path) -> None:
+    policy, model = moved_adapter(tmp_path)
+    current, candidates = split(policy)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adam = torch.optim.AdamW(trained, lr=0.05, weight_decay=0.0)
+    # Without a step behind it there are no moments yet; Adam's first step is one of signs, ours one of descent.
+    assert torch.equal(
+        interference(model, current, candidates, 0.5, adam), interference(model, current, candidates, 0.5)
+    )
+    for rows in ([60, 62], [63, 64]):
+        adam.zero_grad()
+        model(**policy.batch(rows)).loss.backward()
+        adam.step()
+    found = interference(model, current, candidates, 0.05, adam)
+    state = {id(parameter): adam.state[parameter]["exp_avg"].clone() for parameter in trained}
+    with torch.no_grad():
+        start = sample_losses(model, candidates, model(**candidates))
+    adam.zero_grad()
+    model(**current).loss.backward()
+    assert all(torch.equal(adam.state[parameter]["exp_avg"], state[id(parameter)]) for parameter in trained)
+    adam.step()
+    with torch.no_grad():
+        harm = sample_losses(model, candidates, model(**candidates)) - start
+    assert harm.abs().max() > 1e-3
+    torch.testing.assert_close(found, harm, atol=1e-6, rtol=1e-4)
+
+
 def test_sample_losses_of_action_tokens(tmp_path: Path) -> None:
     policy = tiny_policy(autoregressive=True)
     batch = policy.batch([0, 14])
@@ -307,6 +334,9 @@ def test_fisher_is_the_mean_squared_gradient_of_samples(tmp_path: Path) -> None:
     alone = Consolidation.measure(model, "one", data, policy.collator, samples=4, seed=0)
     for name, value in alone.fisher.items():
         torch.testing.assert_close(later.fisher[name], value + 0.5 * found.fisher[name])
+    three = Consolidation.measure(model, "one", data, policy.collator, samples=4, seed=0, tasks=3)
+    for name, value in alone.fisher.items():
+        torch.testing.assert_close(three.fisher[name], 3 * value)
     later.save(tmp_path / "fisher.safetensors", stage=2)
     again = Consolidation.load(tmp_path / "fisher.safetensors", stage=2)
     for name, value in later.reference.items():

@@ -16,8 +16,8 @@ class CounterfactualDataset(torch.utils.data.Dataset[Samples]):
     """Frames of the current task, each told to do one of the past tasks; the actions are the frozen teacher's.
 
     Needs no memory of past tasks but their instructions. It keeps the policy listening: the frames are those on which
-    the new task is learned, so only the words can tell what to do. A shifted view has the label of the frame itself,
-    as augmentation has it of demonstrations.
+    the new task is learned, so only the words can tell what to do. All views of a frame have the label of the first,
+    which is shifted as the others are: as augmentation has it of demonstrations.
 
     Args:
         source: the current task's data.
