@@ -304,22 +304,31 @@ def differences(runs: Sequence[ComparedRun], against: str) -> dict[str, dict[str
     round differently, their weights differ a little. Such a pair has less in common, so that its difference varies
     more, but favours neither.
     """
-    keyed = {method: {(run.order, run.seed): run for run in own} for method, own in by_method(runs).items()}
-    if against not in keyed:
-        return {}
-    reference = keyed.pop(against)
     result = {}
-    for method, own in keyed.items():
-        pairs = [pair for pair, run in own.items() if pair in reference and _may_share_base(run, reference[pair])]
-        ours, theirs = ({pair: found[pair].metrics() for pair in pairs} for found in (own, reference))
+    for method, found in pairs(runs, against).items():
+        ours, theirs = ([pair[side].metrics() for pair in found] for side in (0, 1))
         result[method] = {
             name: paired_difference(
-                {pair: values[name] for pair, values in ours.items()},
-                {pair: values[name] for pair, values in theirs.items()},
+                {number: values[name] for number, values in enumerate(ours)},
+                {number: values[name] for number, values in enumerate(theirs)},
             )
             for name in METRICS
         }
     return result
+
+
+def pairs(runs: Sequence[ComparedRun], against: str) -> dict[str, list[tuple[ComparedRun, ComparedRun]]]:
+    """Method -> its runs, each with the run of `against` that it makes a pair with (see `differences`)."""
+    keyed = {method: {(run.order, run.seed): run for run in own} for method, own in by_method(runs).items()}
+    reference = keyed.pop(against, None)
+    if reference is None:
+        return {}
+    return {
+        method: [
+            (run, reference[at]) for at, run in own.items() if at in reference and _may_share_base(run, reference[at])
+        ]
+        for method, own in keyed.items()
+    }
 
 
 def _may_share_base(one: ComparedRun, other: ComparedRun) -> bool:

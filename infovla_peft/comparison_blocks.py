@@ -5,11 +5,12 @@ A block of Markdown says what stands in it; the lines up to its end are written 
     <!-- table show=means suite=libero_goal memory=1 order=A -->
     <!-- end -->
 
-`show` is `means` (over runs, bootstrap interval), `differences` (paired, to the method `against`; of the final average
-Student's interval too), `last` (successes per task after the last stage, each seed by itself), `each` (the same with
-the base's tasks summed, and with the errors of the actions then, a mean over tasks, where runs were analysed) or
-`gradients` (of each part of the loss, the mean over a stage and over the runs that logged them). `order` and `methods`
-(separated by commas) leave the others out. A text may hold tables of several benchmarks: a block with
+`show` is `means` (over runs, bootstrap interval; bases by the beginning of their digests, "?" where it is not known),
+`differences` (paired, to the method `against`, and how many pairs are known to start from the same weights; of the
+final average Student's interval too), `last` (successes per task after the last stage, each seed by itself), `each`
+(the same with the base's tasks summed, and with the errors of the actions then, a mean over tasks, where runs were
+analysed) or `gradients` (of each part of the loss, the mean over a stage and over the runs that logged them). `order`
+and `methods` (separated by commas) leave the others out. A text may hold tables of several benchmarks: a block with
 `of=NAME` is that benchmark's alone.
 """
 
@@ -27,6 +28,7 @@ from .comparison import (
     comparable,
     differences,
     estimates,
+    pairs,
 )
 from .comparison_tables import interval_text, percent_text
 from .text_tables import markdown_table
@@ -67,10 +69,10 @@ def _fill(block: re.Match[str], comparison: Comparison) -> str:
 
 
 def _table(words: str, comparison: Comparison) -> str:
-    pairs = [word.partition("=") for word in words.split()]
-    options = {key: value for key, _, value in pairs}
+    parts = [word.partition("=") for word in words.split()]
+    options = {key: value for key, _, value in parts}
     make = _SHOWN.get(options.get("show", ""))
-    if make is None or not set(options) <= _WORDS or len(options) < len(pairs):
+    if make is None or not set(options) <= _WORDS or len(options) < len(parts):
         raise ComparisonError(
             f"<!-- table {words} -->: write show={'|'.join(_SHOWN)} and, of {', '.join(sorted(_WORDS - {'show'}))}, "
             "what is wanted, each as name=value"
@@ -98,22 +100,26 @@ def _table(words: str, comparison: Comparison) -> str:
 
 
 def _means(runs: Sequence[ComparedRun], _against: str) -> tuple[list[str], list[list[str]]]:
-    seeds = {method: sorted({run.seed for run in own}) for method, own in by_method(runs).items()}
-    rows = [
-        [f"`{method}`", str(found["auc"].n), ", ".join(map(str, seeds[method])), *map(percent_text, _shown(found))]
-        for method, found in estimates(runs).items()
-    ]
-    return ["method", "runs", "seeds", *COLUMNS.values()], rows
+    own = by_method(runs)
+    rows = []
+    for method, found in estimates(runs).items():
+        seeds = sorted({run.seed for run in own[method]})
+        bases = sorted({(run.base or "?")[:4] for run in own[method]}, key=lambda base: (base == "?", base))
+        where = [", ".join(map(str, each)) for each in (seeds, bases)]
+        rows.append([f"`{method}`", str(found["auc"].n), *where, *map(percent_text, _shown(found))])
+    return ["method", "runs", "seeds", "bases", *COLUMNS.values()], rows
 
 
 def _differences(runs: Sequence[ComparedRun], against: str) -> tuple[list[str], list[list[str]]]:
     rows = []
+    paired = pairs(runs, against)
     for method, found in differences(runs, against).items():
+        same = sum(ours.base is not None and ours.base == theirs.base for ours, theirs in paired[method])
         first, *others = (percent_text(value, signed=True) for value in _shown(found))
         student = interval_text(*found["final_average"].student(), signed=True)
-        rows.append([f"`{method}`", str(found["final_average"].n), first, student, *others])
+        rows.append([f"`{method}`", str(found["final_average"].n), str(same), first, student, *others])
     first_label, *labels = COLUMNS.values()
-    return [f"minus `{against}`", "pairs", first_label, "Student's", *labels], rows
+    return [f"minus `{against}`", "pairs", "same weights", first_label, "Student's", *labels], rows
 
 
 def _last(runs: Sequence[ComparedRun], _against: str) -> tuple[list[str], list[list[str]]]:

@@ -269,17 +269,25 @@ def test_tables_inside_a_text() -> None:
     assert fresh == refresh_tables(fresh, found)
     assert fresh.count("before") == fresh.count("behind") == 2
     assert "old" not in fresh
-    assert "| `er` | 2 | 0, 1 | 65.0 [65.0, 65.0] |" in fresh
-    assert "| `mir` | 1 | 1 | 70.0 | " in fresh
-    assert "| `infovla` | 4 | 0, 1 | 65.0 [65.0, 65.0] |" in fresh
+    assert "| `er` | 2 | 0, 1 | ? | 65.0 [65.0, 65.0] |" in fresh
+    assert "| `mir` | 1 | 1 | ? | 70.0 | " in fresh
+    assert "| `infovla` | 4 | 0, 1 | ? | 65.0 [65.0, 65.0] |" in fresh
     fresh = refresh_tables(block(f"show=differences {where} against=er methods=mir"), found)
-    assert "| minus `er` | pairs | final average | Student's | AUC |" in fresh
-    assert "| `mir` | 1 | +5.0 |  | " in fresh
+    assert "| minus `er` | pairs | same weights | final average | Student's | AUC |" in fresh
+    assert "| `mir` | 1 | 0 | +5.0 |  | " in fresh
     assert "infovla" not in fresh
+    seeds = [
+        run("er", 0, base="abcdef"),
+        run("er", 1, base="b"),
+        run("mir", 0, base="abcdef"),
+        run("mir", 1, base="c"),
+    ]
+    assert "| `mir` | 2 | 0, 1 | abcd, c | " in refresh_tables(block("show=means memory=1"), compare(*seeds))
+    assert "| `mir` | 2 | 1 | +0.0" in refresh_tables(block("show=differences memory=1"), compare(*seeds))
     other = block(f"of=another show=means {where} order=A", "| kept |\n")
     assert refresh_tables(other, found) == other
     ours = block(f"of={found.protocol['name']} show=means {where} order=A", "| old |\n")
-    assert "| `er` | 2 | 0, 1 | 65.0" in refresh_tables(ours, found)
+    assert "| `er` | 2 | 0, 1 | ? | 65.0" in refresh_tables(ours, found)
     fresh = refresh_tables(block(f"show=last {where} order=A"), found)
     assert "| `er` | 10 14 16 12 | 10 14 16 12 |" in fresh
     assert "| `mir` |  | 10 14 16 16 |" in fresh
