@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -12,8 +13,9 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from safetensors.torch import load_file
-from stream_fakes import STREAM, TRAINING, install_fakes
+from stream_fakes import STREAM, TRAINING, FakePool, install_fakes
 
+from infovla_peft.adapters import active_adapter, merge_adapters
 from infovla_peft.config import InfoVLAConfig, StreamConfig, load_recipe
 from infovla_peft.plan import plan_stages
 from infovla_peft.stream import Stream
@@ -50,7 +52,7 @@ def test_every_recipe_names_tasks_that_exist(path: Path) -> None:
     assert sum(len(stage.tasks) for stage in stages) == config.shape.total_tasks
 
 
-@pytest.mark.parametrize("name", ["continual", "evaluate"])
+@pytest.mark.parametrize("name", ["continual", "evaluate", "merge_weight"])
 def test_a_script_is_short_and_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert len((RECIPES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 200
     module = script(name)
@@ -83,3 +85,46 @@ def test_the_spelled_out_loop_does_what_the_package_does(
         theirs = load_file(tmp_path / "package" / "adapters" / adapter.name / "adapter_model.safetensors")
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert (tmp_path / "recipe/success.csv").read_text() == (tmp_path / "package/success.csv").read_text()
+
+
+@pytest.mark.libero
+def test_merge_weights_are_tried_on_validation_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install_fakes(monkeypatch, tmp_path)
+    for method in ("single_task", "er"):
+        training = InfoVLAConfig(**TRAINING, method=method, output_dir=str(tmp_path / method))
+        with Stream(StreamConfig(**{**STREAM, "stream": "B1-2N1"}), training) as stream:
+            stream.run()
+    module = script("merge_weight")
+    merged: list[Any] = []
+
+    def merge(model: Any, names: list[str], into: str, *, weight: float) -> None:
+        merge_adapters(model, names, into, weight=weight)
+        merged.append((names, weight, active_adapter(model)))
+
+    monkeypatch.setattr(module, "merge_adapters", merge)
+    FakePool.calls.clear()
+    arguments = [
+        "--weights",
+        "0.5",
+        "1",
+        "--episodes",
+        "2",
+        "--workers",
+        "1",
+        "--output",
+        str(tmp_path / "found.json"),
+    ]
+    module.main(module.parse([str(tmp_path / "single_task"), *arguments]))
+    names = ["stage_01", "stage_02"]
+    assert merged == [(names, 0.5, "merged"), (names, 1.0, "merged")]
+    tasks = FakePool.calls[:3]
+    assert len(set(tasks)) == 3
+    assert FakePool.calls == tasks * 2
+    assert {tuple(asked["states"]) for asked in FakePool.asked[-6:]} == {(30, 31)}
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert [(row["weight"], list(row["successes"])) for row in rows] == [(0.5, tasks), (1.0, tasks)]
+    assert "w = 1.0" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="is a run of er; its adapters build on each other"):
+        module.main(module.parse([str(tmp_path / "er"), *arguments]))

@@ -1,0 +1,73 @@
+"""Choose the weight of merged adapters: roll Σ w·ΔW out with several w, from initial states that the tests leave out.
+
+    python recipes/merge_weight.py runs/single --weights 0.2 0.3 0.5 1 --first_state 30 --episodes 10
+
+The run is one of `single_task`, whose adapters are those of `merge`: nothing is trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from infovla_peft import load_policy
+from infovla_peft.adapters import merge_adapters, switch
+from infovla_peft.cli import run_command
+from infovla_peft.evaluation import evaluate
+from infovla_peft.files import write_json
+from infovla_peft.library import find_adapters
+from infovla_peft.plan import worker_count
+from infovla_peft.simulation import find_assets, find_task
+from infovla_peft.simulation.workers import EnvironmentPool
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        description="Choose the weight of merged adapters on validation states.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="folder of a finished run of `single_task`")
+    parser.add_argument("--weights", nargs="+", type=float, default=[0.2, 0.3, 0.5, 1.0])
+    parser.add_argument("--first_state", type=int, default=30, help="of the 50; take none that a test starts from")
+    parser.add_argument("--episodes", type=int, default=10, help="rollouts per task and weight")
+    parser.add_argument("--workers", type=int, default=0, help="simulation processes; 0 = one per core")
+    parser.add_argument("--output", type=Path, help="a JSON file for the numbers")
+    return parser.parse_args(argv)
+
+
+def main(options: argparse.Namespace) -> None:
+    """Load all adapters onto one base; then merge, roll out and drop, weight after weight."""
+    stored = find_adapters(options.run)
+    if not stored:
+        raise FileNotFoundError(f"{options.run} holds no adapters; run a recipe with --method single_task first")
+    policy = load_policy(options.run, task=[name for adapter in stored for name in adapter.learned])
+    if policy.recipe["method"] != "single_task":
+        raise ValueError(f"{options.run} is a run of {policy.recipe['method']}; its adapters build on each other")
+    recipe, adapters = policy.recipe, [adapter.name for adapter in stored]
+    tasks = [find_task(recipe["suite"], name) for name in policy.tasks_after()]
+    look = {name: recipe[name] for name in ("image_size", "renderer")}
+    rows = []
+    with EnvironmentPool(
+        worker_count(options.workers), assets=find_assets(recipe["assets"]), cameras=policy.cameras, **look
+    ) as pool:
+        for weight in options.weights:
+            merge_adapters(policy.model, adapters, "merged", weight=weight)
+            found = evaluate(
+                policy, tasks, pool, episodes=options.episodes, first_state=options.first_state,
+                open_loop_steps=recipe["open_loop_steps"], max_steps=recipe["rollout_max_steps"] or None,
+            )  # fmt: skip
+            counts = {result.task: sum(result.successes) for result in found}
+            switch(policy.model, adapters[0])
+            policy.model.delete_adapter("merged")
+            rows.append({"weight": weight, "successes": counts, "episodes": options.episodes})
+            rate = sum(counts.values()) / (options.episodes * len(counts))
+            print(f"w = {weight:<5} {rate:6.1%}  {' '.join(map(str, counts.values()))}", flush=True)
+            if options.output:
+                write_json(options.output, {"run": str(options.run), "first_state": options.first_state, "rows": rows})
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: main(parse(sys.argv[1:]))))
