@@ -127,6 +127,15 @@ class Comparison:
     protocol: dict[str, Any]
     runs: list[ComparedRun]
 
+    def only(self, methods: Iterable[str] | None) -> Comparison:
+        """The runs of these methods alone; None for all. A ValueError names a method without a run."""
+        if methods is None:
+            return self
+        wanted, there = set(methods), method_names(self.runs)
+        if strange := sorted(wanted - set(there)):
+            raise ValueError(f"no run of {', '.join(strange)}; there are runs of {', '.join(there)}")
+        return Comparison(self.protocol, [run for run in self.runs if run.method in wanted])
+
     def groups(self) -> dict[tuple[str, int], list[ComparedRun]]:
         """(suite, memory size) -> its runs, in the order of the file: what may be compared with each other."""
         groups: dict[tuple[str, int], list[ComparedRun]] = {}

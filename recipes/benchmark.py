@@ -3,7 +3,7 @@
     python recipes/benchmark.py run recipes/configs/bench/bench_s.yaml [--workers N] [--only METHOD ...] [--dry-run]
     python recipes/benchmark.py status recipes/configs/bench/bench_s.yaml
     python recipes/benchmark.py aggregate recipes/configs/bench/bench_s.yaml [--output recipes/results/bench_s.json]
-    python recipes/benchmark.py tables recipes/results/bench_s.json [--output FOLDER] [--against METHOD ...]
+    python recipes/benchmark.py tables recipes/results/bench_s.json [--output FOLDER] [--methods METHOD ...]
     python recipes/benchmark.py refresh recipes/results/bench_s.json recipes/README.md
 
 The YAML says which methods, seeds, task orders and memory sizes (see `infovla_peft.benchmark`). Each run is
@@ -66,6 +66,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     tables.add_argument("aggregate", type=Path, help="JSON written by `aggregate`")
     tables.add_argument("--output", type=Path, help="folder; default: <name of the JSON>_tables beside it")
     tables.add_argument("--against", nargs="+", metavar="METHOD", help="differences to these; default: er")
+    tables.add_argument("--methods", nargs="+", metavar="METHOD", help="of these alone; default: all")
     tables.set_defaults(handler=make_tables)
 
     refresh = commands.add_parser("refresh", help="write the tables in a Markdown file anew, `<!-- table ... -->`")
@@ -144,7 +145,7 @@ def write_aggregate(options: argparse.Namespace) -> None:
 
 def make_tables(options: argparse.Namespace) -> None:
     """Tables and figures, from the aggregate alone."""
-    comparison = load_comparison(options.aggregate)
+    comparison = load_comparison(options.aggregate).only(options.methods)
     output = options.output or options.aggregate.with_name(f"{options.aggregate.stem}_tables")
     against = options.against or [method for method in ("er",) if any(run.method == method for run in comparison.runs)]
     for path in [*write_tables(comparison, output, against), *draw_comparison(comparison, output)]:

@@ -708,6 +708,8 @@ def test_the_script_from_the_queue_to_the_tables(tmp_path: Path, capsys: pytest.
     _, text = call("tables", str(aggregated))
     assert (tmp_path / "bench_x_tables" / "tables.md").exists()
     assert "matrices_libero_goal_m1_A.png" in text
+    with pytest.raises(ValueError, match="no run of rac_only"):
+        call("tables", str(aggregated), "--methods", "er", "rac_only")
 
     first = tmp_path / "bench" / "libero_goal" / "rac_only_A_m1_s0"
     first.mkdir()

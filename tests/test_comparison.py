@@ -169,6 +169,14 @@ def test_estimates_and_differences() -> None:
     assert differences(runs, "ewc") == {}
 
 
+def test_a_comparison_of_some_methods() -> None:
+    found = compare(run("er"), run("infovla"), run("mir"))
+    assert [each.method for each in found.only(["mir", "er"]).runs] == ["er", "mir"]
+    assert found.only(None) is found
+    with pytest.raises(ValueError, match="no run of ewc; there are runs of er, infovla, mir"):
+        found.only(["ewc", "er"])
+
+
 def test_runs_from_different_bases_are_no_pair() -> None:
     other_base = run("infovla", 1, success=[[0.8, 0.6, 0.5], *run("er")["success"][1:]])
     found = differences(compare(run("er", 0), run("er", 1), run("infovla", 0), other_base).runs, "er")
