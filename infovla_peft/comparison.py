@@ -21,9 +21,10 @@ An aggregate is strict JSON with these keys and no others::
                                               entries; may be missing or null: not logged
     }]
 
-Intervals are percentile bootstrap intervals over runs (seeds and orders): with three runs they are narrower than they
-ought to be, and with one there is none. They say what another seed or order would do, on the same demonstrations and
-start states, and on the same bases.
+Intervals are percentile bootstrap intervals over seeds, a seed being drawn with all its orders: with three they are
+narrower than they ought to be, and with one there is none. For a seed chooses the trajectories that are stored, in one
+order as in another, and by these plain replay keeps a task or not (recipes/README.md, "Bench-S"). They say what
+another seed would do, on the same demonstrations and start states, and on the same bases.
 """
 
 from __future__ import annotations
@@ -145,13 +146,17 @@ class Comparison:
 
 
 class Estimate(NamedTuple):
-    """A mean with its bootstrap interval and its standard error, NaN where there is none, over `n` values."""
+    """A mean with its bootstrap interval and its standard error, NaN where there is none, over `n` values.
+
+    `groups` of them are independent of each other, see `bootstrap_mean`.
+    """
 
     mean: float
     low: float
     high: float
     n: int
     error: float = math.nan
+    groups: int = 0
 
     def student(self) -> tuple[float, float]:
         """Student's 95 % interval of the mean: of few values wider, and truer, than a bootstrap's. NaN with one.
@@ -159,7 +164,7 @@ class Estimate(NamedTuple):
         >>> [round(bound, 2) for bound in bootstrap_mean([1.0, 2.0, 3.0]).student()]
         [-0.48, 4.48]
         """
-        half = STUDENT[min(self.n - 1, len(STUDENT)) - 1] * self.error if self.n > 1 else math.nan
+        half = STUDENT[min(self.groups - 1, len(STUDENT)) - 1] * self.error if self.groups > 1 else math.nan
         return self.mean - half, self.mean + half
 
 
@@ -167,65 +172,87 @@ class Estimate(NamedTuple):
 
 
 def bootstrap_mean(
-    values: ArrayLike, *, resamples: int = RESAMPLES, confidence: float = 0.95, seed: int = 0
+    values: ArrayLike,
+    *,
+    groups: Sequence[Any] | None = None,
+    resamples: int = RESAMPLES,
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> Estimate:
     """The mean of some runs and its percentile bootstrap interval.
 
     Args:
         values: (runs,), NaN where a run has no value; those are left out.
+        groups: (runs,) labels; runs with the same one are drawn together, as they have more in common than chance. The
+            standard error is then that of a mean with clusters (CR1, Liang and Zeger 1986). None: each by itself.
         resamples: draws with replacement.
         confidence: in (0, 1).
         seed: of the draws.
 
     Returns:
-        NaN as mean without a value, and as interval with fewer than two.
+        NaN as mean without a value, and as interval with fewer than two groups.
 
     Raises:
-        ValueError: values that are not one-dimensional, no resample, or a confidence outside (0, 1).
+        ValueError: values that are not one-dimensional, another number of groups than of values, no resample, or a
+            confidence outside (0, 1).
 
     Example:
         >>> bootstrap_mean([0.5, 0.5, float("nan")])
-        Estimate(mean=0.5, low=0.5, high=0.5, n=2, error=0.0)
+        Estimate(mean=0.5, low=0.5, high=0.5, n=2, error=0.0, groups=2)
+        >>> bootstrap_mean([0.2, 0.2, 0.5, 0.5], groups=[0, 0, 1, 1])
+        Estimate(mean=0.35, low=0.2, high=0.5, n=4, error=0.15, groups=2)
     """
     given = np.asarray(values, dtype=np.float64)
-    if given.ndim != 1 or resamples < 1 or not 0 < confidence < 1:
+    labels = range(given.size) if groups is None else groups
+    if given.ndim != 1 or len(labels) != given.size or resamples < 1 or not 0 < confidence < 1:
         raise ValueError(
-            f"expected (runs,) values, resamples >= 1 and a confidence in (0, 1), got shape {given.shape}, "
-            f"{resamples} and {confidence}"
+            f"expected (runs,) values, as many groups, resamples >= 1 and a confidence in (0, 1), got shape "
+            f"{given.shape}, {len(labels)}, {resamples} and {confidence}"
         )
-    kept = given[~np.isnan(given)]
-    if not len(kept):
+    members: dict[Any, list[float]] = {}
+    for label, value in zip(labels, given.tolist(), strict=True):
+        if not math.isnan(value):
+            members.setdefault(label, []).append(value)
+    counts = np.array([len(own) for own in members.values()])
+    sums = np.array([math.fsum(own) for own in members.values()])
+    runs, number = int(counts.sum()), len(members)
+    if not runs:
         return Estimate(math.nan, math.nan, math.nan, 0)
-    mean = float(kept.mean())
-    if len(kept) == 1:
-        return Estimate(mean, math.nan, math.nan, 1)
-    drawn = np.random.default_rng(seed).integers(len(kept), size=(resamples, len(kept)))
-    means = kept[drawn].mean(axis=1)  # (resamples,)
+    mean = float(sums.sum() / runs)
+    if number == 1:
+        return Estimate(mean, math.nan, math.nan, runs, groups=1)
+    drawn = np.random.default_rng(seed).integers(number, size=(resamples, number))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)  # (resamples,)
     low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return Estimate(mean, float(low), float(high), len(kept), float(kept.std(ddof=1) / math.sqrt(len(kept))))
+    spread = math.sqrt(number / (number - 1) * float(((sums - counts * mean) ** 2).sum()))
+    low, high, error = (round(float(value), 12) for value in (low, high, spread / runs))
+    return Estimate(round(mean, 12), low, high, runs, error, number)
 
 
 def paired_difference(
     ours: Mapping[Any, float],
     theirs: Mapping[Any, float],
     *,
+    groups: Mapping[Any, Any] | None = None,
     resamples: int = RESAMPLES,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Estimate:
     """The mean difference, ours − theirs, over the pairs of runs that both have, and its paired bootstrap interval.
 
-    A pair shares what a key holds (here seed and order), and is drawn as a whole. A pair with a NaN is left out.
+    A pair shares what a key holds (here seed and order), and is drawn as a whole. A pair with a NaN is left out. Pairs
+    of one group (of all keys; here the seed) are drawn together, see `bootstrap_mean`.
 
     Example: the pairs differ by 0.25 and 0.25, whatever the level of each.
 
     >>> estimate = paired_difference({0: 0.5, 1: 0.75, 2: 1.0}, {0: 0.25, 1: 0.5})
     >>> estimate
-    Estimate(mean=0.25, low=0.25, high=0.25, n=2, error=0.0)
+    Estimate(mean=0.25, low=0.25, high=0.25, n=2, error=0.0, groups=2)
     """
     pairs = [key for key in ours if key in theirs]
     differences = [ours[key] - theirs[key] for key in pairs]
-    return bootstrap_mean(differences, resamples=resamples, confidence=confidence, seed=seed)
+    labels = None if groups is None else [groups[key] for key in pairs]
+    return bootstrap_mean(differences, groups=labels, resamples=resamples, confidence=confidence, seed=seed)
 
 
 def rank(means: Mapping[str, float], *, higher_is_better: bool = True) -> list[list[str]]:
@@ -300,8 +327,8 @@ def estimates(runs: Iterable[ComparedRun]) -> dict[str, dict[str, Estimate]]:
     """Method -> metric -> mean over its runs. The runs must be of one suite and memory size."""
     result = {}
     for method, own in by_method(runs).items():
-        values = [run.metrics() for run in own]
-        result[method] = {name: bootstrap_mean([value[name] for value in values]) for name in METRICS}
+        values, seeds = [run.metrics() for run in own], [run.seed for run in own]
+        result[method] = {name: bootstrap_mean([value[name] for value in values], groups=seeds) for name in METRICS}
     return result
 
 
@@ -316,10 +343,12 @@ def differences(runs: Sequence[ComparedRun], against: str) -> dict[str, dict[str
     result = {}
     for method, found in pairs(runs, against).items():
         ours, theirs = ([pair[side].metrics() for pair in found] for side in (0, 1))
+        seeds = {number: run.seed for number, (run, _) in enumerate(found)}
         result[method] = {
             name: paired_difference(
                 {number: values[name] for number, values in enumerate(ours)},
                 {number: values[name] for number, values in enumerate(theirs)},
+                groups=seeds,
             )
             for name in METRICS
         }

@@ -62,7 +62,7 @@ def draw_success_over_stages(runs: Sequence[ComparedRun], title: str, path: str 
         widest = 0
         for (method, own), (colour, marker) in zip(groups.items(), method_looks(list(groups)), strict=True):
             curves = _curves(own)  # (runs, stages)
-            found = [bootstrap_mean(column) for column in curves.T]
+            found = [bootstrap_mean(column, groups=[run.seed for run in own]) for column in curves.T]
             stages = np.arange(len(found))
             widest = max(widest, len(found))
             axes.fill_between(

@@ -125,10 +125,11 @@ def differences_csv(comparison: Comparison, against: Sequence[str]) -> str:
 
 
 _INTRODUCTION = (
-    "Success in per cent: mean over runs (seeds and task orders), bootstrap 95 % interval in brackets. An interval "
-    "over few runs is narrower than it ought to be; with one run there is none. Beside the difference of FAA stands "
-    "Student's interval, which is not. Both are about other seeds and orders on the same bases, demonstrations and "
-    "start states. Where not every method was run under all orders, each order has a table."
+    "Success in per cent: mean over runs (seeds and task orders), bootstrap 95 % interval in brackets, over seeds: a "
+    "seed is drawn with all its orders, which share its stored trajectories. An interval over few seeds is narrower "
+    "than it ought to be; with one there is none. Beside the difference of FAA stands Student's interval, over seeds "
+    "too, which is not. Both are about other seeds on the same bases, demonstrations and start states. Where not all "
+    "methods were run under all orders, each order has a table."
 )
 
 

@@ -84,14 +84,14 @@ def test_doctests() -> None:
 
 def test_a_bootstrap_interval_by_hand() -> None:
     # Two runs, 0 and 1: the mean of a resample is 0, 1/2 or 1 with probability 1/4, 1/2, 1/4.
-    assert bootstrap_mean([0.0, 1.0]) == (0.5, 0.0, 1.0, 2, 0.5)  # error: s = √½, by √2
-    assert bootstrap_mean([0.0, 1.0], confidence=0.4) == (0.5, 0.5, 0.5, 2, 0.5)
+    assert bootstrap_mean([0.0, 1.0]) == (0.5, 0.0, 1.0, 2, 0.5, 2)  # error: s = √½, by √2
+    assert bootstrap_mean([0.0, 1.0], confidence=0.4) == (0.5, 0.5, 0.5, 2, 0.5, 2)
     assert bootstrap_mean([0.3] * 5)[1:3] == pytest.approx((0.3, 0.3))
 
 
 def test_nan_and_single_values_have_no_interval() -> None:
-    mean, low, high, n, error = bootstrap_mean([math.nan, 0.25])
-    assert (mean, n) == (0.25, 1)
+    mean, low, high, n, error, groups = bootstrap_mean([math.nan, 0.25])
+    assert (mean, n, groups) == (0.25, 1, 1)
     assert all(map(math.isnan, (low, high, error)))
     assert math.isnan(bootstrap_mean([math.nan]).mean)
     assert bootstrap_mean([]).n == 0
@@ -114,13 +114,35 @@ def test_unusable_bootstrap_options(options: dict[str, Any]) -> None:
         bootstrap_mean([0.5], **options)
     with pytest.raises(ValueError, match="expected"):
         bootstrap_mean([[0.5]])
+    with pytest.raises(ValueError, match="as many groups"):
+        bootstrap_mean([0.5, 0.5], groups=[1])
+
+
+def test_runs_of_a_seed_are_drawn_together() -> None:
+    # Two orders of each seed that are alike say no more than one.
+    once, twice = (
+        bootstrap_mean([0.1, 0.4, 0.7]),
+        bootstrap_mean([0.1, 0.1, 0.4, 0.4, 0.7, 0.7], groups=[0, 0, 1, 1, 2, 2]),
+    )
+    assert twice[:3] == pytest.approx(once[:3])
+    assert (twice.n, twice.groups) == (6, 3)
+    assert twice.error == pytest.approx(once.error)
+    assert twice.student() == pytest.approx(once.student())
+    # Seeds with unequal numbers of orders: the sandwich estimator, by matrices.
+    values, groups = np.array([0.2, 0.6, 0.3, 0.9, 0.1]), np.array([0, 0, 1, 2, 2])
+    scores = (groups == np.arange(3)[:, None]) @ (values - values.mean())
+    found = bootstrap_mean(values, groups=groups.tolist())
+    assert found.error == pytest.approx(math.sqrt(3 / 2 * scores @ scores) / 5)
+    assert found.mean == pytest.approx(values.mean())
+    # A seed without a value is none.
+    assert bootstrap_mean([0.2, 0.4, math.nan], groups=[0, 0, 1])[3:] == (2, pytest.approx(math.nan, nan_ok=True), 1)
 
 
 def test_a_paired_difference_sees_only_common_pairs() -> None:
     theirs = {(0, "A"): 0.1, (1, "A"): 0.9, (2, "A"): math.nan, (3, "A"): 0.0}
     ours = {(0, "A"): 0.3, (1, "A"): 1.1, (2, "A"): 0.5, (0, "B"): 1.0}
     # The runs differ by 0.8 among themselves, the pairs by nothing.
-    assert paired_difference(ours, theirs) == pytest.approx((0.2, 0.2, 0.2, 2, 0.0))
+    assert paired_difference(ours, theirs) == pytest.approx((0.2, 0.2, 0.2, 2, 0.0, 2))
     assert paired_difference({}, theirs).n == 0
 
 
@@ -163,7 +185,7 @@ def test_estimates_and_differences() -> None:
         run("er", 0), run("er", 1, last=[0.1, 0.3, 0.4, 0.2]), run("infovla", 0, last=better), run("infovla", 7)
     ).runs
     assert estimates(runs)["er"]["final_average"].mean == pytest.approx((0.65 + 0.25) / 2)
-    mean, low, _, n, _ = differences(runs, "er")["infovla"]["final_average"]
+    mean, low, _, n, *_ = differences(runs, "er")["infovla"]["final_average"]
     assert (mean, n) == (pytest.approx(0.1), 1)
     assert math.isnan(low)
     assert differences(runs, "ewc") == {}
