@@ -5,7 +5,7 @@ A block of Markdown says what stands in it; the lines up to its end are written 
     <!-- table show=means suite=libero_goal memory=1 order=A -->
     <!-- end -->
 
-`show` is `means` (over runs, bootstrap interval; bases by the beginning of their digests, "?" where it is not known),
+`show` is `means` (bootstrap interval over seeds; bases by the beginning of their digests, "?" where it is not known),
 `differences` (paired, to the method `against`, and how many pairs are known to start from the same weights; of the
 final average Student's interval too), `last` (successes per task after the last stage, each seed by itself), `each`
 (the same with the base's tasks summed, and with the errors of the actions then, a mean over tasks, where runs were
