@@ -159,7 +159,7 @@ class Estimate(NamedTuple):
     groups: int = 0
 
     def student(self) -> tuple[float, float]:
-        """Student's 95 % interval of the mean: of few values wider, and truer, than a bootstrap's. NaN with one.
+        """Student's 95 % interval of the mean: of few groups wider, and truer, than a bootstrap's. NaN with one.
 
         >>> [round(bound, 2) for bound in bootstrap_mean([1.0, 2.0, 3.0]).student()]
         [-0.48, 4.48]
@@ -218,7 +218,7 @@ def bootstrap_mean(
     runs, number = int(counts.sum()), len(members)
     if not runs:
         return Estimate(math.nan, math.nan, math.nan, 0)
-    mean = float(sums.sum() / runs)
+    mean = round(float(sums.sum() / runs), 12)
     if number == 1:
         return Estimate(mean, math.nan, math.nan, runs, groups=1)
     drawn = np.random.default_rng(seed).integers(number, size=(resamples, number))
@@ -226,7 +226,7 @@ def bootstrap_mean(
     low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
     spread = math.sqrt(number / (number - 1) * float(((sums - counts * mean) ** 2).sum()))
     low, high, error = (round(float(value), 12) for value in (low, high, spread / runs))
-    return Estimate(round(mean, 12), low, high, runs, error, number)
+    return Estimate(mean, low, high, runs, error, number)
 
 
 def paired_difference(

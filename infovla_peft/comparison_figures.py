@@ -50,7 +50,8 @@ def draw_comparison(comparison: Comparison, folder: str | os.PathLike[str]) -> l
 
 
 def draw_success_over_stages(runs: Sequence[ComparedRun], title: str, path: str | os.PathLike[str]) -> None:
-    """Mean success on the tasks seen so far after each stage, one line per method; bands are 95 % bootstrap intervals.
+    """Mean success on the tasks seen so far after each stage, one line per method; bands are 95 % bootstrap intervals
+    over seeds.
 
     Args:
         runs: of one suite and memory size.
@@ -83,7 +84,7 @@ def draw_success_over_stages(runs: Sequence[ComparedRun], title: str, path: str 
 def draw_retention(runs: Sequence[ComparedRun], title: str, path: str | os.PathLike[str]) -> None:
     """Success on the old tasks at the end against success on the new ones right after learning, a point per method.
 
-    Bars are 95 % bootstrap intervals. A method in which one of the two is not measured is left out.
+    Bars are 95 % bootstrap intervals over seeds. A method in which one of the two is not measured is left out.
 
     Args:
         runs: of one suite and memory size.

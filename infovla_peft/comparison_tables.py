@@ -81,7 +81,7 @@ def latex(comparison: Comparison, against: Sequence[str]) -> str:
     parts = ["% \\usepackage{booktabs}"]
     for (suite, memory), runs in comparison.groups().items():
         where = f"{suite}, {_trajectories(memory)} per past task"
-        caption = f"{where}. Mean over runs in per cent, bootstrap 95 % interval in brackets."
+        caption = f"{where}. Mean over runs in per cent, bootstrap 95 % interval over seeds in brackets."
         for order, some in comparable(runs).items():
             which = "" if order is None else f", order {order}"
             parts.append(_latex_table(caption.replace(". Mean", f"{which}. Mean"), *_metric_rows(some)))
@@ -212,7 +212,7 @@ def interval_text(low: float, high: float, *, signed: bool = False) -> str:
 
 def _number(rate: float, signed: bool) -> str:
     # Adding 0.0 turns the -0.0 of a small negative number into 0.0.
-    return f"{round(100 * rate, 1) + 0.0:{'+.1f' if signed else '.1f'}}".replace("-", "−")
+    return f"{round(round(100 * rate, 9), 1) + 0.0:{'+.1f' if signed else '.1f'}}".replace("-", "−")
 
 
 def _numbers(values: Sequence[float]) -> list[str]:

@@ -113,7 +113,8 @@ class InfoVLAConfig(TrainingArguments):
     Args:
         lambda_ewc: weight of EWC's penalty, ≥ 0. Default: 1000, about 56 / 0.06, which makes a negative log-likelihood
             (Laplace) of the policy loss, a mean L1 distance of 56 numbers that ends near 0.06. Not tuned.
-        ewc_samples: frames per task that estimate its Fisher information, ≥ 1. Unverified.
+        ewc_samples: frames per task that estimate the Fisher information (of a base's tasks on
+            average: they are drawn together), ≥ 1. Unverified.
         ewc_decay: γ in [0, 1] of online EWC; 1 forgets nothing. Unverified.
         mir_candidates: MIR draws this many candidates per replay sample, ≥ 1. Unverified.
         merge_weight: w of each adapter's update in the merged one; 1 is task arithmetic's sum. Unverified.

@@ -70,9 +70,13 @@ def interference(
 
 
 def _direction(parameter: Tensor, gradient: Tensor, optimizer: Any) -> Tensor:
-    """By what the optimiser would move a parameter next, per unit of its learning rate, weight decay left out."""
+    """By what the optimiser would move a parameter next, per unit of its learning rate.
+
+    Weight decay and clipping are left out. A state that is not Adam's by the parameter (8 bits, sharded) is not used.
+    """
     state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-    if "exp_avg_sq" not in state or state["exp_avg_sq"].shape != gradient.shape:  # none, another, or one in 8 bits
+    moments = {"exp_avg", "exp_avg_sq", "step"} <= state.keys()
+    if not moments or state["exp_avg"].shape != gradient.shape or state["exp_avg"].dtype != gradient.dtype:
         return gradient
     group = next(group for group in optimizer.param_groups if any(parameter is each for each in group["params"]))
     (first, second), step = group["betas"], float(state["step"]) + 1

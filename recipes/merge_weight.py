@@ -15,7 +15,7 @@ from pathlib import Path
 from infovla_peft import load_policy
 from infovla_peft.adapters import merge_adapters, switch
 from infovla_peft.cli import run_command
-from infovla_peft.evaluation import evaluate
+from infovla_peft.evaluation import check_initial_states, evaluate
 from infovla_peft.files import write_json
 from infovla_peft.library import find_adapters
 from infovla_peft.plan import worker_count
@@ -34,16 +34,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--first_state", type=int, default=30, help="of the 50; take none that a test starts from")
     parser.add_argument("--episodes", type=int, default=10, help="rollouts per task and weight")
     parser.add_argument("--workers", type=int, default=0, help="simulation processes; 0 = one per core")
+    parser.add_argument("--device", help="of the policy: cpu, cuda, ... (default: the CPU)")
     parser.add_argument("--output", type=Path, help="a JSON file for the numbers")
     return parser.parse_args(argv)
 
 
 def main(options: argparse.Namespace) -> None:
     """Load all adapters onto one base; then merge, roll out and drop, weight after weight."""
+    check_initial_states(options.episodes, options.first_state)
     stored = find_adapters(options.run)
     if not stored:
         raise FileNotFoundError(f"{options.run} holds no adapters; run a recipe with --method single_task first")
-    policy = load_policy(options.run, task=[name for adapter in stored for name in adapter.learned])
+    policy = load_policy(
+        options.run, task=[name for adapter in stored for name in adapter.learned], device=options.device
+    )
     if policy.recipe["method"] != "single_task":
         raise ValueError(f"{options.run} is a run of {policy.recipe['method']}; its adapters build on each other")
     recipe, adapters = policy.recipe, [adapter.name for adapter in stored]
