@@ -9,7 +9,8 @@ A block of Markdown says what stands in it; the lines up to its end are written 
 `differences` (paired, to the method `against`, and how many pairs are known to start from the same weights; of the
 final average Student's interval too), `last` (successes per task after the last stage, each seed by itself), `each`
 (the same with the base's tasks summed, and with the errors of the actions then, a mean over tasks, where runs were
-analysed) or `gradients` (of each part of the loss, the mean over a stage and over the runs that logged them). `order`
+analysed), `gradients` (of each part of the loss, the mean over a stage and over the runs that logged them) or
+`agreement` (how far a seed's two orders keep the same of the base's tasks, see `agreement_of_orders`). `order`
 and `methods` (separated by commas) leave the others out. A text may hold tables of several benchmarks: a block with
 `of=NAME` is that benchmark's alone.
 """
@@ -23,7 +24,7 @@ from .comparison import (
     ComparedRun,
     Comparison,
     ComparisonError,
-    Estimate,
+    agreement_of_orders,
     by_method,
     comparable,
     differences,
@@ -31,6 +32,7 @@ from .comparison import (
     pairs,
 )
 from .comparison_tables import interval_text, percent_text
+from .intervals import Estimate
 from .text_tables import markdown_table
 
 COLUMNS: Mapping[str, str] = {
@@ -122,6 +124,12 @@ def _differences(runs: Sequence[ComparedRun], against: str) -> tuple[list[str], 
     return [f"minus `{against}`", "pairs", "same weights", first_label, "Student's", *labels], rows
 
 
+def _agreement(runs: Sequence[ComparedRun], _against: str) -> tuple[list[str], list[list[str]]]:
+    found = agreement_of_orders(runs)
+    rows = [[f"`{method}`", str(n), f"{value:.2f}".replace("-", "−")] for method, (value, n) in found.items()]
+    return ["method", "pairs of task and seed", "correlation between the orders"], rows
+
+
 def _last(runs: Sequence[ComparedRun], _against: str) -> tuple[list[str], list[list[str]]]:
     places = sorted({(run.order, run.seed) for run in runs})
     orders = {order for order, _ in places}
@@ -198,4 +206,11 @@ def _shown(found: Mapping[str, Estimate]) -> list[Estimate]:
     return [found[name] for name in COLUMNS]
 
 
-_SHOWN = {"means": _means, "differences": _differences, "last": _last, "each": _each, "gradients": _gradients}
+_SHOWN = {
+    "means": _means,
+    "differences": _differences,
+    "last": _last,
+    "each": _each,
+    "gradients": _gradients,
+    "agreement": _agreement,
+}

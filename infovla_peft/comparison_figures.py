@@ -18,8 +18,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
-from .comparison import ComparedRun, Comparison, bootstrap_mean, by_method, comparable, estimates
+from .comparison import ComparedRun, Comparison, by_method, comparable, estimates
 from .figures import GRID, MUTED, STYLE, cell_colours, method_looks, save_figure, stage_name
+from .intervals import bootstrap_mean
 from .metrics import average_by_stage, masked_mean
 
 LABEL_WIDTH, CELL_WIDTH, CELL_HEIGHT, GAP, TOP = 2.3, 0.44, 0.34, 0.35, 0.62  # inches

@@ -17,7 +17,6 @@ from .comparison import (
     METRICS,
     ComparedRun,
     Comparison,
-    Estimate,
     MetricColumn,
     by_method,
     comparable,
@@ -28,6 +27,7 @@ from .comparison import (
     same_ranking,
 )
 from .files import write_text
+from .intervals import Estimate
 from .text_tables import NOT_MEASURED, count_span, markdown_table
 
 

@@ -53,6 +53,7 @@ def interference(
     loss = model(**current, return_logits=False).loss
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     training = [module for module in model.modules() if module.training]
+    groups = {id(each): group for group in getattr(optimizer, "param_groups", ()) for each in group["params"]}
     with torch.no_grad():
         kept = [parameter.clone() for parameter in parameters]
         model.eval()
@@ -60,7 +61,8 @@ def interference(
             before = sample_losses(model, candidates, model(**candidates, return_logits=False))
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
-                    parameter.sub_(learning_rate * _direction(parameter, gradient, optimizer))
+                    state = optimizer.state.get(parameter) if optimizer is not None else None
+                    parameter.sub_(learning_rate * _direction(gradient, state or {}, groups.get(id(parameter), {})))
             return sample_losses(model, candidates, model(**candidates, return_logits=False)) - before
         finally:
             for parameter, value in zip(parameters, kept, strict=True):
@@ -69,16 +71,14 @@ def interference(
                 module.training = True
 
 
-def _direction(parameter: Tensor, gradient: Tensor, optimizer: Any) -> Tensor:
+def _direction(gradient: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
     """By what the optimiser would move a parameter next, per unit of its learning rate.
 
     Weight decay and clipping are left out. A state that is not Adam's by the parameter (8 bits, sharded) is not used.
     """
-    state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
     moments = {"exp_avg", "exp_avg_sq", "step"} <= state.keys()
     if not moments or state["exp_avg"].shape != gradient.shape or state["exp_avg"].dtype != gradient.dtype:
         return gradient
-    group = next(group for group in optimizer.param_groups if any(parameter is each for each in group["params"]))
     (first, second), step = group["betas"], float(state["step"]) + 1
     mean = state["exp_avg"].lerp(gradient, 1 - first) / (1 - first**step)
     square = state["exp_avg_sq"].lerp(gradient**2, 1 - second) / (1 - second**step)

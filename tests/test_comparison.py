@@ -14,17 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infovla_peft import comparison as module
-from infovla_peft import comparison_blocks
+from infovla_peft import comparison, comparison_blocks, intervals
 from infovla_peft.comparison import (
     Comparison,
     ComparisonError,
-    bootstrap_mean,
+    agreement_of_orders,
     comparable,
     differences,
     estimates,
     load_comparison,
-    paired_difference,
     rank,
     rankings,
     read_comparison,
@@ -33,6 +31,7 @@ from infovla_peft.comparison import (
 from infovla_peft.comparison_blocks import refresh_tables
 from infovla_peft.comparison_figures import draw_comparison
 from infovla_peft.comparison_tables import write_tables
+from infovla_peft.intervals import bootstrap_mean, paired_difference
 
 REPOSITORY = Path(__file__).parents[1]
 LEARNED_AT = [0, 0, 1, 2]
@@ -78,8 +77,8 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def test_doctests() -> None:
-    assert doctest.testmod(module).failed == 0
-    assert doctest.testmod(comparison_blocks).failed == 0
+    for module in (comparison, comparison_blocks, intervals):
+        assert doctest.testmod(module).failed == 0
 
 
 def test_a_bootstrap_interval_by_hand() -> None:
@@ -197,6 +196,24 @@ def test_a_comparison_of_some_methods() -> None:
     assert found.only(None) is found
     with pytest.raises(ValueError, match="no run of ewc; there are runs of er, infovla, mir"):
         found.only(["ewc", "er"])
+
+
+def test_how_far_the_orders_of_a_seed_agree() -> None:
+    def kept(seed: int, order: str, first: float, second: float) -> dict[str, Any]:
+        rows = [[0.8, first, first], [0.9, second, second], [None, 0.7, 0.8], [None, None, 0.6]]
+        return run("er", seed, order, success=rows)
+
+    alike = [kept(0, "A", 0.2, 0.9), kept(1, "A", 0.6, 0.5), kept(0, "B", 0.1, 0.8), kept(1, "B", 0.5, 0.4)]
+    assert agreement_of_orders(compare(*alike).runs) == {"er": (pytest.approx(1.0), 4)}
+    against = [*alike[:2], kept(0, "B", 0.5, 0.4), kept(1, "B", 0.1, 0.8)]
+    assert agreement_of_orders(compare(*against).runs) == {"er": (pytest.approx(-1.0), 4)}
+    # Levels of tasks that all seeds share are no agreement; without a second seed or order there is nothing to say.
+    assert agreement_of_orders(compare(*alike[:3]).runs) == {}
+    assert agreement_of_orders(compare(*alike[:2]).runs) == {}
+    same = [kept(seed, order, 0.2, 0.9) for seed in (0, 1) for order in "AB"]
+    assert agreement_of_orders(compare(*same).runs) == {}
+    fresh = refresh_tables(block("show=agreement memory=1"), compare(*against))
+    assert "| `er` | 4 | −1.00 |" in fresh
 
 
 def test_runs_from_different_bases_are_no_pair() -> None:
@@ -390,7 +407,7 @@ def test_a_damaged_analysis_in_an_aggregate_is_refused(analysis: Any, message: s
         (block("show=means order=A memory=1 methods=er,ewc"), "there is no run of ewc"),
         (
             block("show=matrix suite=libero_goal"),
-            r"write show=means\|differences\|last\|each\|gradients and, of against",
+            r"write show=means\|differences\|last\|each\|gradients\|agreement and, of against",
         ),
         (block("show=means suit=libero_goal"), "each as name=value"),
         ("<!-- table show=means -->\nno end\n", "has no `<!-- end -->`"),

@@ -18,6 +18,7 @@ from stream_fakes import FRAMES, STREAM, TRAINING, FakePool, install_fakes
 
 from infovla_peft.adapter_files import AdapterError
 from infovla_peft.config import InfoVLAConfig, StreamConfig
+from infovla_peft.consolidation import Consolidation
 from infovla_peft.hub import load_policy
 from infovla_peft.inference import Policy
 from infovla_peft.memory import ReplayMemory
@@ -354,6 +355,22 @@ def test_every_method_runs_through(make: Callable[..., Stream], tmp_path: Path, 
         shutil.rmtree(stream.run_folder.merged(stream.stages[1].name))
         assert [path.name for path in verify_run(tmp_path / "run").damage if path.parent.name == "merged"]
     assert FakePool.calls == [stream.tasks[k].name for k in (0, 1, 0, 1, 2, 0, 1, 2, 3)]
+
+
+def test_ewc_weighs_the_tasks_of_the_base_one_by_one(
+    make: Callable[..., Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[tuple[int, int]] = []
+    measure = Consolidation.measure
+
+    def note(*arguments: Any, **options: Any) -> Consolidation:
+        measured.append((options["samples"], options["tasks"]))
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr(Consolidation, "measure", note)
+    with make(method="ewc", ewc_samples=3) as stream:
+        stream.run()
+    assert measured == [(6, 2), (3, 1)]  # two tasks of the base, then one
 
 
 def test_single_task_asks_each_task_its_own_adapter(make: Callable[..., Stream], tmp_path: Path) -> None:

@@ -803,8 +803,18 @@ def test_mir_replays_what_it_has_chosen(tmp_path: Path, monkeypatch: pytest.Monk
     trainer = adapter_stage(tmp_path, method="mir", mir_candidates=3)
     batch = next(iter(trainer.get_train_dataloader()))
     offered, chosen = len(batch.pop("replay").own), (1, 4, 6, 11)  # three for each of four places
-    monkeypatch.setattr("infovla_peft.trainer.most_interfered", lambda *_: torch.tensor(chosen))
+    asked: list[tuple[Any, ...]] = []
+
+    def choose(*arguments: Any) -> Tensor:
+        asked.append(arguments)
+        return torch.tensor(chosen)
+
+    monkeypatch.setattr("infovla_peft.trainer.most_interfered", choose)
+    trainer.create_optimizer()
     kept = trainer._retrieve(batch, offered)
+    *_, count, rate, optimizer = asked[0]
+    assert (count, rate) == (len(chosen), trainer.args.learning_rate)
+    assert optimizer is trainer.optimizer is not None
     for name, rows in kept.items():
         first = len(batch[name]) - offered
         assert torch.equal(rows, batch[name][[*range(first), *(first + row for row in chosen)]])
