@@ -42,17 +42,21 @@ def aggregate(benchmark: Benchmark, held: Held | None = None) -> tuple[dict[str,
     for job in benchmark.jobs:
         if job.key is None:
             continue
-        found = progress(job)
+        made, found = job.same_as or job, progress(job)
         if found.problem:
             raise ValueError(found.problem)
-        if found.done:
-            run = _aggregate_run(job.key, Results.load(RunFolder(job.folder).results), benchmark)
-            base = {"base": _base_of(job), "base_seed": job.base_seed}
-            runs.append({**run, **base, "analysis": _analysis_of(job), "gradients": _gradients_of(job)})
-        elif held and job.key in held:
-            runs.append(asdict(held[job.key]))
+        if found.done and made.key:
+            run = _aggregate_run(made.key, Results.load(RunFolder(made.folder).results), benchmark)
+            base = {"base": _base_of(made), "base_seed": made.base_seed}
+            run |= {**base, "analysis": _analysis_of(made), "gradients": _gradients_of(made)}
+        elif theirs := (held or {}).get(job.key) or (held or {}).get(made.key or job.key):
+            run = asdict(theirs)
         else:
             missing.append(job.name)
+            continue
+        if job.same_as:
+            run |= {**job.key._asdict(), "config": {"method": job.key.method}, "same_as": made.name}
+        runs.append(run)
     return {"format_version": FORMAT_VERSION, "protocol": _protocol(benchmark), "runs": runs}, missing
 
 

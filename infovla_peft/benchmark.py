@@ -19,7 +19,8 @@ A YAML file describes it::
 Runs with the same base tasks, in the same order, share their base: it is trained (or, if it is a checkpoint, taken)
 and measured once, by a run of its own, and the demonstrations of the suite are recorded then. A base does not depend
 on the seed, so that seeds differ in what is compared here: the learning of the new tasks. How much of a result is one
-base's say runs on another: `base_seed` (default 0) chooses which tiny base an entry's runs start from.
+base's say runs on another: `base_seed` (default 0) chooses which tiny base an entry's runs start from. With nothing
+stored (`memory: [0]`), methods that only replay are `sequential`: where that is a run too, its numbers are theirs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatch
 from functools import cache
@@ -37,7 +38,7 @@ from typing import Any, NamedTuple
 
 from .config import InfoVLAConfig, StreamConfig, load_recipe, parse_stream, resolved_config
 from .measurement import read_cell, write_cell
-from .methods import unread_options
+from .methods import METHODS, unread_options, without_memory
 from .reading import read_yaml
 from .results import Results, ResultsError
 from .run_folder import HARMLESS, RunError, RunFolder, changed_keys
@@ -115,6 +116,8 @@ class Job:
         folder: of the run.
         recipe: all its options.
         base: the run whose base and whose measured base column this one takes over.
+        same_as: the run that this one would repeat bit for bit, so that its numbers are taken: with nothing stored,
+            replay is `sequential`.
     """
 
     name: str
@@ -122,6 +125,7 @@ class Job:
     recipe: Mapping[str, Any] = field(hash=False)
     key: RunKey | None = None
     base: Job | None = None
+    same_as: Job | None = None
 
     @property
     def is_base(self) -> bool:
@@ -176,7 +180,7 @@ class Benchmark:
     workers: int | None
 
     def select(self, only: Iterable[str] | None = None, *, held: Container[RunKey] = ()) -> list[Job]:
-        """Some of the runs, and the bases they need, in the benchmark's order.
+        """Some of the runs, and the bases they need, in the benchmark's order. None repeats another (`Job.same_as`).
 
         Args:
             only: methods, or names of runs as `status` shows them, with wildcards ("libero_object/*"); None for all.
@@ -193,6 +197,8 @@ class Benchmark:
                 methods = ", ".join(sorted({key.method for key in runs.values()}))
                 raise ValueError(f"no run of {strange}; there are {methods}, and the names that `status` shows")
             chosen = set().union(*meant.values())
+        same = {job.name: job.same_as.name for job in self.jobs if job.same_as}
+        chosen = {same.get(name, name) for name in chosen if runs[name] not in held}
         chosen = {name for name in chosen if runs[name] not in held}
         chosen |= {job.base.name for job in self.jobs if job.base and job.name in chosen}
         return [job for job in self.jobs if job.name in chosen]
@@ -283,12 +289,27 @@ def _plan(name: str, content: Mapping[str, Any]) -> Benchmark:
     return Benchmark(
         name,
         output_dir,
-        tuple(jobs.values()),
+        tuple(_say_which_repeat(jobs.values(), methods)),
         common,
         orders,
         cores,
         None if workers is None else _count(workers, "workers"),
     )
+
+
+def _say_which_repeat(jobs: Iterable[Job], methods: Container[str]) -> Iterator[Job]:
+    """The same jobs, each with what it would repeat. A method with options of its own is no other's."""
+    jobs = list(jobs)
+    own = {
+        (job.key.suite, job.key.method, job.key.seed, job.key.order, job.base_seed): job
+        for job in jobs
+        if job.key and job.key.method not in methods
+    }
+    for job in jobs:
+        key, same = job.key, None
+        if key and key.memory == 0 and key.method in METHODS and key.method not in methods:
+            same = own.get((key.suite, without_memory(key.method), key.seed, key.order, job.base_seed))
+        yield job if same in (None, job) else replace(job, same_as=same)
 
 
 def _keys(entry: Mapping[str, Any], where: str, orders: Mapping[str, Mapping[str, Any]]) -> list[RunKey]:
@@ -352,7 +373,8 @@ def take_over_base(job: Job) -> None:
 
 
 def progress(job: Job) -> Progress:
-    """How far a run is, and whether what it has is what the benchmark asks for."""
+    """How far a run is, or the one that it would repeat, and whether what it has is what the benchmark asks for."""
+    job = job.same_as or job
     folder = RunFolder(job.folder)
     planned = 1 if job.is_base else parse_stream(str(job.recipe["stream"])).steps + 1
     try:

@@ -19,6 +19,8 @@ An aggregate is strict JSON with these keys and no others::
                                               missing or null: not analysed
         gradients                             what `log_gradients` logged, name -> [stage], the mean over a stage's
                                               entries; may be missing or null: not logged
+        same_as                               name of the run whose numbers these are, because this one would repeat
+                                              it bit for bit; may be missing or null: it was run itself
     }]
 
 Intervals (see `intervals`) are over seeds, a seed being drawn with all its orders: it chooses the trajectories that
@@ -98,6 +100,7 @@ class ComparedRun:
     base_seed: int = 0
     analysis: dict[str, list[list[float | None]]] | None = None
     gradients: dict[str, list[float | None]] | None = None
+    same_as: str | None = None
 
     @property
     def matrix(self) -> NDArray[np.float64]:
@@ -346,7 +349,7 @@ class _Reader(Checker[ComparisonError]):
 
     def run(self, value: Any, where: str) -> ComparedRun:
         if isinstance(value, dict):
-            value = {"base": None, "base_seed": 0, "analysis": None, "gradients": None, **value}
+            value = {"base": None, "base_seed": 0, "analysis": None, "gradients": None, "same_as": None, **value}
         record = self.record(value, [item.name for item in fields(ComparedRun)], where)
         for name, kind, expected in _KINDS:
             if not isinstance(record[name], kind) or isinstance(record[name], bool):
@@ -402,5 +405,5 @@ _KINDS: tuple[tuple[str, Any, str], ...] = (
     *((name, list, "a list") for name in ("tasks", "learned_at", "success", "episodes")),
     *((name, (int, float), "a number of seconds") for name in ("train_seconds", "evaluate_seconds")),
     *((name, dict, "an object") for name in ("versions", "config")),
-    *((name, (str, type(None)), "a string or null") for name in ("commit", "base")),
+    *((name, (str, type(None)), "a string or null") for name in ("commit", "base", "same_as")),
 )

@@ -85,6 +85,17 @@ METHODS: dict[str, Method] = {
 }
 
 
+def without_memory(method: str) -> str:
+    """The method that this one is, step by step and bit for bit, where nothing is stored.
+
+    >>> without_memory("er"), without_memory("infovla")
+    ('sequential', 'infovla')
+    """
+    row = METHODS[method]
+    only_replays = row.replay and not (row.counterfactual or row.keeps_all or row.consolidates)
+    return "sequential" if only_replays else method
+
+
 _READ_BY = {
     "rac": {"lambda_rac", "rac_targets", "rac_center"},
     "cmi": {"lambda_cmi", "cmi_mode"},

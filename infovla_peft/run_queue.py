@@ -261,7 +261,10 @@ def describe_status(jobs: Sequence[Job], workers: int) -> str:
     counts: dict[str, int] = {}
     rows, finished, to_go = [], [], 0.0
     for job in jobs:
-        state, found = _state(job)
+        state, found = _state(job.same_as or job)
+        if job.same_as:
+            rows.append((job.name, state, f"{found.stages}/{found.planned}", "", f"is {job.same_as.name}"))
+            continue
         counts[state] = counts.get(state, 0) + 1
         if job.key and state == "done":
             finished.append(found.seconds)

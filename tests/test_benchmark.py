@@ -33,6 +33,7 @@ from infovla_peft.benchmark import Benchmark, Job, learn_base, load_benchmark, p
 from infovla_peft.comparison import read_comparison
 from infovla_peft.config import load_recipe
 from infovla_peft.evaluation import TaskResult
+from infovla_peft.files import write_json
 from infovla_peft.measurement import read_cell
 from infovla_peft.results import Results, TaskEntry
 from infovla_peft.run_folder import RunFolder
@@ -312,6 +313,51 @@ def test_wrong_options_are_found_before_the_first_run(tmp_path: Path) -> None:
         load_benchmark(path).check()
     with pytest.raises(FileNotFoundError, match="no benchmark at"):
         load_benchmark(tmp_path / "none.yaml")
+
+
+def test_a_run_without_memory_that_only_replays_is_the_sequential_one(tmp_path: Path) -> None:
+    runs = [
+        {"suite": "libero_goal", "methods": ["er", "infovla"], "seeds": [0, 1], "orders": ["A"], "memory": [0]},
+        {"suite": "libero_goal", "methods": ["sequential"], "seeds": [0], "orders": ["A"], "memory": [1]},
+    ]
+    benchmark = load_benchmark(write_config(tmp_path, runs=runs))
+    same = {job.folder.name: job.same_as and job.same_as.folder.name for job in benchmark.jobs if job.key}
+    assert same == {
+        "er_A_m0_s0": "sequential_A_m1_s0", "infovla_A_m0_s0": None, "er_A_m0_s1": None, "infovla_A_m0_s1": None,
+        "sequential_A_m1_s0": None,
+    }  # fmt: skip
+    er = next(job for job in benchmark.jobs if job.same_as)
+    assert er.same_as is not None
+    # Asked for, the run that has its numbers is run, unless another machine holds it.
+    assert [job.folder.name for job in benchmark.select([er.name]) if job.key] == ["sequential_A_m1_s0"]
+    assert er not in benchmark.select()
+    assert er.same_as.key is not None
+    assert not [job for job in benchmark.select([er.name], held={er.same_as.key}) if job.key]
+    assert er.name in aggregate(benchmark)[1]
+    assert f"is {er.same_as.name}" in describe_status(benchmark.jobs, 1)
+    finish(er.same_as)
+    content, missing = aggregate(benchmark)
+    assert er.name not in missing
+    runs_found = {run["method"]: run for run in content["runs"]}
+    assert runs_found["er"] == {
+        **runs_found["sequential"], "method": "er", "memory": 0, "config": {"method": "er"},
+        "same_as": er.same_as.name,
+    }  # fmt: skip
+    path = tmp_path / "held.json"
+    write_json(path, content)
+    shutil.rmtree(er.same_as.folder)
+    again = load_benchmark(write_config(tmp_path, runs=runs))
+    assert [run["method"] for run in aggregate(again, load_held(again, [path]))[0]["runs"]] == ["er", "sequential"]
+    content["runs"] = [run for run in content["runs"] if run["method"] == "sequential"]
+    write_json(path, content)
+    assert [run["method"] for run in aggregate(again, load_held(again, [path]))[0]["runs"]] == ["er", "sequential"]
+
+
+def test_a_method_with_options_of_its_own_is_no_other_s(tmp_path: Path) -> None:
+    runs = [{"suite": "libero_goal", "methods": ["er", "sequential"], "seeds": [0], "orders": ["A"], "memory": [0]}]
+    methods = {"sequential": {"method": "sequential", "lora_r": 8}}
+    benchmark = load_benchmark(write_config(tmp_path, runs=runs, methods=methods))
+    assert not [job for job in benchmark.jobs if job.same_as]
 
 
 # --- the queue ---------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from infovla_peft.data.collator import VLACollator
 from infovla_peft.data.normalisation import Normaliser
 from infovla_peft.loss_log import LossLog
 from infovla_peft.memory import Anchors, ReplayMemory
+from infovla_peft.methods import METHODS, without_memory
 from infovla_peft.teacher import compute_anchors, teacher_mode
 from infovla_peft.trainer import InfoVLATrainer
 
@@ -728,6 +729,25 @@ def test_terms_of_weight_0_are_as_if_they_were_not_there(tmp_path: Path) -> None
     for method in ("infovla", "der++"):
         assert weights[method].keys() == weights["er"].keys()
         assert all(torch.equal(tensor, weights["er"][name]) for name, tensor in weights[method].items()), method
+
+
+def test_with_nothing_stored_replay_is_plain_fine_tuning(tmp_path: Path) -> None:
+    """Bit for bit, so that `without_memory` may say so."""
+    past = {DRAWER: "open the drawer", STOVE: "turn on the stove"}
+    weights: dict[str, dict[str, Tensor]] = {}
+    for method in METHODS:
+        if without_memory(method) == "sequential":
+            policy = tiny_policy()
+            args = config(tmp_path / method, method=method, max_steps=2, lora_dropout=0.1)
+            model = add_adapter(policy.model, "one", args)
+            dataset = policy.dataset.like(policy.task(BOWL))
+            trainer = InfoVLATrainer(model, args, dataset, policy.collator, memory=ReplayMemory(), past_tasks=past)
+            trainer.train()
+            weights[method] = snapshot(cast(nn.Module, trainer.model))
+    assert weights.keys() == {"sequential", "er", "infovla_paper", "der++", "mir"}
+    for method, found in weights.items():
+        assert found.keys() == weights["sequential"].keys()
+        assert all(torch.equal(tensor, weights["sequential"][name]) for name, tensor in found.items()), method
 
 
 def test_a_penalty_of_weight_0_is_as_if_it_were_not_there(tmp_path: Path) -> None:
