@@ -111,8 +111,9 @@ class InfoVLAConfig(TrainingArguments):
     > Parameters of other methods
 
     Args:
-        lambda_ewc: weight of EWC's penalty, ≥ 0. Default: 1000, about 56 / 0.06, which makes a negative log-likelihood
-            (Laplace) of the policy loss, a mean L1 distance of 56 numbers that ends near 0.06. Not tuned.
+        lambda_ewc: weight of EWC's penalty, ≥ 0. Default: 1e5, measured on the tiny base (recipes/README.md,
+            "The weight of EWC"). 56 / 0.06, about 1000, would make a negative log-likelihood (Laplace) of the policy
+            loss, a mean L1 distance of 56 numbers that ends near 0.06; that keeps nothing there.
         ewc_samples: frames per task that estimate the Fisher information (of a base's tasks on
             average: they are drawn together), ≥ 1. Unverified.
         ewc_decay: γ in [0, 1] of online EWC; 1 forgets nothing. Unverified.
@@ -228,7 +229,7 @@ class InfoVLAConfig(TrainingArguments):
     )
     counterfactual_frames: int = _option(2048, "Pairs of frame and old instruction that are chosen per stage.")
 
-    lambda_ewc: float = _option(1e3, "Weight of the penalty of `ewc`.")
+    lambda_ewc: float = _option(1e5, "Weight of the penalty of `ewc`.")
     ewc_samples: int = _option(256, "Frames per task from which `ewc` estimates the Fisher information.")
     ewc_decay: float = _option(1.0, "Factor of earlier stages' Fisher information at each stage, in [0, 1].")
     mir_candidates: int = _option(3, "`mir` chooses among that many times as many samples as it replays.")

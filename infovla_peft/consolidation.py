@@ -30,7 +30,8 @@ class Consolidation:
     Deviations: only the adapter has a Fisher, because only it is trained. For the base's tasks it is measured on the
     first adapter before its training; there B = 0 and A has no gradient, so that it keeps B near 0 and leaves A free.
     The policy loss is a mean over a chunk's numbers and no log-likelihood: if that likelihood is c times the loss, F
-    is too small by c², and the penalty, relative to the loss, by c. `InfoVLAConfig.lambda_ewc` contains c.
+    is too small by c², and the penalty, relative to the loss, by c, which
+    `InfoVLAConfig.lambda_ewc` contains.
 
     Args:
         fisher, reference: by the names of the adapter's parameters, its own name left out.
