@@ -118,7 +118,8 @@ class InfoVLAConfig(TrainingArguments):
             average: they are drawn together), ≥ 1. Unverified.
         ewc_decay: γ in [0, 1] of online EWC; 1 forgets nothing. Unverified.
         mir_candidates: MIR draws this many candidates per replay sample, ≥ 1. Unverified.
-        merge_weight: w of each adapter's update in the merged one; 1 is task arithmetic's sum. Unverified.
+        merge_weight: w of each adapter's update in the merged one. Default: 1, task arithmetic's sum. Choose it by
+            `recipes/merge_weight.py`: on the tiny base 0.1 ends highest, and there it is the base that is left.
 
     > Parameters that control what is watched of a training
 
