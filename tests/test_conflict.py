@@ -99,7 +99,7 @@ def test_watching_changes_nothing_and_is_in_every_entry(tmp_path: Path, method: 
 
 def test_ewc_is_a_part_too(tmp_path: Path) -> None:
     policy = tiny_policy()
-    args = config(tmp_path, method="ewc", log_gradients=True, max_steps=3)
+    args = config(tmp_path, method="ewc", lambda_ewc=1e3, log_gradients=True, max_steps=3)  # of a Fisher of ones
     model = add_adapter(policy.model, "one", args)
     fisher = {key.replace(".one.", "."): torch.ones_like(value) for key, value in adapter_parameters(model, "one")}
     reference = {key: torch.zeros_like(value) for key, value in fisher.items()}
