@@ -201,7 +201,7 @@ def test_bench_s_is_what_it_says() -> None:
         "er_by_stage",
     ):
         assert {key.seed for key in keys if key.method == method} == {0, 1, 2}
-    assert len(keys) == len(set(keys)) == 12 + 4 + 8 + 4 + 33 + 10 + 2 + 8 + 6
+    assert len(keys) == len(set(keys)) == 12 + 4 + 8 + 9 + 33 + 10 + 2 + 8 + 9
 
 
 def test_runs_are_ordered_named_and_not_doubled(benchmark: Benchmark) -> None:
