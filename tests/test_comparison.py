@@ -423,7 +423,7 @@ def test_a_block_that_cannot_be_filled_says_why(text: str, message: str) -> None
 def test_the_tables_of_the_results_are_those_of_the_aggregate() -> None:
     """After `aggregate`: `benchmark.py refresh recipes/results/bench_s.json recipes/README.md`."""
     text = (REPOSITORY / "recipes/README.md").read_text(encoding="utf-8")
-    for name, blocks in (("bench_s", 6), ("explore_options", 2), ("explore_baselines", 1)):
+    for name, blocks in (("bench_s", 6), ("explore_options", 2), ("explore_baselines", 1), ("explore_drawers", 1)):
         assert text.count(f"<!-- table of={name} ") >= blocks
         assert refresh_tables(text, load_comparison(REPOSITORY / f"recipes/results/{name}.json")) == text
     assert text.count("<!-- table ") == text.count("<!-- table of=")
