@@ -94,31 +94,33 @@ def latex(comparison: Comparison, against: Sequence[str]) -> str:
 
 
 def metrics_csv(comparison: Comparison) -> str:
-    """One line per suite, memory size, order, method and metric: mean and bounds in [0, 1], and the number of runs.
+    """One line per suite, memory size, order, method and metric: mean, bounds in [0, 1], numbers of runs and of seeds.
 
     The order is empty where the mean is one over all of them, see `comparison.comparable`.
     """
-    rows: list[Sequence[Any]] = [("suite", "memory", "order", "method", "metric", "mean", "low", "high", "runs")]
+    columns = ("suite", "memory", "order", "method", "metric", "mean", "low", "high", "runs", "seeds")
+    rows: list[Sequence[Any]] = [columns]
     for (suite, memory), runs in comparison.groups().items():
         for order, some in comparable(runs).items():
             for method, found in estimates(some).items():
                 place = (suite, memory, order or "", method)
-                rows += [(*place, name, *_numbers(value), value.n) for name, value in found.items()]
+                rows += [(*place, name, *_numbers(value), value.n, value.groups) for name, value in found.items()]
     return _csv(rows)
 
 
 def differences_csv(comparison: Comparison, against: Sequence[str]) -> str:
-    """One line per suite, memory size, method, reference and metric: mean difference, bounds, number of pairs.
+    """One line per suite, memory size, method, reference and metric: mean, bounds, numbers of pairs and seeds.
 
     `low` and `high` are the bootstrap's, `t_low` and `t_high` Student's.
     """
-    columns = ("suite", "memory", "method", "against", "metric", "mean", "low", "high", "t_low", "t_high", "pairs")
-    rows: list[Sequence[Any]] = [columns]
+    columns = ("suite", "memory", "method", "against", "metric", "mean", "low", "high", "t_low", "t_high")
+    rows: list[Sequence[Any]] = [(*columns, "pairs", "seeds")]
     for (suite, memory), runs in comparison.groups().items():
         for reference in against:
             for method, found in differences(runs, reference).items():
+                place = (suite, memory, method, reference)
                 rows += [
-                    (suite, memory, method, reference, name, *_numbers(value), *_numbers(value.student()), value.n)
+                    (*place, name, *_numbers(value), *_numbers(value.student()), value.n, value.groups)
                     for name, value in found.items()
                 ]
     return _csv(rows)

@@ -297,7 +297,8 @@ def test_tables_hold_what_the_file_holds(tmp_path: Path) -> None:
     assert tex.count(r"\begin{tabular}{") == tex.count(r"\end{tabular}") == 4
     rows = read_csv(paths[3])
     assert {row["method"] for row in rows} == {"infovla_rac_only"}
-    assert {row["pairs"] for row in rows if row["memory"] == "1"} == {"4"}
+    assert {(row["pairs"], row["seeds"]) for row in rows if row["memory"] == "1"} == {("4", "2")}
+    assert {(row["runs"], row["seeds"]) for row in read_csv(paths[2])} == {("4", "2"), ("1", "1")}
     with pytest.raises(ValueError, match="no run of ewc; there are er, infovla_rac_only"):
         write_tables(load_comparison(file), tmp_path / "tables", ["ewc"])
 
