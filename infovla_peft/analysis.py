@@ -47,6 +47,8 @@ from .results import Results, TaskEntry, collect_versions, source_commit
 
 PROBE_FRAMES = 32
 """Per task; unverified."""
+AFFINITY_TEMPERATURE = 0.1
+"""Of the affinity maps of every run, whatever it was trained at, so that methods compare; unverified."""
 SHOWN_TASKS = 3
 """Tasks whose affinity maps are drawn; unverified."""
 
@@ -91,7 +93,7 @@ def analyse_run(
     memory = ReplayMemory.load(run / "memory")
     load = policies or (lambda stage: load_policy(run, stage=stage, device=device))
     own = results.method in METHODS and METHODS[results.method].policy == "own"
-    layer, temperature = int(config.get("tap_layer", -1)), float(config.get("temperature", 0.1))
+    layer = int(config.get("tap_layer", -1))
     probes: dict[str, Probe] = {}
     found: dict[tuple[str, int], Findings] = {}
     for stage in range(tasks[0].learned_at, results.stages):
@@ -107,7 +109,11 @@ def analyse_run(
                     task, policy, source, memory, frames=frames, episodes=config.get("demonstrations"), **options
                 )
             found[task.name, stage] = look_at(
-                policy, probes[task.name], known_with(task, tasks), tap_layer=layer, temperature=temperature
+                policy,
+                probes[task.name],
+                known_with(task, tasks),
+                tap_layer=layer,
+                temperature=AFFINITY_TEMPERATURE,
             )
         images = base_model(policy.model).config.num_images_in_input
         del policy  # one at a time in memory
@@ -118,7 +124,7 @@ def analyse_run(
         frames=frames,
         demonstrations=PROBE_DEMONSTRATIONS,
         tap_layer=layer,
-        temperature=temperature,
+        temperature=AFFINITY_TEMPERATURE,
         stages=results.stages,
         tasks=[
             ProbedTask(**vars(task), frames=len(probes[task.name].samples), episodes=probes[task.name].episodes)

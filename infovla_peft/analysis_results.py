@@ -7,7 +7,7 @@ Strict JSON (UTF-8, no NaN), these keys and no others::
     frames          probe frames wanted per task
     demonstrations  over which they are spread, none of them in the replay memory
     tap_layer       layer whose hidden states were looked at
-    temperature     of the affinities
+    temperature     of the affinity maps
     tasks           [{"name", "instruction", "learned_at", "frames", "episodes"}] in the order of learning; frames =
                     probe frames there were, episodes = numbers of the demonstrations they come from
     stages          stages looked at, the base included

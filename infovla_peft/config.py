@@ -94,7 +94,8 @@ class InfoVLAConfig(TrainingArguments):
         rac_center: subtract the mean anchor of the negatives from all features of RAC, which otherwise lie in a narrow
             cone. Unverified default.
         cmi_mode: `infonce`, `relational` or `paper`; see `losses.cross_modal_mi_from_summaries`. Unverified default.
-        temperature: τ > 0 of both terms. The paper states none; unverified.
+        temperature: τ > 0 of both terms. The paper states none. Default: 0.5, which on a tiny base stands less in the
+            way of what is learned than 0.1 (recipes/README.md). `infovla_paper`: 0.1, which is unverified.
         teacher: `base` = the base model, adapters off: its features for all of the memory, its answers on the tasks
             that it has learned itself; `auto` = the base for its own tasks and, for a task learned later, the frozen
             adapter that learned it; `previous` = the adapter of stage k−1, frozen (the paper's). Default: auto, which
@@ -137,7 +138,7 @@ class InfoVLAConfig(TrainingArguments):
         replay_fraction: share of each batch drawn from the memory, in [0, 1). Unverified.
         replay_balance: how replay samples are spread over past tasks. `task`: evenly. `stage`: evenly over the stages
             that learned them, the base being one, so that a task learned in few steps is replayed more often than one
-            of the base's, which is forgotten less easily. `auto`: `stage` for `infovla`, `task` for the others.
+            of the base's. Default: task; with `stage` a tiny base lost whole tasks of its own (recipes/README.md).
         anchor_views: augmented views of each replayed frame for which anchors are kept, ≥ 1. The first of a memory
             frame is the frame itself, so 1 means that memory samples are not augmented while anchors are in use.
             Unverified; Bench-S has 4, which asks the teacher four times as often.
@@ -206,7 +207,7 @@ class InfoVLAConfig(TrainingArguments):
     )
     rac_center: bool = _option(True, "Subtract the mean of the negatives' anchors from the features of RAC.")
     cmi_mode: Literal["infonce", "relational", "paper"] = _option("relational", "Estimator of the cross-modal term.")
-    temperature: float = _option(0.1, "Temperature of both terms.")
+    temperature: float = _option(None, "Temperature of both terms. Default: 0.5; infovla_paper: 0.1.")
     teacher: Literal["base", "auto", "previous"] = _option(
         "auto",
         "Frozen teacher: base (adapters off; its answers are kept on its own tasks alone), auto (the base for its own "
@@ -219,8 +220,8 @@ class InfoVLAConfig(TrainingArguments):
     )
 
     replay_fraction: float = _option(0.5, "Share of each batch drawn from the memory, in [0, 1).")
-    replay_balance: Literal["auto", "task", "stage"] = _option(
-        "auto", "Replay samples are spread evenly over past tasks (task) or stages (stage); auto: by the method."
+    replay_balance: Literal["task", "stage"] = _option(
+        "task", "Replay samples are spread evenly over past tasks (task) or over the stages that learned them (stage)."
     )
     anchor_views: int = _option(
         1, "Views of each memory frame that have anchors: the frame itself and anchor_views - 1 shifted ones."
@@ -285,9 +286,9 @@ class InfoVLAConfig(TrainingArguments):
         targets: Any = self.lora_targets
         if isinstance(targets, (list, tuple)):  # as PEFT's `target_modules` may be
             self.lora_targets = ",".join(map(str, targets))
-        for name in ("lambda_rac", "lambda_cmi"):
+        for name, default in (("lambda_rac", 0.02), ("lambda_cmi", 0.02), ("temperature", 0.5)):
             if getattr(self, name) is None:
-                setattr(self, name, 0.1 if self.method == "infovla_paper" else 0.02)
+                setattr(self, name, 0.1 if self.method == "infovla_paper" else default)
         settle_types(self)
         if self.method == "infovla_paper":
             self.teacher, self.cmi_mode, self.anchor_bank, self.near_duplicate_window = "previous", "paper", 0, 0

@@ -15,7 +15,7 @@
 | merge         | - (fresh adapters, merged)    | -                                           | -                  |
 
 L = L_policy(current + replay) + λ1 · L_RAC + λ2 · L_CMI (paper, Eq. 7) + λ3 · L_output; the terms are in `terms.py`.
-Replay samples are spread evenly over past tasks, of `infovla` over the stages that learned them (`replay_balance`).
+Replay samples are spread evenly over past tasks (`replay_balance`).
 
 - **er**: Experience Replay (Chaudhry et al., 1902.10486).
 - **der++**: Dark Experience Replay++ (Buzzega et al., 2004.07211): replayed labels, and the outputs the network gave
@@ -49,7 +49,6 @@ class Method(NamedTuple):
         replay: memory samples are part of each batch.
         counterfactual: frames of the current task under old instructions are.
         terms: names of the terms it may add.
-        balance: replay samples are spread evenly over past tasks, or over the stages that learned them.
         retrieves: replay samples are chosen by interference.
         consolidates: moving parameters that past tasks depend on is penalised.
         keeps_all: the memory holds every trajectory.
@@ -59,7 +58,6 @@ class Method(NamedTuple):
     replay: bool
     counterfactual: bool = False
     terms: tuple[str, ...] = ()
-    balance: Literal["task", "stage"] = "task"
     retrieves: bool = False
     consolidates: bool = False
     keeps_all: bool = False
@@ -73,7 +71,7 @@ class Method(NamedTuple):
 METHODS: dict[str, Method] = {
     "sequential": Method(replay=False),
     "er": Method(replay=True),
-    "infovla": Method(replay=True, counterfactual=True, terms=("rac", "cmi", "output"), balance="stage"),
+    "infovla": Method(replay=True, counterfactual=True, terms=("rac", "cmi", "output")),
     "infovla_paper": Method(replay=True, terms=("rac", "cmi")),
     "der++": Method(replay=True, terms=("output",)),
     "mir": Method(replay=True, retrieves=True),

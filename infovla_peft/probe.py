@@ -159,7 +159,8 @@ def look_at(
 
     Args:
         others: instructions to swap in.
-        tap_layer, temperature: as in training.
+        tap_layer: as in training.
+        temperature: of the affinity maps.
     """
     model, samples = base_model(policy.model), probe.samples
     collator = VLACollator(policy.processor, policy.normaliser, model.config)

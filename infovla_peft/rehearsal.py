@@ -67,8 +67,7 @@ class Rehearsal:
     ) -> None:
         method = METHODS[config.method]
         self._model, self._config, self._current, self._collator = model, config, current, collator
-        balance = method.balance if config.replay_balance == "auto" else config.replay_balance
-        self._stages = dict(learned_by or {}) if balance == "stage" else None
+        self._stages = dict(learned_by or {}) if config.replay_balance == "stage" else None
         self._seed = config.seed if config.data_seed is None else config.data_seed
         if past_tasks is None:
             past_tasks = memory.instructions if memory is not None else {}

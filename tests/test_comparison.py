@@ -424,23 +424,33 @@ def test_a_block_that_cannot_be_filled_says_why(text: str, message: str) -> None
 def test_the_tables_of_the_results_are_those_of_the_aggregate() -> None:
     """After `aggregate`: `benchmark.py refresh recipes/results/bench_s.json recipes/README.md`."""
     text = (REPOSITORY / "recipes/README.md").read_text(encoding="utf-8")
-    for name, blocks in (("bench_s", 6), ("explore_options", 2), ("explore_baselines", 1), ("explore_drawers", 1)):
+    for name, blocks in (
+        ("bench_s", 6),
+        ("explore_options", 2),
+        ("explore_baselines", 1),
+        ("explore_drawers", 1),
+        ("explore_stages", 1),
+    ):
         assert text.count(f"<!-- table of={name} ") >= blocks
         assert refresh_tables(text, load_comparison(REPOSITORY / f"recipes/results/{name}.json")) == text
     assert text.count("<!-- table ") == text.count("<!-- table of=")
 
 
 def test_the_first_page_says_what_the_aggregate_says() -> None:
+    """Of each suite, of the pairs of runs that both methods have."""
     text = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
     found = load_comparison(REPOSITORY / "recipes/results/bench_s.json")
-    count = {2: "two", 3: "three", 9: "nine", 10: "ten", 11: "eleven", 12: "twelve"}
-    for suite, place in (("libero_goal", "LIBERO-Goal `infovla` ends"), ("libero_object", "LIBERO-Object")):
-        runs = [each for each in found.groups()[suite, 1] if each.method in ("er", "infovla")]
-        ours, theirs = (estimates(runs)[name] for name in ("infovla", "er"))
-        assert ours["auc"].n == theirs["auc"].n
+    count = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+    for suite, method in (("libero_goal", "infovla"), ("libero_object", "infovla_v1")):
+        runs = [each for each in found.groups()[suite, 1] if each.method in ("er", method)]
+        paired = {(each.seed, each.order) for each in runs if each.method == method}
+        runs = [each for each in runs if (each.seed, each.order) in paired]
+        ours, theirs = (estimates(runs)[name] for name in (method, "er"))
+        assert ours["auc"].n == theirs["auc"].n == len(paired)
         final = [f"{100 * each['final_average'].mean:.0f} %" for each in (ours, theirs)]
-        assert f"{place} at {final[0]}" in text
-        assert f"{final[1]} ({count[ours['auc'].n]} runs each" in text
+        place = {"libero_goal": "LIBERO-Goal", "libero_object": "LIBERO-Object"}[suite]
+        assert f"{place} `{method}` ends at {final[0]}" in text
+        assert f"{final[1]} ({count[len(paired)]} runs each" in text
         if suite == "libero_goal":
             learned = [f"{100 * each['adaptation'].mean:.0f} %" for each in (ours, theirs)]
             assert f"a new task succeeds {learned[0]} of the time right after its stage" in text

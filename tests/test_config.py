@@ -221,12 +221,12 @@ def test_what_a_recipe_says_is_what_is_read(options: dict[str, Any]) -> None:
     json.dumps(read, allow_nan=False)
 
 
-def test_the_weights_of_a_method_are_its_own_unless_given(tmp_path: Path) -> None:
-    def weights(**options: Any) -> tuple[float, float]:
+def test_weights_and_temperature_of_a_method_are_its_own_unless_given(tmp_path: Path) -> None:
+    def settled(**options: Any) -> tuple[float, float, float]:
         config = InfoVLAConfig(output_dir=str(tmp_path), use_cpu=True, **options)
-        return config.lambda_rac, config.lambda_cmi
+        return config.lambda_rac, config.lambda_cmi, config.temperature
 
-    assert weights() == (0.02, 0.02)
-    assert weights(method="infovla_paper") == (0.1, 0.1)  # paper, section 5.1
-    assert weights(method="infovla_paper", lambda_rac=0.0) == (0.0, 0.1)
-    assert weights(lambda_cmi=0.5) == (0.02, 0.5)
+    assert settled() == (0.02, 0.02, 0.5)
+    assert settled(method="infovla_paper") == (0.1, 0.1, 0.1)  # the weights: paper, section 5.1
+    assert settled(method="infovla_paper", lambda_rac=0.0, temperature=0.2) == (0.0, 0.1, 0.2)
+    assert settled(lambda_cmi=0.5, temperature=0.1) == (0.02, 0.5, 0.1)

@@ -138,7 +138,7 @@ def test_rac_about_the_center_does_not_see_a_common_offset(tmp_path: Path, ancho
 
 @pytest.mark.parametrize("mode", ["infonce", "relational", "paper"])
 def test_cmi_is_the_loss_on_stored_summaries(tmp_path: Path, anchors: Anchors, mode: str) -> None:
-    (cmi,) = make_terms(config(tmp_path, lambda_output=0.0, lambda_rac=0.0, cmi_mode=mode))
+    (cmi,) = make_terms(config(tmp_path, lambda_output=0.0, lambda_rac=0.0, cmi_mode=mode, temperature=0.1))
     student, chosen = features(3, seed=3), contrast(anchors, pairs((0, 0), (1, 5), (0, 12)), pairs((1, 17)))
     across = {"bank": anchors.fused[1, 17][None], "exclude": chosen.exclude} if mode != "paper" else {}
     expected = cross_modal_mi_from_summaries(

@@ -306,7 +306,7 @@ def three_stages(folder: Path, **options: Any) -> InfoVLATrainer:
 
 
 def test_auto_asks_whoever_learned_a_task(tmp_path: Path) -> None:
-    trainer = three_stages(tmp_path, lambda_output=1.0)
+    trainer = three_stages(tmp_path, lambda_output=1.0, temperature=0.1)
     anchors, model, data = trainer.prepare_anchors(), trainer.model, trainer.rehearsal.remembered
     assert anchors is not None
     assert data is not None
