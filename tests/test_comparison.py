@@ -429,7 +429,8 @@ def test_the_tables_of_the_results_are_those_of_the_aggregate() -> None:
         ("explore_options", 2),
         ("explore_baselines", 1),
         ("explore_drawers", 1),
-        ("explore_stages", 1),
+        ("explore_stages", 2),
+        ("explore_learning", 2),
     ):
         assert text.count(f"<!-- table of={name} ") >= blocks
         assert refresh_tables(text, load_comparison(REPOSITORY / f"recipes/results/{name}.json")) == text
