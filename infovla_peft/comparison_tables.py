@@ -109,9 +109,9 @@ def metrics_csv(comparison: Comparison) -> str:
 
 
 def differences_csv(comparison: Comparison, against: Sequence[str]) -> str:
-    """One line per suite, memory size, method, reference and metric: mean, bounds, numbers of pairs and seeds.
+    """One line per suite, memory size, method, reference and metric: mean difference, bounds, pairs, seeds.
 
-    `low` and `high` are the bootstrap's, `t_low` and `t_high` Student's.
+    A seed with two orders has two pairs. `low` and `high` are the bootstrap's, `t_low` and `t_high` Student's.
     """
     columns = ("suite", "memory", "method", "against", "metric", "mean", "low", "high", "t_low", "t_high")
     rows: list[Sequence[Any]] = [(*columns, "pairs", "seeds")]

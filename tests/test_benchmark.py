@@ -185,7 +185,7 @@ def test_bench_s_is_what_it_says() -> None:
     assert jobs[0].is_base
     for method in ("er", "infovla"):
         found = {(key.seed, key.order) for key in keys if key[:2] == ("libero_goal", method) and key.memory == 1}
-        assert found == {(seed, order) for seed in range(4) for order in "AB"} | {(seed, "A") for seed in range(4, 7)}
+        assert found == {(seed, order) for seed in range(4) for order in "AB"} | {(seed, "A") for seed in range(4, 8)}
         assert {key.memory for key in keys if key.method == method} == {0, 1, 5}
     for method in (
         "der++",
@@ -199,7 +199,7 @@ def test_bench_s_is_what_it_says() -> None:
         "infovla_output_only",
     ):
         assert {key.seed for key in keys if key.method == method} == {0, 1, 2}
-    assert len(keys) == len(set(keys)) == 11 + 11 + 27 + 10 + 8 + 6 + 11 + 3 + 9 + 1
+    assert len(keys) == len(set(keys)) == 12 + 12 + 27 + 10 + 8 + 6 + 11 + 3 + 9 + 1
 
 
 def test_runs_are_ordered_named_and_not_doubled(benchmark: Benchmark) -> None:
