@@ -16,7 +16,7 @@ from test_report import Page, write_run
 from tiny_policy import TinyPolicy, tiny_policy
 from torch.nn import functional as F
 
-from infovla_peft.analysis import analyse_run, compare_analyses, is_analysed
+from infovla_peft.analysis import AFFINITY_TEMPERATURE, analyse_run, compare_analyses, is_analysed
 from infovla_peft.analysis_results import Analysis, AnalysisError, ProbedTask, compare
 from infovla_peft.cli import main
 from infovla_peft.config import InfoVLAConfig, StreamConfig
@@ -274,6 +274,7 @@ def test_a_run_that_asks_for_it(
         stream.run()
     assert (run / "analysis.json").stat().st_mtime_ns == modified
     again = analyse_run(run, demonstrations=run / "demonstrations")
+    assert again["temperature"] == AFFINITY_TEMPERATURE != Results.load(run / "results.json").config["temperature"]
     assert again == json.loads(before)
 
     capsys.readouterr()
