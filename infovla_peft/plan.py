@@ -161,9 +161,9 @@ def describe_results(results: Results) -> str:
 def measure_step(config: StreamConfig, training: InfoVLAConfig) -> float:
     """About how many seconds a training step takes per sample of its batch: tried on the tiny base, else reckoned."""
     if config.base_model != "tiny":
-        # Forward and backward through frozen weights, held in 2 bytes each; 7.5 G of them if they are not here yet.
-        size = sum(file.stat().st_size for file in Path(config.base_model).glob("*.safetensors"))
-        return 4 * (size / 2 or 7.5e9) * 300 / (0.4 * _throughput(training.device))
+        # Forward, and backward through frozen weights to the inputs.
+        parameters, tokens = _size(Path(config.base_model))
+        return 4 * parameters * tokens / (0.4 * _throughput(training.device))
     from .models.openvla import build_tiny_openvla
 
     model, processor = build_tiny_openvla(instructions=["plan"], num_images=len(config.cameras), **tiny_shape(config))
@@ -189,6 +189,18 @@ def tiny_shape(config: StreamConfig) -> dict[str, Any]:
     """The sizes of a tiny base as `build_tiny_openvla` takes them."""
     names = ("image_size", "patch_size", "vision_width", "vision_depth", "hidden_size", "layers", "heads")
     return {name: getattr(config, f"tiny_{name}") for name in names}
+
+
+def _size(folder: Path) -> tuple[float, int]:
+    """Parameters and tokens of a sample, of OpenVLA 7B if the checkpoint is not here yet."""
+    if not (folder / "config.json").is_file():
+        return 7.5e9, 300
+    from .models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
+
+    with torch.device("meta"):
+        model = OpenVLAForActionPrediction(OpenVLAConfig.from_pretrained(folder))
+    patches = model.vision_backbone.featurizer.shape.num_patches * model.config.num_images_in_input
+    return float(sum(each.numel() for each in model.parameters())), patches + 44  # a prompt, and its answer
 
 
 def _throughput(device: torch.device) -> float:

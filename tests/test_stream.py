@@ -15,7 +15,9 @@ import torch
 from launcher import launch_two
 from safetensors.torch import load_file
 from stream_fakes import FRAMES, STREAM, TRAINING, FakePool, install_fakes
+from tiny_policy import tiny_policy
 
+from infovla_peft import plan
 from infovla_peft.adapter_files import AdapterError
 from infovla_peft.config import InfoVLAConfig, StreamConfig
 from infovla_peft.consolidation import Consolidation
@@ -73,13 +75,26 @@ def test_unknown_tasks_are_explained(options: dict[str, Any], message: str) -> N
         plan_stages(StreamConfig(**options))
 
 
+def test_the_time_of_a_step_is_reckoned_from_the_checkpoint_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_throughput", lambda device: 1e12)
+    model = tiny_policy(image_size=64, patch_size=16).model
+    model.save_pretrained(tmp_path / "base")
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    tokens = 4 * 4 + 44  # patches, and about 44 of the prompt and its answer
+    for base, expected in ((tmp_path / "base", numbers * tokens), ("openvla/openvla-7b", 7.5e9 * 300)):
+        seconds = plan.measure_step(StreamConfig(base_model=str(base)), InfoVLAConfig(use_cpu=True))
+        assert seconds == pytest.approx(4 * expected / 0.4e12)
+
+
 def test_a_whole_run(make: Callable[..., Stream], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with make() as stream:
-        plan = stream.plan()
+        text = stream.plan()
         stream.run()
     run = tmp_path / "run"
-    for text in ("B2-2N1 on libero_goal", "primitive", "stage 2", "4 x 2 rollouts", "3 steps", "together"):
-        assert text in plan
+    for part in ("B2-2N1 on libero_goal", "primitive", "stage 2", "4 x 2 rollouts", "3 steps", "together"):
+        assert part in text
     results = Results.load(run / "results.json")
     assert [[count is not None for count in row] for row in results.episodes] == [
         [True, True, True],
@@ -456,10 +471,10 @@ def test_rollouts_are_as_the_recipe_has_them(make: Callable[..., Stream]) -> Non
 
 def test_the_last_column_may_have_more_rollouts(make: Callable[..., Stream], tmp_path: Path) -> None:
     with make({"stream": "B1-2N1", "eval_episodes": 1, "final_eval_episodes": 3}) as stream:
-        plan = stream.plan()
+        text = stream.plan()
         stream.run()
-    assert "2 x 1 rollouts" in plan
-    assert "3 x 3 rollouts" in plan
+    assert "2 x 1 rollouts" in text
+    assert "3 x 3 rollouts" in text
     results = Results.load(tmp_path / "run" / "results.json")
     assert results.episodes == [[1, 1, 3], [None, 1, 3], [None, None, 3]]
 
