@@ -62,6 +62,11 @@ class Shape:
     patches: int
     outputs: int
 
+    @property
+    def tokens(self) -> int:
+        """Of one sample: vision, the prompt, the action."""
+        return self.patches + WORDS + 8
+
 
 def shape_of(model: nn.Module, *, rank: int = RANK) -> Shape:
     """Count a model's parameters and those of an adapter on all of its linear layers."""
@@ -111,16 +116,14 @@ def training_bytes(shape: Shape, held: str, batch: int) -> float:
     The adapter in training takes 16 bytes per parameter (float32 weight, gradient, two moments), the one before 4.
     Each block keeps its input in bfloat16, and one block at a time all that its backward pass needs.
     """
-    tokens = shape.patches + WORDS + 8
-    kept = tokens * shape.width * shape.layers * 2 + shape.patches * shape.vision_width * shape.vision_layers * 2
-    block = tokens * shape.width * ACTIVATIONS_PER_TOKEN
+    kept = shape.tokens * shape.width * shape.layers * 2 + shape.patches * shape.vision_width * shape.vision_layers * 2
+    block = shape.tokens * shape.width * ACTIVATIONS_PER_TOKEN
     return weight_bytes(shape, held) + shape.adapter * (16 + 4) + batch * (kept + block) + OVERHEAD
 
 
 def stage_flops(shape: Shape) -> float:
     """Of one stage: training (forward, once more for checkpointing, backward to the inputs), anchors, answers."""
-    tokens = shape.patches + WORDS + 8
-    forward = 2.0 * shape.parameters * tokens
+    forward = 2.0 * shape.parameters * shape.tokens
     # Of the current task's frames the teacher gives answers and anchors, of the memory's anchors.
     asked = 2 * COUNTERFACTUAL_FRAMES + TRAJECTORY_FRAMES
     return 3 * forward * STEPS * BATCH + forward * asked

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .config import InfoVLAConfig, StreamConfig
+from .costs import UTILISATION, Shape, openvla_7b, shape_of
 from .methods import METHODS
+from .models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, build_tiny_openvla
 from .results import Results
 
 if TYPE_CHECKING:
@@ -162,10 +164,8 @@ def measure_step(config: StreamConfig, training: InfoVLAConfig) -> float:
     """About how many seconds a training step takes per sample of its batch: tried on the tiny base, else reckoned."""
     if config.base_model != "tiny":
         # Forward, and backward through frozen weights to the inputs.
-        parameters, tokens = _size(Path(config.base_model))
-        return 4 * parameters * tokens / (0.4 * _throughput(training.device))
-    from .models.openvla import build_tiny_openvla
-
+        shape = _shape(Path(config.base_model))
+        return 4 * shape.parameters * shape.tokens / (UTILISATION["bf16"] * _throughput(training.device))
     model, processor = build_tiny_openvla(instructions=["plan"], num_images=len(config.cameras), **tiny_shape(config))
     model.to(training.device)  # type: ignore[arg-type]
     batch = min(config.base_batch_size, 16)
@@ -191,16 +191,12 @@ def tiny_shape(config: StreamConfig) -> dict[str, Any]:
     return {name: getattr(config, f"tiny_{name}") for name in names}
 
 
-def _size(folder: Path) -> tuple[float, int]:
-    """Parameters and tokens of a sample, of OpenVLA 7B if the checkpoint is not here yet."""
+def _shape(folder: Path) -> Shape:
+    """Of a checkpoint, by its configuration; of OpenVLA 7B if it is not here yet."""
     if not (folder / "config.json").is_file():
-        return 7.5e9, 300
-    from .models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
-
+        return openvla_7b()
     with torch.device("meta"):
-        model = OpenVLAForActionPrediction(OpenVLAConfig.from_pretrained(folder))
-    patches = model.vision_backbone.featurizer.shape.num_patches * model.config.num_images_in_input
-    return float(sum(each.numel() for each in model.parameters())), patches + 44  # a prompt, and its answer
+        return shape_of(OpenVLAForActionPrediction(OpenVLAConfig.from_pretrained(folder)))
 
 
 def _throughput(device: torch.device) -> float:
