@@ -431,6 +431,7 @@ def test_the_tables_of_the_results_are_those_of_the_aggregate() -> None:
         ("explore_drawers", 1),
         ("explore_stages", 2),
         ("explore_learning", 2),
+        ("explore_object", 2),
     ):
         assert text.count(f"<!-- table of={name} ") >= blocks
         assert refresh_tables(text, load_comparison(REPOSITORY / f"recipes/results/{name}.json")) == text
