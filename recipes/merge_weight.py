@@ -2,7 +2,8 @@
 
     python recipes/merge_weight.py runs/single --weights 0.2 0.3 0.5 1 --first_state 30 --episodes 10
 
-The run is one of `single_task`, whose adapters are those of `merge`: nothing is trained again.
+The run is one of `single_task`, whose adapters are those of `merge`: nothing is trained again. Of any other run, whose
+adapters build on each other, `--last N` takes the last N: with a weight of 1/N, their mean.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infovla_peft import load_policy
-from infovla_peft.adapters import merge_adapters, switch
+from infovla_peft.adapters import load_adapter, merge_adapters, switch
 from infovla_peft.cli import run_command
 from infovla_peft.evaluation import check_initial_states, evaluate
 from infovla_peft.files import write_json
@@ -29,7 +30,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description="Choose the weight of merged adapters on validation states.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("run", type=Path, help="folder of a finished run of `single_task`")
+    parser.add_argument("run", type=Path, help="folder of a finished run of `single_task`, with --last of any")
+    parser.add_argument("--last", type=int, metavar="N", help="the last N adapters (default: all, of `single_task`)")
     parser.add_argument("--weights", nargs="+", type=float, default=[0.2, 0.3, 0.5, 1.0])
     parser.add_argument("--first_state", type=int, default=30, help="of the 50; take none that a test starts from")
     parser.add_argument("--episodes", type=int, default=10, help="rollouts per task and weight")
@@ -45,11 +47,20 @@ def main(options: argparse.Namespace) -> None:
     stored = find_adapters(options.run)
     if not stored:
         raise FileNotFoundError(f"{options.run} holds no adapters; run a recipe with --method single_task first")
-    policy = load_policy(
-        options.run, task=[name for adapter in stored for name in adapter.learned], device=options.device
-    )
-    if policy.recipe["method"] != "single_task":
-        raise ValueError(f"{options.run} is a run of {policy.recipe['method']}; its adapters build on each other")
+    if options.last is None:
+        learned = [name for adapter in stored for name in adapter.learned]
+        policy = load_policy(options.run, task=learned, device=options.device)
+        if policy.recipe["method"] != "single_task":
+            raise ValueError(
+                f"{options.run} is a run of {policy.recipe['method']}; its adapters build on each other: set --last"
+            )
+    else:
+        if not 1 <= options.last <= len(stored):
+            raise ValueError(f"--last {options.last}: {options.run} holds {len(stored)} adapters")
+        stored = stored[-options.last :]
+        policy = load_policy(options.run, device=options.device)
+        for adapter in stored[:-1]:
+            load_adapter(policy.model, adapter.folder, adapter.name)
     recipe, adapters = policy.recipe, [adapter.name for adapter in stored]
     tasks = [find_task(recipe["suite"], name) for name in policy.tasks_after()]
     look = {name: recipe[name] for name in ("image_size", "renderer")}
