@@ -81,7 +81,8 @@ def main(options: argparse.Namespace) -> None:
             rate = sum(counts.values()) / (options.episodes * len(counts))
             print(f"w = {weight:<5} {rate:6.1%}  {' '.join(map(str, counts.values()))}", flush=True)
             if options.output:
-                write_json(options.output, {"run": str(options.run), "first_state": options.first_state, "rows": rows})
+                of = {"run": str(options.run), "adapters": adapters, "first_state": options.first_state}
+                write_json(options.output, {**of, "rows": rows})
 
 
 if __name__ == "__main__":
