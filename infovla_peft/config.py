@@ -84,7 +84,7 @@ class InfoVLAConfig(TrainingArguments):
             `adapter_init="continue"`, `single_task` and `merge` `adapter_init="fresh"`.
         lambda_rac: weight λ1 of the replay-anchor contrastive term, ≥ 0; 0 leaves it out. Default: 0.02; at 0.1,
             beside λ3 = 0.3, a tiny base did not learn a task with a new object (one seed); at 0.02 its actions there
-            were farther off than without, from one base more than from another (recipes/README.md).
+            were farther off than without, from one base more than from another (recipes/EXPLORED.md).
             `infovla_paper`: 0.1 (paper, §5.1).
         lambda_cmi: weight λ2 of the cross-modal mutual information term, ≥ 0; 0 leaves it out. Default: as lambda_rac.
         lambda_output: weight λ3 of the distance to the teacher's answers, ≥ 0; 0 leaves it out. Default: 0.3;
@@ -95,7 +95,7 @@ class InfoVLAConfig(TrainingArguments):
             cone. Unverified default.
         cmi_mode: `infonce`, `relational` or `paper`; see `losses.cross_modal_mi_from_summaries`. Unverified default.
         temperature: τ > 0 of both terms. The paper states none. Default: 0.5, which on a tiny base stands less in the
-            way of what is learned than 0.1 (recipes/README.md). `infovla_paper`: 0.1, which is unverified.
+            way of what is learned than 0.1 (recipes/EXPLORED.md). `infovla_paper`: 0.1, which is unverified.
         teacher: `base` = the base model, adapters off: its features for all of the memory, its answers on the tasks
             that it has learned itself; `auto` = the base for its own tasks and, for a task learned later, the frozen
             adapter that learned it; `previous` = the adapter of stage k−1, frozen (the paper's). Default: auto, which
@@ -112,7 +112,7 @@ class InfoVLAConfig(TrainingArguments):
     > Parameters of other methods
 
     Args:
-        lambda_ewc: weight of EWC's penalty, ≥ 0. Default: 1e5, measured on the tiny base (recipes/README.md,
+        lambda_ewc: weight of EWC's penalty, ≥ 0. Default: 1e5, measured on the tiny base (recipes/EXPLORED.md,
             "The weight of EWC"). 56 / 0.06, about 1000, would make a negative log-likelihood (Laplace) of the policy
             loss, a mean L1 distance of 56 numbers that ends near 0.06; that keeps nothing there.
         ewc_samples: frames per task that estimate the Fisher information (of a base's tasks on
@@ -138,7 +138,7 @@ class InfoVLAConfig(TrainingArguments):
         replay_fraction: share of each batch drawn from the memory, in [0, 1). Unverified.
         replay_balance: how replay samples are spread over past tasks. `task`: evenly. `stage`: evenly over the stages
             that learned them, the base being one, so that a task learned in few steps is replayed more often than one
-            of the base's. Default: task; with `stage` a tiny base lost whole tasks of its own (recipes/README.md).
+            of the base's. Default: task; with `stage` a tiny base lost whole tasks of its own (recipes/EXPLORED.md).
         anchor_views: augmented views of each replayed frame for which anchors are kept, ≥ 1. The first of a memory
             frame is the frame itself, so 1 means that memory samples are not augmented while anchors are in use.
             Unverified; Bench-S has 4, which asks the teacher four times as often.
@@ -152,7 +152,7 @@ class InfoVLAConfig(TrainingArguments):
     Args:
         image_shift: random shift of the images by up to this many pixels of the model's input, edges repeated. Applied
             to samples of the current task, and to replay samples that have no anchors in use. Unverified (1 pixel did
-            no worse in one run, recipes/README.md).
+            no worse in one run, recipes/EXPLORED.md).
         proprio_noise: standard deviation of Gaussian noise on the normalised proprioception of the same samples. Off
             by default, as in OpenVLA-OFT; unverified.
         cache_images: decode all frames once and keep them in memory as uint8, at the model's input size, if that takes
@@ -356,7 +356,7 @@ class StreamConfig:
     each other; `memory_trajectories` and `stage_steps` are the paper's; `eval_episodes`, `open_loop_steps` (a whole
     chunk) and the step caps are OpenVLA-OFT's evaluation in LIBERO, with 20 rollouts in place of its 50. The tiny base
     (`tiny_*`, `base_*`, `image_size`, `demonstrations`, `demonstration_noise`) is the smallest that was seen to learn
-    LIBERO-Goal's tasks in minutes on two cores; what was tried is in recipes/README.md, the rest is unverified.
+    LIBERO-Goal's tasks in minutes on two cores; what was tried is in recipes/EXPLORED.md, the rest is unverified.
     """
 
     _argument_group_name: ClassVar[str] = "stream"

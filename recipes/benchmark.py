@@ -4,7 +4,7 @@
     python recipes/benchmark.py status recipes/configs/bench/bench_s.yaml
     python recipes/benchmark.py aggregate recipes/configs/bench/bench_s.yaml [--output recipes/results/bench_s.json]
     python recipes/benchmark.py tables recipes/results/bench_s.json [--output FOLDER] [--methods METHOD ...]
-    python recipes/benchmark.py refresh recipes/results/bench_s.json recipes/README.md
+    python recipes/benchmark.py refresh recipes/results/bench_s.json recipes/README.md recipes/EXPLORED.md
 
 The YAML says which methods, seeds, task orders and memory sizes (see `infovla_peft.benchmark`). Each run is
 `recipes/continual.py` in a process and a folder of its own; runs with the same base tasks share their base and its
@@ -71,7 +71,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
     refresh = commands.add_parser("refresh", help="write the tables in a Markdown file anew, `<!-- table ... -->`")
     refresh.add_argument("aggregate", type=Path, help="JSON written by `aggregate`")
-    refresh.add_argument("text", type=Path, help="Markdown with blocks as in `infovla_peft.comparison_blocks`")
+    refresh.add_argument(
+        "texts",
+        type=Path,
+        nargs="+",
+        metavar="text",
+        help="Markdown with blocks as in `infovla_peft.comparison_blocks`",
+    )
     refresh.set_defaults(handler=refresh_text)
 
     base = commands.add_parser("base", help="what the queue runs first: demonstrations, base, its column of rollouts")
@@ -153,9 +159,11 @@ def make_tables(options: argparse.Namespace) -> None:
 
 
 def refresh_text(options: argparse.Namespace) -> None:
-    """The tables inside a text, from the aggregate alone."""
-    text = options.text.read_text(encoding="utf-8")
-    write_text(options.text, refresh_tables(text, load_comparison(options.aggregate)))
+    """The tables inside texts, from the aggregate alone."""
+    comparison = load_comparison(options.aggregate)
+    fresh = {path: refresh_tables(path.read_text(encoding="utf-8"), comparison) for path in options.texts}
+    for path, text in fresh.items():
+        write_text(path, text)
 
 
 if __name__ == "__main__":
