@@ -24,7 +24,7 @@ An aggregate is strict JSON with these keys and no others::
     }]
 
 Intervals (see `intervals`) are over seeds, a seed being drawn with all its orders: it chooses the trajectories that
-are stored, in one order as in another, and by these plain replay keeps a task or not (recipes/EXPLORED.md, "Bench-S").
+are stored, in one order as in another, and by these plain replay keeps a task or not (recipes/EXPLORED.md).
 They say what another seed would do, on the same demonstrations and start states, and on the same bases.
 """
 
