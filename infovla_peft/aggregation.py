@@ -6,18 +6,18 @@ be run on another machine, whose own aggregate takes them in.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from .analysis_results import FILE as ANALYSIS
 from .analysis_results import Analysis
-from .benchmark import Benchmark, Job, RunKey, progress, resolved_recipe, unimportant
+from .benchmark import BOOKKEEPING, Benchmark, Job, RunKey, progress, resolved_recipe, unimportant
 from .comparison import ANALYSED, FORMAT_VERSION, ComparedRun, load_comparison
 from .library import find_adapters
-from .methods import unread_options
 from .report import read_loss_curves
 from .results import Results
 from .run_folder import HARMLESS, RunFolder, changed_keys
@@ -27,6 +27,8 @@ Held = Mapping[RunKey, ComparedRun]
 
 _PLACE = frozenset({"output_dir", "seed", "tasks", "memory_trajectories", "base_model"})
 _PATHS = frozenset({"demonstrations_folder", "assets_folder"})
+_SAID = ("orders", "recipe")
+"""What the benchmark's YAML says of a suite, as `_protocol` has it."""
 
 
 def aggregate(benchmark: Benchmark, held: Held | None = None) -> tuple[dict[str, Any], list[str]]:
@@ -78,21 +80,32 @@ def load_held(benchmark: Benchmark, aggregates: Iterable[str | os.PathLike[str]]
             job = jobs.get(key)
             if job is None:
                 raise ValueError(f"{path} holds a run that {benchmark.name} has not, {key}; leave the file out")
-            if not isinstance(theirs, dict) or theirs.get(run.suite) != ours[run.suite]:
+            suite = theirs.get(run.suite) if isinstance(theirs, dict) else None
+            if not isinstance(suite, dict) or any(suite.get(name) != ours[run.suite][name] for name in _SAID):
                 raise ValueError(f"{path}: {run.suite} is not run there as in {benchmark.name}; leave the file out")
+            if not isinstance(suite.get("options"), dict):
+                raise ValueError(
+                    f"{path} does not say the defaults of the version that wrote it (protocol.suites.{run.suite}."
+                    "options), and they may have been others; leave the file out, or aggregate it anew where it was made"
+                )
             if run.base_seed != job.base_seed:
                 raise ValueError(
                     f"{path}: {job.name} was run with base_seed {run.base_seed}, here it is {job.base_seed}; leave "
                     "the file out, or undo the change"
                 )
-            wanted = _own_options(key, resolved_recipe(job.recipe), benchmark)
-            differing = changed_keys(run.config, wanted, ignore=unread_options(wanted["method"]))
+            wanted = resolved_recipe(job.recipe)
+            differing = changed_keys(
+                _switched_on({**suite["options"], **run.config}),
+                _switched_on(wanted),
+                ignore=_PLACE | unimportant(job.recipe),
+            )
             if differing:
                 raise ValueError(
                     f"{path}: {job.name} was run with another {', '.join(differing)} than {benchmark.name}'s; leave "
                     "the file out, or undo the change"
                 )
-            held.setdefault(key, run)
+            # In what it differs from these defaults, not from those of the version that wrote the file.
+            held.setdefault(key, replace(run, config=_own_options(key, wanted, benchmark)))
     return held
 
 
@@ -146,9 +159,15 @@ def _aggregate_run(key: RunKey, results: Results, benchmark: Benchmark) -> dict[
 def _own_options(key: RunKey, config: Mapping[str, Any], benchmark: Benchmark) -> dict[str, Any]:
     """In what a run with this configuration differs from the protocol, of what its method reads."""
     common, method = benchmark.common[key.suite], {"method": config["method"]}
-    ignored = unimportant(common) | unimportant({**common, **method}) | _PLACE | {"method"}
+    ignored = unimportant({**common, **method}) | _PLACE | {"method"}
     differing = changed_keys(resolved_recipe(common), config, ignore=ignored)
     return {**method, **{name: new for name, (_, new) in differing.items() if name in config}}
+
+
+def _switched_on(options: Mapping[str, Any], leave_out: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """All but what is off, as JSON has it: an option that only one version knows, and that is off, changes nothing."""
+    found: dict[str, Any] = json.loads(json.dumps(dict(options)))
+    return {name: value for name, value in found.items() if value and name not in leave_out}
 
 
 def _protocol(benchmark: Benchmark) -> dict[str, Any]:
@@ -159,6 +178,7 @@ def _protocol(benchmark: Benchmark) -> dict[str, Any]:
             suite: {
                 "orders": {order: list(tasks) for order, tasks in benchmark.orders[suite].items()},
                 "recipe": {name: value for name, value in common.items() if name not in _PATHS | HARMLESS},
+                "options": _switched_on(resolved_recipe(common), leave_out=BOOKKEEPING | _PLACE | {"method"}),
             }
             for suite, common in benchmark.common.items()
         },

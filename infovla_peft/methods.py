@@ -4,7 +4,7 @@
 |---------------|-------------------------------|---------------------------------------------|--------------------|
 | sequential    | -                             | -                                           | -                  |
 | er            | memory                        | -                                           | -                  |
-| infovla       | memory, counterfactual frames | RAC (λ1), CMI (λ2), output (λ3)             | base, or as chosen |
+| infovla       | memory, counterfactual frames | RAC (λ1), CMI (λ2), output (λ3)             | auto, or as chosen |
 | infovla_paper | memory                        | RAC and CMI with the paper's own estimators | previous           |
 | der++         | memory                        | output                                      | auto               |
 | mir           | memory, the most interfered   | -                                           | -                  |
@@ -100,6 +100,7 @@ _READ_BY = {
     "output": {"lambda_output"},
 }
 """Options that one term alone reads."""
+_WINDOW = "near_duplicate_window"
 
 
 def unread_options(method: str) -> frozenset[str]:
@@ -110,6 +111,8 @@ def unread_options(method: str) -> frozenset[str]:
     """
     row = METHODS[method]
     unread = [options for term, options in _READ_BY.items() if term not in row.terms]
+    unread += [] if {"rac", "cmi"} & {*row.terms} else [{"temperature", "tap_layer", "anchor_bank", _WINDOW}]
+    unread += [] if row.has_teacher else [{"teacher", "anchor_views"}]
     unread += [] if row.counterfactual else [{"counterfactual_share", "counterfactual_frames"}]
     unread += [] if row.consolidates else [{"lambda_ewc", "ewc_samples", "ewc_decay"}]
     unread += [] if row.retrieves else [{"mir_candidates"}]

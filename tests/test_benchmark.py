@@ -686,6 +686,21 @@ def test_machines_share_a_benchmark(benchmark: Benchmark, tmp_path: Path) -> Non
     assert [run for run in content["runs"] if run in own] == own
 
 
+def defaults(content: dict[str, Any]) -> dict[str, Any]:
+    options: dict[str, Any] = content["protocol"]["suites"]["libero_goal"]["options"]
+    return options
+
+
+def test_of_another_version_s_defaults_those_count_that_the_run_read(benchmark: Benchmark, tmp_path: Path) -> None:
+    def of_another_version(content: dict[str, Any]) -> None:
+        defaults(content).update(lambda_ewc=7.0, merge_weight=0.3, lambda_output=0.5)
+        content["runs"][1]["config"]["lambda_output"] = 0.3
+        content["runs"][0]["config"]["unheard_of"] = None
+
+    held = list(load_held(benchmark, [other_machine(benchmark, tmp_path, of_another_version)]).values())
+    assert [run.config for run in held] == [{"method": "er"}, {"method": "infovla", "lambda_cmi": 0.0}]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -696,6 +711,10 @@ def test_machines_share_a_benchmark(benchmark: Benchmark, tmp_path: Path) -> Non
         (lambda c: c["runs"][0].update(base_seed=1), "er_A_m1_s0 was run with base_seed 1, here it is 0"),
         (lambda c: c["runs"][0]["config"].update(learning_rate=1e-5), "was run with another learning_rate"),
         (lambda c: c["runs"][0]["success"].pop(), "tables of 4 rows"),
+        (lambda c: defaults(c).pop("temperature"), "rac_only_A_m1_s0 was run with another temperature"),
+        (lambda c: defaults(c).update(temperature=0.1), "rac_only_A_m1_s0 was run with another temperature"),
+        (lambda c: defaults(c).update(unheard_of=True), "er_A_m1_s0 was run with another unheard_of"),
+        (lambda c: c["protocol"]["suites"]["libero_goal"].pop("options"), "does not say the defaults of the version"),
     ],
 )
 def test_a_run_of_another_benchmark_is_refused(
