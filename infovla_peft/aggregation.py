@@ -11,12 +11,13 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from .analysis_results import FILE as ANALYSIS
 from .analysis_results import Analysis
 from .benchmark import BOOKKEEPING, Benchmark, Job, RunKey, progress, resolved_recipe, unimportant
-from .comparison import ANALYSED, FORMAT_VERSION, ComparedRun, load_comparison
+from .comparison import ANALYSED, FORMAT_VERSION, ComparedRun, ComparisonError, load_comparison, read_comparison
 from .library import find_adapters
 from .report import read_loss_curves
 from .results import Results
@@ -76,7 +77,7 @@ def load_held(benchmark: Benchmark, aggregates: Iterable[str | os.PathLike[str]]
         comparison = load_comparison(path)
         theirs = comparison.protocol.get("suites")
         for run in comparison.runs:
-            key = RunKey(run.suite, run.method, run.seed, run.order, run.memory)
+            key = _key(run)
             job = jobs.get(key)
             if job is None:
                 raise ValueError(f"{path} holds a run that {benchmark.name} has not, {key}; leave the file out")
@@ -86,7 +87,7 @@ def load_held(benchmark: Benchmark, aggregates: Iterable[str | os.PathLike[str]]
             if not isinstance(suite.get("options"), dict):
                 raise ValueError(
                     f"{path} does not say the defaults of the version that wrote it (protocol.suites.{run.suite}."
-                    "options), and they may have been others; leave the file out, or aggregate it anew where it was made"
+                    "options), which may have been others; leave the file out, or aggregate it anew"
                 )
             if run.base_seed != job.base_seed:
                 raise ValueError(
@@ -107,6 +108,28 @@ def load_held(benchmark: Benchmark, aggregates: Iterable[str | os.PathLike[str]]
             # In what it differs from these defaults, not from those of the version that wrote the file.
             held.setdefault(key, replace(run, config=_own_options(key, wanted, benchmark)))
     return held
+
+
+def check_replacement(path: Path, content: Mapping[str, Any]) -> None:
+    """Raise a ValueError if `content` is no aggregate, or lacks a run that the aggregate at `path` holds."""
+    new = read_comparison(content, source=f"{path} (not written)")
+    if not path.exists():
+        return
+    try:
+        old = load_comparison(path)
+    except ComparisonError as error:
+        raise ValueError(f"{path} would be replaced, and cannot be read: move it away first ({error})") from error
+    kept = {_key(run) for run in new.runs}
+    lost = [run for run in old.runs if _key(run) not in kept]
+    if lost:
+        raise ValueError(
+            f"{path} holds {len(lost)} runs that are not here, such as {_key(lost[0])}; `--held {path}` keeps them, "
+            "another --output leaves the file alone"
+        )
+
+
+def _key(run: ComparedRun) -> RunKey:
+    return RunKey(run.suite, run.method, run.seed, run.order, run.memory)
 
 
 def _base_of(job: Job) -> str | None:

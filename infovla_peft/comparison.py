@@ -157,11 +157,18 @@ def rank(means: Mapping[str, float], *, higher_is_better: bool = True) -> list[l
     return [[name for name, mean in known.items() if mean == level] for level in levels]
 
 
-def rankings(runs: Sequence[ComparedRun], metric: str) -> dict[str, list[list[str]]]:
-    """Order of tasks -> ranking of the methods by their mean over its seeds.
+class Ranking(NamedTuple):
+    """Methods from best to worst, those with equal means together, and over which seeds."""
 
-    With several orders only the methods that were run under all of them are ranked, and only over the seeds (on one
-    base, see `differences`) that all of these have under that order: the rankings are then about the same thing.
+    levels: list[list[str]]
+    seeds: list[int]
+
+
+def rankings(runs: Sequence[ComparedRun], metric: str) -> dict[str, Ranking]:
+    """Order of tasks -> ranking of the methods by their mean over the seeds that all of them have under it.
+
+    With several orders only the methods that were run under all of them are ranked. A seed counts if all have it on
+    one base (see `differences`): a ranking is then about one thing, and may differ from that of the means over all.
     """
     values: dict[str, dict[str, dict[Any, float]]] = {}
     for run in runs:
@@ -175,17 +182,18 @@ def rankings(runs: Sequence[ComparedRun], metric: str) -> dict[str, list[list[st
         means = {
             method: bootstrap_mean([found[method][pair] for pair in pairs], resamples=1).mean for method in shared
         }
-        result[order] = rank(means, higher_is_better=METRICS[metric].higher_is_better)
+        levels = rank(means, higher_is_better=METRICS[metric].higher_is_better)
+        result[order] = Ranking(levels, sorted({pair[0] for pair in pairs}))
     return result
 
 
-def same_ranking(by_order: Mapping[str, list[list[str]]]) -> bool | None:
+def same_ranking(by_order: Mapping[str, Ranking]) -> bool | None:
     """Whether all orders rank the same; None if there is nothing to compare (one order, or fewer than two methods).
 
-    >>> same_ranking({"A": [["infovla"], ["er"]], "B": [["infovla", "er"]]})
+    >>> same_ranking({"A": Ranking([["infovla"], ["er"]], [0]), "B": Ranking([["infovla", "er"]], [0])})
     False
     """
-    found = [[sorted(level) for level in ranking] for ranking in by_order.values()]
+    found = [[sorted(level) for level in ranking.levels] for ranking in by_order.values()]
     if len(found) < 2 or min(sum(len(level) for level in ranking) for ranking in found) < 2:
         return None
     return all(ranking == found[0] for ranking in found)
@@ -265,7 +273,7 @@ def agreement_of_orders(runs: Sequence[ComparedRun]) -> dict[str, tuple[float, i
 
     Compared is the success on a task over the stages after the base, less its mean over the seeds, by Pearson's
     correlation: what a seed fixes in both orders is, above all, which trajectories are stored. Left out are methods
-    with fewer than two seeds in both of the first two orders, and without any spread.
+    with fewer than two seeds in both of the first two orders, with no base task in both, and without any spread.
     """
     found = {}
     for method, own in by_method(runs).items():
@@ -274,7 +282,9 @@ def agreement_of_orders(runs: Sequence[ComparedRun]) -> dict[str, tuple[float, i
         seeds = sorted({seed for _, seed in kept if len(orders) == 2 and all((o, seed) in kept for o in orders)})
         if len(seeds) < 2:
             continue
-        tasks = sorted(kept[orders[0], seeds[0]])
+        tasks = sorted(set.intersection(*(set(kept[order, seed]) for order in orders for seed in seeds)))
+        if not tasks:
+            continue
         first, second = (
             np.array([[kept[order, seed][task] for seed in seeds] for task in tasks]) for order in orders
         )  # (tasks, seeds)
@@ -343,7 +353,10 @@ class _Reader(Checker[ComparisonError]):
             seen[key] = where
             look = (run.assets, run.renderer, run.step_cap)
             if shown.setdefault(run.suite, look) != look:
-                self.fail(f"{where}: assets, renderer and step_cap", f"those of the suite, {shown[run.suite]}", look)
+                expected = (
+                    f"those of {run.suite}'s other runs, {shown[run.suite]} (`assets: auto` takes what it finds)"
+                )
+                self.fail(f"{where}: assets, renderer and step_cap", expected, look)
             if shown.setdefault((run.suite, "order", run.order), run.tasks) != run.tasks:
                 self.fail(f"{where}.tasks", f"the tasks of order {run.order}, as in the other runs", run.tasks)
         return Comparison(content["protocol"], runs)

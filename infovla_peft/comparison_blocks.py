@@ -97,7 +97,10 @@ def _table(words: str, comparison: Comparison) -> str:
         raise ComparisonError(f"<!-- table {words} -->: the orders have other tasks; say which order=")
     if make is _means and len(comparable(runs)) > 1:
         raise ComparisonError(f"<!-- table {words} -->: not all of these methods had all orders; say which order=")
-    header, rows = make(runs, options.get("against", "er"))
+    against = options.get("against", "er")
+    if make is _differences and not any(pairs(runs, against).values()):
+        raise ComparisonError(f"<!-- table {words} -->: no run makes a pair with one of {against}; say against=")
+    header, rows = make(runs, against)
     return markdown_table(header, rows)
 
 

@@ -163,7 +163,8 @@ def _difference_rows(runs: Sequence[ComparedRun], against: str) -> tuple[list[st
 def _ranking_text(runs: Sequence[ComparedRun]) -> str:
     by_order = rankings(runs, "final_average")
     lines = [
-        f"- order {order}: " + (" > ".join(" = ".join(level) for level in ranking) or NOT_MEASURED)
+        f"- order {order}, {_seeds_text(ranking.seeds)}: "
+        + (" > ".join(" = ".join(level) for level in ranking.levels) or NOT_MEASURED)
         for order, ranking in by_order.items()
     ]
     verdict = {
@@ -171,9 +172,14 @@ def _ranking_text(runs: Sequence[ComparedRun]) -> str:
         False: "The ranking is **not** the same under all orders.",
         None: "Whether the ranking is the same under all orders: " + NOT_MEASURED + ".",
     }[same_ranking(by_order)]
-    if len(by_order) > 1:
-        verdict += " Ranked are the methods that were run under every order, over the seeds and bases that they share."
+    verdict += (
+        " Ranked are the methods that were run under every order, over the seeds and bases that all of them share."
+    )
     return "\n".join([*lines, "", verdict])
+
+
+def _seeds_text(seeds: Sequence[int]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else "no seed that all share"
 
 
 def _provenance(runs: Sequence[ComparedRun]) -> str:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from infovla_peft.aggregation import aggregate, load_held
+from infovla_peft.aggregation import aggregate, check_replacement, load_held
 from infovla_peft.benchmark import Job, learn_base, load_benchmark
 from infovla_peft.cli import run_command
 from infovla_peft.command_options import CommandParser
@@ -136,14 +136,14 @@ def show_status(options: argparse.Namespace) -> None:
 
 
 def write_aggregate(options: argparse.Namespace) -> None:
-    """All finished runs in one file, which is read again to be sure of it."""
+    """All finished runs in one file, none of which is lost: it is checked first, and must hold what stood there."""
     benchmark = load_benchmark(options.config)
     content, missing = aggregate(benchmark, load_held(benchmark, options.held))
     if not content["runs"]:
         raise ValueError(f"no run of {options.config} is finished yet; see `status`")
     output = options.output or RECIPES / "results" / f"{benchmark.name}.json"
+    check_replacement(output, content)
     write_json(output, content)
-    load_comparison(output)
     print(f"{output}: {len(content['runs'])} runs, {len(missing)} missing")
     for name in missing:
         print(f"  missing: {name}")

@@ -27,7 +27,7 @@ from test_recipes import script
 
 from infovla_peft import benchmark as module
 from infovla_peft.adapter_files import AdapterInfo, write_info
-from infovla_peft.aggregation import aggregate, load_held
+from infovla_peft.aggregation import aggregate, check_replacement, load_held
 from infovla_peft.analysis_results import RANGES, Analysis, ProbedTask
 from infovla_peft.benchmark import Benchmark, Job, learn_base, load_benchmark, progress, take_over_base
 from infovla_peft.comparison import read_comparison
@@ -686,6 +686,23 @@ def test_machines_share_a_benchmark(benchmark: Benchmark, tmp_path: Path) -> Non
     assert [run for run in content["runs"] if run in own] == own
 
 
+def test_an_aggregate_is_replaced_by_a_whole_one_alone(benchmark: Benchmark, tmp_path: Path) -> None:
+    path = other_machine(benchmark, tmp_path)
+    finish(benchmark.jobs[3])
+    with pytest.raises(ValueError, match=r"holds 2 runs .* such as RunKey.*`--held .*other.json` keeps them"):
+        check_replacement(path, aggregate(benchmark)[0])
+    check_replacement(tmp_path / "new.json", aggregate(benchmark)[0])
+    content, _ = aggregate(benchmark, load_held(benchmark, [path]))
+    check_replacement(path, content)
+    content["runs"][0]["assets"] = "another"
+    for output in (path, tmp_path / "new.json"):
+        with pytest.raises(ValueError, match=r"\(not written\).* must be those of libero_goal's other runs"):
+            check_replacement(output, content)
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match="cannot be read: move it away first"):
+        check_replacement(path, aggregate(benchmark)[0])
+
+
 def defaults(content: dict[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = content["protocol"]["suites"]["libero_goal"]["options"]
     return options
@@ -768,6 +785,12 @@ def test_the_script_from_the_queue_to_the_tables(tmp_path: Path, capsys: pytest.
     assert "rac_only_A_m1_s0" in text
     _, text = call("aggregate", str(config), "--held", str(aggregated), "--output", str(aggregated))
     assert "5 runs, 4 missing" in text
+    before = aggregated.read_bytes()
+    shutil.move(tmp_path / "bench" / "libero_goal" / "er_A_m1_s0", tmp_path / "away")
+    with pytest.raises(ValueError, match=r"holds 1 runs that are not here.*keeps them"):
+        call("aggregate", str(config), "--output", str(aggregated))
+    assert aggregated.read_bytes() == before
+    shutil.move(tmp_path / "away", tmp_path / "bench" / "libero_goal" / "er_A_m1_s0")
     _, text = call("tables", str(aggregated))
     assert (tmp_path / "bench_x_tables" / "tables.md").exists()
     assert "matrices_libero_goal_m1_A.png" in text

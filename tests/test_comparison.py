@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
 import doctest
 import json
 import math
@@ -18,6 +19,7 @@ from infovla_peft import comparison, comparison_blocks, intervals
 from infovla_peft.comparison import (
     Comparison,
     ComparisonError,
+    Ranking,
     agreement_of_orders,
     comparable,
     differences,
@@ -145,13 +147,17 @@ def test_a_paired_difference_sees_only_common_pairs() -> None:
     assert paired_difference({}, theirs).n == 0
 
 
+def ranked(**by_order: list[list[str]]) -> dict[str, Ranking]:
+    return {order: Ranking(levels, [0]) for order, levels in by_order.items()}
+
+
 def test_ranks_and_ties() -> None:
     assert rank({"a": 0.1, "b": 0.3, "c": 0.2}, higher_is_better=False) == [["a"], ["c"], ["b"]]
     assert rank({"a": 0.1 + 0.2, "b": 0.3}) == [["a", "b"]]
-    assert same_ranking({"A": [["a"], ["b"]]}) is None
-    assert same_ranking({"A": [["a"]], "B": [["a"]]}) is None
-    assert same_ranking({"A": [["a", "b"]], "B": [["b", "a"]]}) is True
-    assert same_ranking({"A": [["a"], ["b"]], "B": [["b"], ["a"]]}) is False
+    assert same_ranking(ranked(A=[["a"], ["b"]])) is None
+    assert same_ranking(ranked(A=[["a"]], B=[["a"]])) is None
+    assert same_ranking(ranked(A=[["a", "b"]], B=[["b", "a"]])) is True
+    assert same_ranking(ranked(A=[["a"], ["b"]], B=[["b"], ["a"]])) is False
 
 
 def test_rankings_compare_the_same_methods_and_seeds() -> None:
@@ -164,9 +170,9 @@ def test_rankings_compare_the_same_methods_and_seeds() -> None:
         run("er", 1, "A", last=good),  # infovla has no seed 1 there
         run("mir", 0, "A", last=good),  # not run under B
     ).runs
-    assert rankings(runs, "final_average") == {"A": [["infovla"], ["er"]], "B": [["er"], ["infovla"]]}
+    assert rankings(runs, "final_average") == ranked(A=[["infovla"], ["er"]], B=[["er"], ["infovla"]])
     runs[1].success[0][0] = 0.8  # another base
-    assert rankings(runs, "final_average") == {"A": [], "B": [["er"], ["infovla"]]}
+    assert rankings(runs, "final_average")["A"] == ([], [])
 
 
 def test_metrics_of_a_run_by_hand() -> None:
@@ -212,6 +218,14 @@ def test_how_far_the_orders_of_a_seed_agree() -> None:
     assert agreement_of_orders(compare(*alike[:2]).runs) == {}
     same = [kept(seed, order, 0.2, 0.9) for seed in (0, 1) for order in "AB"]
     assert agreement_of_orders(compare(*same).runs) == {}
+    # Nor of streams without a base, and of orders that have other base tasks only what both have.
+    other = [dataclasses.replace(each, learned_at=[1, 1, 1, 2]) for each in compare(*alike).runs]
+    assert agreement_of_orders(other) == {}
+    other = [
+        dataclasses.replace(each, tasks=["task_9", *each.tasks[1:]]) if each.order == "B" else each
+        for each in compare(*alike).runs
+    ]
+    assert agreement_of_orders(other) == {"er": (pytest.approx(1.0), 2)}
     fresh = refresh_tables(block("show=agreement memory=1"), compare(*against))
     assert "| `er` | 4 | −1.00 |" in fresh
 
@@ -288,7 +302,8 @@ def test_tables_hold_what_the_file_holds(tmp_path: Path) -> None:
     assert "| er | 4 | A, B | 65.0 [65.0, 65.0] |" in text
     assert "| infovla_rac_only | 4 | +0.0 [+0.0, +0.0] | [+0.0, +0.0] |" in text
     assert "| er | 1 | A | 65.0 |" in text  # the section of memory 0: one run, no interval
-    assert "The ranking is the same under all orders." in text
+    assert "- order A, seeds 0, 1: er = infovla_rac_only" in text
+    assert "The ranking is the same under all orders. Ranked are the methods" in text
     assert "libero_goal, 0 trajectories per past task" in text
     assert "8 runs, seeds 0, 1; official assets, fast renderer, step cap 300; rollouts per cell 10 to 20" in text
     assert "0123abc" in text
@@ -406,6 +421,8 @@ def test_a_damaged_analysis_in_an_aggregate_is_refused(analysis: Any, message: s
         (block("show=means suite=libero_goal"), "say which suite=, and which memory="),
         (block("show=means suite=libero_90"), "there is no run of all that"),
         (block("show=means order=A memory=1 methods=er,ewc"), "there is no run of ewc"),
+        (block("show=differences order=A memory=1 against=nobody"), "no run makes a pair with one of nobody; say"),
+        (block("show=differences order=A memory=1 methods=er"), "no run makes a pair with one of er; say against="),
         (
             block("show=matrix suite=libero_goal"),
             r"write show=means\|differences\|last\|each\|gradients\|agreement and, of against",
