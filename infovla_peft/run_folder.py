@@ -43,6 +43,8 @@ RESTORE = "restore it from a copy, or start anew in another --output_dir"
 _SUM = "# sha256: "
 
 STATE_VERSION = 2  # 1 had no checksums
+_UNFINISHED = "unfinished"
+"""Key of state.json: step -> seconds of its attempts that were stopped or failed."""
 HARMLESS = frozenset(
     {
         "output_dir",
@@ -222,15 +224,20 @@ class RunFolder:
     def _read_state(self) -> dict[str, Any]:
         try:
             content = read_sealed(self / STATE, newest=STATE_VERSION)
-            if not isinstance(content["steps"], dict) or not content["format_version"]:
+            tables = (content["steps"], content.get(_UNFINISHED, {}))
+            if not all(isinstance(table, dict) for table in tables) or not content["format_version"]:
                 raise DamagedFileError(f"{self / STATE} is damaged (its steps are none)")
         except FileNotFoundError:
-            return {"steps": {}, SUMS: {}}
+            return {"steps": {}, SUMS: {}, _UNFINISHED: {}}
         except KeyError as error:
             raise RunError(f"{self / STATE} is damaged (it lacks {error}); {RESTORE}") from error
         except DamagedFileError as error:
             raise RunError(f"{error}; {RESTORE}") from error
-        return {SUMS: {}, **content}
+        return {SUMS: {}, _UNFINISHED: {}, **content}
+
+    def _write_state(self, content: Mapping[str, Any]) -> None:
+        kept = {name: content[name] for name in ("steps", _UNFINISHED) if content[name] or name == "steps"}
+        write_sealed(self / STATE, {"format_version": STATE_VERSION, **kept}, content[SUMS])
 
     def done(self, step: str) -> bool:
         return step in self.state()
@@ -239,6 +246,8 @@ class RunFolder:
         """Enter a finished step. Only the main process writes.
 
         Args:
+            seconds: that it took; those of attempts before that were stopped, or failed, are added (not those of one
+                that was killed outright).
             sealed: files and folders whose checksums are entered with it.
         """
         if not self.main_process:
@@ -249,8 +258,16 @@ class RunFolder:
             name = product.relative_to(self.path).as_posix()
             sums = {key: value for key, value in sums.items() if key != name and not key.startswith(f"{name}/")}
             sums |= checksums(files_below(product), self.path)
+        seconds += content[_UNFINISHED].pop(step, 0.0)
         content["steps"][step] = {"seconds": round(seconds, 2), **notes}
-        write_sealed(self / STATE, {"format_version": STATE_VERSION, "steps": content["steps"]}, sums)
+        self._write_state({**content, SUMS: sums})
+
+    def _add_unfinished(self, step: str, seconds: float) -> None:
+        """What a step that was stopped has taken so far counts when it is finished."""
+        if self.main_process:
+            content = self._read_state()
+            content[_UNFINISHED][step] = round(seconds + content[_UNFINISHED].get(step, 0.0), 2)
+            self._write_state(content)
 
     def checksums(self) -> dict[str, str]:
         """Of the sealed products of finished steps: name relative to the folder → SHA-256."""
@@ -305,7 +322,12 @@ class RunFolder:
             self.require(products, step)
             return
         start = time.monotonic()
-        notes = work() if self.main_process or everyone else None
+        try:
+            notes = work() if self.main_process or everyone else None
+        except BaseException:
+            with suppress(OSError, RunError):
+                self._add_unfinished(step, time.monotonic() - start)
+            raise
         seconds = time.monotonic() - start + (before or {}).get("seconds", 0.0)
         self.mark(step, seconds, sealed=sealed, **(notes or {}))
         while not self.done(step) or gone():

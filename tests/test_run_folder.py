@@ -107,6 +107,24 @@ def test_a_step_that_fails_is_not_finished(folder: RunFolder) -> None:
     assert list(folder.state()) == ["earlier"]
 
 
+def test_the_time_of_a_stopped_step_counts_when_it_is_finished(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 40.0, 100.0, 107.0, 200.0, 203.0])
+    monkeypatch.setattr("infovla_peft.run_folder.time.monotonic", lambda: next(clock))
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            folder.once("learn", stop)
+    assert folder.state() == {}
+    folder.once("learn", lambda: {"note": 1})
+    assert folder.state() == {"learn": {"seconds": 50.0, "note": 1}}
+    assert "unfinished" not in json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
 def test_other_processes_wait_for_the_main_one(folder: RunFolder) -> None:
     other = RunFolder(folder.path, main_process=False).open({"ignored": True})
     waiting = threading.Thread(target=other.once, args=("step", lambda: pytest.fail("only rank 0 works")))
