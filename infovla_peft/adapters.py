@@ -76,7 +76,7 @@ def target_modules(model: nn.Module, targets: str) -> list[str]:
             of names ("q_proj,v_proj") or full names, separated by commas.
 
     Raises:
-        AdapterError: a name matches nothing.
+        AdapterError: a name matches nothing, or none names a layer that runs.
     """
     unused = tuple(unused_modules(model))
     linear = [
@@ -93,6 +93,10 @@ def target_modules(model: nn.Module, targets: str) -> list[str]:
             known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
             raise AdapterError(f"lora_targets: no linear layer is named {target!r}; choose among {known}")
         chosen += [name for name in matching if not f"{name}.".startswith(unused)]
+    if not chosen:
+        raise AdapterError(
+            f"lora_targets {targets!r} names no layer that runs; choose others, or all-linear for every one that does"
+        )
     return chosen
 
 
@@ -111,15 +115,13 @@ def add_adapter(model: nn.Module, name: str, config: InfoVLAConfig, *, start_fro
 
     Args:
         model: the base, or the base with the adapters of earlier tasks.
-        name: without dots, and no part of `lora_`.
+        name: see `attach`.
         start_from: name of an adapter of the model (`adapter_init="continue"`).
 
     Raises:
         AdapterError: the name is taken or unusable; `start_from` is unknown, or of another shape or scale.
     """
     known = list(model.peft_config) if isinstance(model, PeftModel) else []
-    if "." in name or name in "lora_" or name in known:  # PEFT finds an adapter's weights by its name
-        raise AdapterError(f"an adapter's name must be new, without dots and no part of 'lora_', got {name!r}")
     if start_from is not None and start_from not in known:
         raise AdapterError(f"cannot start from adapter {start_from!r}: the model has {known or 'none'}")
     lora = LoraConfig(
@@ -166,6 +168,7 @@ def merge_adapters(model: PeftModel, names: Sequence[str], into: str, *, weight:
     unknown = [name for name in names if name not in model.peft_config]
     if unknown or not names or into in model.peft_config:
         raise AdapterError(f"cannot merge {list(names)} into {into!r}: the model has {list(model.peft_config)}")
+    _check_name(model, into)
     tuner: Any = model.base_model
     tuner.add_weighted_adapter(list(names), [weight] * len(names), into, combination_type="cat")
     activate(model, into)
@@ -235,14 +238,29 @@ def attach(model: nn.Module, name: str, lora: LoraConfig, *, empty: bool = False
     """`model` with a new, untrained adapter of this shape beside those that it has.
 
     Args:
+        name: new, without dots, no part of `lora_`, and no part of a module's path, such as a layer's number: PEFT
+            finds an adapter's weights by its name.
         empty: give it no values (the meta device): they are about to be read, and drawing them takes longer than that.
+
+    Raises:
+        AdapterError: the name is another.
     """
+    _check_name(model, name)
     if isinstance(model, PeftModel):
         model.add_adapter(name, lora, low_cpu_mem_usage=empty)
         return model
     with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5.23 by a deprecated name
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         return PeftModel(model, lora, adapter_name=name, low_cpu_mem_usage=empty)
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    parts = {part for path, _ in model.named_modules() for part in path.split(".")} | {"base_layer", "base_model"}
+    if "." in name or name in "lora_" or name.startswith("lora_") or name in parts:
+        raise AdapterError(
+            "an adapter's name must be new, without dots, neither a part nor a continuation of 'lora_', "
+            f"and no part of a module's path, as a layer's number is; got {name!r}"
+        )
 
 
 def _load_weights(model: PeftModel, name: str, weights: Mapping[str, Tensor]) -> None:

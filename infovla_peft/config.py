@@ -308,6 +308,8 @@ class InfoVLAConfig(TrainingArguments):
         check_at_least(self, 1, "lora_r", "lora_alpha", "anchor_views", "counterfactual_frames")
         check_at_least(self, 1, "ewc_samples", "mir_candidates")
         check_choices(self)
+        if not math.isfinite(self.merge_weight):
+            raise ValueError(f"merge_weight must be a finite number, got {self.merge_weight}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be > 0, got {self.temperature}")
         if self.log_gradients and self.torch_compile:

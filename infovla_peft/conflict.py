@@ -15,7 +15,8 @@ def conflicts(parts: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -
     """The gradient of each part of a loss: its size, and its direction beside that of the new task.
 
     Gradients conflict where their cosine is negative (Yu et al., 2001.06782): to first order, a step for one part
-    undoes what is learned of the other. The parts are as they enter the loss, weights included, so that norms compare.
+    undoes what is learned of the other. The parts are as they enter the loss, weights included, so that norms compare
+    (but of a head that writes tokens the policy loss is taken over the action bins, see `sample_losses`).
 
     Args:
         parts: name -> scalar; one of them is `CURRENT`, the policy loss of the new task's samples.

@@ -87,7 +87,11 @@ def _direction(gradient: Tensor, state: Mapping[str, Any], group: Mapping[str, A
 
 
 def sample_losses(model: nn.Module, batch: Mapping[str, Tensor], output: Any) -> Tensor:
-    """(B,) the policy loss of each sample, in the units of the batch's, from the model's output for the batch."""
+    """(B,) the policy loss of each sample, in the units of the batch's, from the model's output for the batch.
+
+    Deviation: of a head that writes tokens it is the cross-entropy over the bins of the action tokens alone. The loss
+    that is trained is over the whole vocabulary, and has the stop token, which all samples share.
+    """
     if "actions" in batch and output.action_logits is None:
         error: Tensor = output.predicted_actions.float() - batch["actions"].float()
         return error.abs().mean(dim=(1, 2))

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from peft import LoraConfig
 
-from .adapters import target_modules
+from .adapters import attach, target_modules
 from .data.demonstrations import CAMERA_COLUMNS
 from .data.sampling import replay_places
+from .engine import check_engine, is_sharded
 from .methods import METHODS
 from .models.openvla import OpenVLAForActionPrediction, build_tiny_openvla
 from .models.openvla.quantization import quantization_config
@@ -20,6 +22,7 @@ from .plan import tiny_shape
 from .run_folder import RunError
 from .trackers import check_tracker_names, check_trackers
 from .video import CURE, video_available
+from .vision_cache import check_cacheable
 
 if TYPE_CHECKING:
     from .stream import Stream
@@ -39,6 +42,7 @@ def check_start(stream: Stream) -> None:
         raise RunError(f"videos of rollouts need PyAV: {CURE}")
     quantization_config(stream.config.quantization)
     check_recipe(stream)
+    check_engine(stream.training, sharded=is_sharded(stream.training))
     _check_base(stream)
     check_trackers(stream.training.report_to)  # that they are installed, too
     check_batches(stream)
@@ -59,7 +63,12 @@ def _check_base(stream: Stream) -> None:
         model.tap_module(stream.training.tap_layer)
     except ValueError as error:
         raise RunError(f"tap_layer: {error}") from error
-    target_modules(model, stream.training.lora_targets)
+    targets = target_modules(model, stream.training.lora_targets)
+    if stream.training.cache_vision_features:
+        adapted = attach(model, "stage", LoraConfig(r=1, target_modules=targets), empty=True)
+        method = METHODS[stream.training.method]
+        replays = method.replay and (method.keeps_all or stream.config.memory_trajectories > 0)
+        check_cacheable(adapted, stream.training, replayed_anew=replays and not method.has_teacher)
 
 
 def check_recipe(stream: Stream) -> None:
@@ -104,4 +113,10 @@ def check_batches(stream: Stream) -> None:
     if len(counterfactual) > training.counterfactual_frames:
         raise ValueError(f"counterfactual_frames must be at least {len(counterfactual)}, one per past task")
     batch = training.train_batch_size * training.world_size
-    replay_places(batch, training.replay_fraction, len(remembered or counterfactual))
+    replayed = replay_places(batch, training.replay_fraction, len(remembered or counterfactual))
+    if method.retrieves and min(replayed, batch - replayed) < training.world_size:
+        raise ValueError(
+            f"method={training.method!r} chooses in each process what to replay beside the new task's samples: "
+            f"{replayed} of the {batch} samples of a step are replayed, and each of {training.world_size} processes "
+            "needs one of either kind; raise per_device_train_batch_size, or change replay_fraction"
+        )

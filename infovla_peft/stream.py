@@ -373,6 +373,8 @@ class Stream:
                 return Consolidation.load(file, stage=stage.index)
             except DamagedFileError as error:
                 raise RunError(f"{error}; delete it and give the same command again, which measures it") from error
+        if self.config.quantization == "none":  # a quantised one is there already
+            model.to(self.training.device)
         found = Consolidation.measure(
             model,
             stage.name,

@@ -24,7 +24,7 @@ from transformers.trainer_utils import TrainOutput
 
 from .adapters import base_model, freeze_unused, read_adapter_weights, write_adapter_weights
 from .checkpoints import STAGING, check_continuable, keep_newest, last_checkpoint, publish_checkpoint
-from .compilation import check_compilable, compiled_blocks
+from .compilation import compiled_blocks
 from .config import NOT_COMPILED, InfoVLAConfig
 from .conflict import CURRENT, REPLAY, conflicts
 from .consolidation import Consolidation
@@ -33,6 +33,7 @@ from .data.collator import VLACollator
 from .data.sampling import StratifiedBatchSampler
 from .distributed import whole, whole_state
 from .divergence import DivergenceError, describe_batch, divergence_reason
+from .engine import check_engine
 from .features import FeatureTap, extract_features, policy_output
 from .files import make_folder
 from .interference import most_interfered, sample_losses
@@ -157,18 +158,7 @@ class InfoVLATrainer(Trainer):
         if self.accelerator.state.dynamo_plugin.backend.value != "NO":
             raise ValueError(NOT_COMPILED.format("accelerate's dynamo_backend"))
         self.add_callback(_AskTeachers(self))
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if sharded and (METHODS[args.method].retrieves or METHODS[args.method].consolidates):
-            raise ValueError(
-                f"method={args.method!r} looks at single parameters, so each process must hold all of them; "
-                "launch with recipes/accelerate/ddp.yaml instead of FSDP or DeepSpeed"
-            )
-        if sharded and args.log_gradients:
-            raise ValueError("log_gradients is not supported with FSDP or DeepSpeed: leave it out")
-        if args.torch_compile:
-            if sharded:
-                raise ValueError("torch_compile is not supported with FSDP or DeepSpeed: train without it")
-            check_compilable(args.device.type)
+        check_engine(args, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self.loss_is_scaled_for_ga = False  # `compute_loss` gives the mean of its batch
         self._stop = _StopOnSignal(self)
         self.add_callback(self._stop)
@@ -287,7 +277,8 @@ class InfoVLATrainer(Trainer):
             self._note("ewc", penalty)
             terms["ewc"] = self.args.lambda_ewc * penalty
         loss = policy_loss + sum(terms.values()) if terms else policy_loss
-        if self.args.log_gradients and model.training and self._logs_this_step():
+        # With one sample per process, some have none of the new task, and log nothing.
+        if self.args.log_gradients and model.training and self._logs_this_step() and current:
             parts = {**self._policy_parts(outputs, inputs, current), **terms}
             for name, value in conflicts(parts, self._trained()).items():
                 self._note(name, value)
@@ -392,7 +383,7 @@ class InfoVLATrainer(Trainer):
         return [value for value in parameters if value.requires_grad and id(value) not in networks]
 
     def _policy_parts(self, outputs: Any, inputs: Mapping[str, Any], current: int) -> dict[str, Tensor]:
-        """The policy loss, shared between the new task's samples and the replayed ones."""
+        """The policy loss (see `sample_losses`), shared between the new task's samples and the replayed ones."""
         size = len(inputs["input_ids"])
         parts = {CURRENT: slice(0, current), REPLAY: slice(current, size)}
         if self.rehearsal.regresses_answers:

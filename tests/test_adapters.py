@@ -26,6 +26,7 @@ from infovla_peft.adapters import (
     fingerprint,
     freeze_unused,
     load_adapter,
+    merge_adapters,
     read_adapter_weights,
     save_adapter,
     target_modules,
@@ -85,7 +86,9 @@ def test_targets_by_name(tmp_path: Path) -> None:
     assert len(names) == 3
     with pytest.raises(AdapterError, match="no linear layer is named 'w_proj'; choose among"):
         target_modules(policy.model, "w_proj")
-    assert target_modules(policy.model, "lm_head") == []  # never runs with the L1 head
+    for nothing in ("lm_head", "", " , "):  # the first never runs with the L1 head
+        with pytest.raises(AdapterError, match="names no layer that runs"):
+            target_modules(policy.model, nothing)
     policy.model.config.action_head = "discrete"
     assert target_modules(policy.model, "lm_head") == ["language_model.lm_head"]
     assert not any("lm_head" in name for name in target_modules(policy.model, "all-linear"))
@@ -136,6 +139,10 @@ def test_initial_weights_depend_on_seed_and_name_alone(tmp_path: Path) -> None:
         ("one", {}, "must be new, without dots"),
         ("lora", {}, "must be new, without dots"),
         ("a.b", {}, "must be new, without dots"),
+        ("0", {}, "must be new, without dots"),  # `layers.0.` would be taken for it
+        ("q_proj", {}, "must be new, without dots"),
+        ("lora_A", {}, "must be new, without dots"),
+        ("base_layer", {}, "must be new, without dots"),
         ("two", {"start_from": "zero"}, "cannot start from adapter 'zero'"),
     ],
 )
@@ -143,6 +150,11 @@ def test_unusable_names(tmp_path: Path, name: str, options: dict[str, str], mess
     model = add_adapter(tiny_policy().model, "one", config(tmp_path))
     with pytest.raises(AdapterError, match=message):
         add_adapter(model, name, config(tmp_path), **options)
+    if not options and name != "one":
+        with pytest.raises(AdapterError, match=message):
+            merge_adapters(model, ["one"], into=name)
+        with pytest.raises(AdapterError, match=message):
+            add_adapter(tiny_policy().model, name, config(tmp_path))
 
 
 def test_continuing_with_another_rank(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def test_unknown_stream_notation_says_how_to_write_it(notation: str) -> None:
     [
         ({"lambda_rac": -0.1}, "lambda_rac must be at least 0"),
         ({"temperature": 0.0}, "temperature must be > 0"),
+        ({"merge_weight": math.nan}, "merge_weight must be a finite number"),
         ({"replay_fraction": 1.0}, r"replay_fraction must be in \[0, 1\)"),
         ({"method": "magic"}, "method must be one of sequential, er"),
         ({"teacher": "oracle"}, "teacher must be one of base, auto, previous"),

@@ -16,6 +16,7 @@ from infovla_peft import trainer as trainer_module
 from infovla_peft.adapters import adapter_parameters, add_adapter
 from infovla_peft.conflict import conflicts
 from infovla_peft.consolidation import Consolidation
+from infovla_peft.data.sampling import StratifiedBatchSampler
 from infovla_peft.trainer import InfoVLATrainer
 
 METHODS = {
@@ -69,6 +70,24 @@ def test_the_parts_are_the_whole_loss(tmp_path: Path, method: str, monkeypatch: 
     torch.testing.assert_close(
         [value for value in mine if value is not None], [value for value in theirs if value is not None]
     )
+
+
+def test_a_process_without_samples_of_the_new_task_has_nothing_to_compare(tmp_path: Path) -> None:
+    """As of four processes with one sample each, of which two replay."""
+    trainer = adapter_stage(tmp_path, method="infovla", log_gradients=True, **OPTIONS)
+    trainer.prepare_anchors()
+    trainer.state.logging_steps = 1
+    rehearsal, model = trainer.rehearsal, cast(nn.Module, trainer.model).train()
+    for rank, logs in ((0, True), (3, False)):
+        sampler = StratifiedBatchSampler(
+            trainer.train_dataset, rehearsal.remembered, batch_size=1, replay_fraction=0.5, batches=1, seed=0,
+            processes=4, rank=rank, counterfactual=rehearsal.counterfactual, counterfactual_share=0.5,
+            views=rehearsal.views,
+        )  # fmt: skip
+        batch = trainer.data_collator(rehearsal.mixture().__getitems__(sampler.draw(0)))
+        assert math.isfinite(trainer.compute_loss(model, batch).item())
+        assert ("grad_norm_current" in trainer._sums) == logs
+        trainer._sums.clear()
 
 
 @pytest.mark.parametrize("method", ["infovla", "infovla_paper", "er"])

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from infovla_peft.hub import load_policy
 from infovla_peft.inference import Policy
 from infovla_peft.memory import ReplayMemory
 from infovla_peft.plan import Stage, plan_stages
+from infovla_peft.preflight import check_batches
 from infovla_peft.publishing import check_run
 from infovla_peft.results import Results
 from infovla_peft.run_folder import RunError, RunFolder
@@ -212,6 +214,10 @@ def test_an_option_that_only_another_version_knows_is_no_change(make: Callable[.
         ({"tap_layer": 40}, "tap_layer: Layer 40 cannot be tapped: choose 1 to"),
         ({"counterfactual_frames": 2, "teacher": "auto"}, "counterfactual_frames must be at least 3"),
         ({"eval_strategy": "steps"}, "eval_strategy must be no"),
+        ({"lora_targets": "lm_head"}, "lora_targets 'lm_head' names no layer that runs"),
+        ({"cache_vision_features": True}, "set lora_targets to layers of the language model"),
+        ({"method": "er", "cache_vision_features": True, "lora_targets": "q_proj"}, "set image_shift to 0"),
+        ({"method": "mir", "cache_vision_features": True, "lora_targets": "q_proj"}, "candidates of method='mir'"),
     ],
 )
 def test_what_a_later_stage_would_stumble_over_is_said_first(
@@ -219,8 +225,21 @@ def test_what_a_later_stage_would_stumble_over_is_said_first(
 ) -> None:
     """After the base is trained a corrected option would be another run's."""
     with pytest.raises((RunError, ValueError), match=message):
-        make(method="infovla", **options).__enter__()
+        make(**{"method": "infovla", **options}).__enter__()
     assert not (tmp_path / "run").exists()
+
+
+def test_each_process_of_mir_needs_samples_of_either_kind(
+    make: Callable[..., Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one sample each, half of the processes would have nothing to replay, and fail in the first step."""
+    monkeypatch.setattr(InfoVLAConfig, "world_size", property(lambda _: 4))
+    for size, fits in ((1, False), (2, True)):
+        stream = make(method="mir", per_device_train_batch_size=size)
+        refused = pytest.raises(ValueError, match="2 of the 4 samples of a step are replayed")
+        with nullcontext() if fits else refused:
+            check_batches(stream)
+    check_batches(make(method="er", per_device_train_batch_size=1))
 
 
 def test_parts_of_a_checkpoint_are_known_before_it_is_loaded(make: Callable[..., Stream], tmp_path: Path) -> None:
