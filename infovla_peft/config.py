@@ -83,7 +83,7 @@ class InfoVLAConfig(TrainingArguments):
             `near_duplicate_window=0`. `der++` sets `teacher="auto"`, `lwf` sets `teacher="previous"`, `ewc`
             `adapter_init="continue"`, `single_task` and `merge` `adapter_init="fresh"`.
         lambda_rac: weight λ1 of the replay-anchor contrastive term, ≥ 0; 0 leaves it out. Default: 0.02; with CMI it
-            adds 4.2 points to λ3 = 0.3 alone in Bench-S (six pairs), and −2.5 to +2.0 on validation states (eight);
+            adds 4.2 points to λ3 = 0.3 alone in Bench-S (six pairs), and −2.5 to +2.0 on validation states (nine);
             at 0.1 a tiny base did not learn a task with a new object (one seed; recipes/EXPLORED.md).
             `infovla_paper`: 0.1 (paper, §5.1).
         lambda_cmi: weight λ2 of the cross-modal mutual information term, ≥ 0; 0 leaves it out. Default: as lambda_rac.
