@@ -139,7 +139,10 @@ def test_the_central_crop_is_what_it_says(processor: Any) -> None:
     ramp = np.broadcast_to(np.linspace(0, 248, side).round().astype(np.uint8)[None, :, None], (side, side, 3)).copy()
     cropped = central_crop(ramp, side)
     places = np.linspace((1 - 0.9**0.5) / 2, (1 + 0.9**0.5) / 2, side) * (side - 1)
-    np.testing.assert_allclose(cropped[5, :, 1], np.interp(places, np.arange(side), ramp[0, :, 0]), atol=0.51)
+    # To uint8 as TensorFlow's `convert_image_dtype(..., saturate=True)` goes: a cast of 255.5 times the float.
+    floats = np.interp(places, np.arange(side), ramp[0, :, 0]) / 255
+    np.testing.assert_array_equal(cropped[5, :, 1], (floats * 255.5).astype(np.uint8))
+    assert central_crop(np.full((side, side, 3), 255, np.uint8), side).min() == 255
     np.testing.assert_array_equal(central_crop(ramp.transpose(1, 0, 2), side), cropped.transpose(1, 0, 2))
     assert np.unique(central_crop(np.full((50, 40, 3), 77, np.uint8), side)).tolist() == [77]
     # Training shows the model what a policy shows it.

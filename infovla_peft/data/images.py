@@ -35,7 +35,8 @@ def central_crop(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     high, weight = np.minimum(low + 1, side - 1), places - low
     rows = pixels[low] * (1 - weight)[:, None, None] + pixels[high] * weight[:, None, None]
     cropped = rows[:, low] * (1 - weight)[:, None] + rows[:, high] * weight[:, None]
-    return np.clip(np.round(cropped), 0, 255).astype(np.uint8)  # type: ignore[no-any-return]
+    # TensorFlow's `convert_image_dtype` to uint8: of a float in [0, 1], the whole part of 255.5 times it.
+    return np.floor(np.clip(cropped, 0, 255) * (255.5 / 255)).clip(0, 255).astype(np.uint8)  # type: ignore[no-any-return]
 
 
 class ImagePipeline:
