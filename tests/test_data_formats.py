@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -20,10 +21,10 @@ from data_files import FRAMES, SIDE, TASKS, numbers, picture, png, write_lerobot
 from test_demonstrations import write as write_recorded
 
 from infovla_peft.cli import main
-from infovla_peft.data import lerobot, recording
+from infovla_peft.data import lerobot, recording, rows
 from infovla_peft.data.chunks import ChunkDataset
 from infovla_peft.data.demonstrations import DemonstrationError, load_demonstrations
-from infovla_peft.data.lerobot import LeRobotSource
+from infovla_peft.data.lerobot import LeRobotSource, read_frames
 from infovla_peft.data.lerobot_export import export_lerobot
 from infovla_peft.data.lerobot_statistics import ChannelHistogram, Moments
 from infovla_peft.data.rows import noops
@@ -131,6 +132,11 @@ def test_what_is_prepared_is_used_again_until_the_files_change(
     pq.write_table(table.set_column(1, "action", pa.array([[0.5] * 7] * len(table))), path)
     assert load_demonstrations(folder)[0]["action"] == [0.5] * 7
     assert len(read) == 8
+    # What a version before this one has prepared may have come out otherwise.
+    later = dataclasses.make_dataclass("RowOptions", [("version", int, 2)], bases=(rows.RowOptions,), frozen=True)
+    monkeypatch.setattr("infovla_peft.data.demonstrations.RowOptions", later)
+    load_demonstrations(folder)
+    assert len(read) == 12
 
 
 def test_options_map_columns_turn_pictures_and_leave_out_noops(files: dict[str, Path]) -> None:
@@ -607,6 +613,49 @@ def test_an_export_names_the_option_that_cannot_be(
     with pytest.raises(ValueError, match=message):
         export_lerobot(load_demonstrations(files["hdf5"], streaming=True), tmp_path / "set", **options)
     assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("codec", ["libsvtav1", "libx265"])
+def test_encoders_that_look_ahead_write_later(files: dict[str, Path], tmp_path: Path, codec: str) -> None:
+    """LeRobot's own codec gives its first packet after more pictures than a short episode has."""
+    frames = load_demonstrations(files["lerobot_images"])
+    larger = frames.map(
+        lambda row: {"image": row["image"].resize((64, 64)), "wrist_image": row["image"].resize((64, 64))}
+    )
+    back = load_demonstrations(export_lerobot(larger, tmp_path / "set", codec=codec))
+    assert back["action"] == frames["action"]
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
+def test_frames_are_found_wherever_a_seek_lands(tmp_path: Path, codec: str) -> None:
+    """Where frames are stored in another order than shown, it may land behind the wanted one."""
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "video.mp4"), "w") as container:
+        stream = container.add_stream(codec, rate=20)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 64, "yuv420p", 2_000_000
+        stream.codec_context.gop_size, stream.codec_context.max_b_frames = 12, 2
+        for number in range(50):
+            picture = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 5 * number, np.uint8), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    times = np.arange(50) / 20
+    whole = [int(frame.mean()) for frame in read_frames(tmp_path / "video.mp4", times, 20)]
+    assert whole == sorted(whole)
+    assert len(set(whole)) == 50
+    for start in range(50):
+        (frame,) = read_frames(tmp_path / "video.mp4", times[start : start + 1], 20)
+        assert int(frame.mean()) == whole[start]
+    with pytest.raises(DemonstrationError, match=r"has no frame at 2.500 s, only 1 of the 2 frames"):
+        read_frames(tmp_path / "video.mp4", np.array([2.45, 2.5]), 20)
+
+
+def test_a_state_of_one_number_is_a_scalar_to_lerobot(files: dict[str, Path], tmp_path: Path) -> None:
+    frames = load_demonstrations(files["lerobot_images"])
+    narrow = frames.map(lambda row: {"state": row["state"][:1]}, remove_columns="state")
+    exported = export_lerobot(narrow, tmp_path / "set")
+    assert json.loads((exported / "meta/info.json").read_text())["features"]["observation.state"]["shape"] == [1]
+    assert pq.read_table(exported / DATA).schema.field("observation.state").type == pa.float32()
+    assert load_demonstrations(exported, state_dim=1)["state"] == [row[:1] for row in frames["state"]]
 
 
 def test_large_sets_are_cut_into_files(

@@ -294,6 +294,10 @@ def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
     return matrix[:, None] if matrix.ndim == 1 else matrix
 
 
+_SEEK_BACK = 4.0
+"""Seconds; more than a group of pictures takes in nearly all videos."""
+
+
 def read_frames(path: Path, times: NDArray[np.float64], frames_per_second: float) -> list[NDArray[np.uint8]]:
     """The frames of a video at some times.
 
@@ -311,19 +315,23 @@ def read_frames(path: Path, times: NDArray[np.float64], frames_per_second: float
         raise ImportError("reading videos needs PyAV: pip install 'infovla-peft[data]'") from error
 
     found: list[NDArray[np.uint8]] = []
+    half = 0.5 / frames_per_second
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            container.seek(max(0, int((times[0] - 0.5 / frames_per_second) / stream.time_base)), stream=stream)
-            for frame in container.decode(stream):
-                if frame.time is None or frame.time < times[len(found)] - 0.5 / frames_per_second:
-                    continue
-                if frame.time > times[len(found)] + 0.5 / frames_per_second:
-                    break
-                found.append(frame.to_ndarray(format="rgb24"))
-                if len(found) == len(times):
-                    return found
+            # Where frames are stored in another order than shown, a seek may land behind the place.
+            for start in (times[0] - half, times[0] - half - _SEEK_BACK, 0.0):
+                found = []
+                container.seek(max(0, int(start / stream.time_base)), stream=stream)
+                for frame in container.decode(stream):
+                    if frame.time is None or frame.time < times[len(found)] - half:
+                        continue
+                    if frame.time > times[len(found)] + half:
+                        break
+                    found.append(frame.to_ndarray(format="rgb24"))
+                    if len(found) == len(times):
+                        return found
     # Beside FFmpeg's errors, those of texts, times and pictures that its bindings cannot convert.
     except (av.error.FFmpegError, LookupError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
         raise DemonstrationError(f"{path} is truncated or no video ({error}): {AGAIN}") from error

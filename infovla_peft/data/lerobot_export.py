@@ -256,7 +256,10 @@ class _Writer:
     def _add_data(self, columns: Mapping[str, NDArray[Any]]) -> int:
         """Keep an episode's rows for the current Parquet file; its number."""
         arrays = {
-            key: pa.FixedSizeListArray.from_arrays(values.ravel(), values.shape[1]) if values.ndim == 2 else values
+            # LeRobot reads a feature of shape (1,) as a scalar.
+            key: pa.FixedSizeListArray.from_arrays(values.ravel(), values.shape[1])
+            if values.ndim == 2 and values.shape[1] > 1
+            else values.ravel()
             for key, values in columns.items()
         }
         table = pa.table(arrays)
@@ -286,7 +289,9 @@ class _Writer:
         for picture in pictures:
             self._same_shape(key, picture.shape)
         video = self._videos.setdefault(key, _Video())
-        if video.path is None or video.path.stat().st_size > VIDEO_MEGABYTES * 2**20:
+        # An encoder that looks ahead has written nothing yet, not even the file.
+        written = video.path.stat().st_size if video.path is not None and video.path.is_file() else 0
+        if video.path is None or written > VIDEO_MEGABYTES * 2**20:
             self._open(key, video, height, width)
         start = video.frames / self._rate
         for picture in pictures:

@@ -57,6 +57,10 @@ class Episode:
         return len(self.columns["action"])
 
 
+ROWS_VERSION = 1
+"""Raised whenever rows of the same files come out otherwise, here or in a reader: none prepared before are taken."""
+
+
 @dataclass(frozen=True)
 class RowOptions:
     """What is done to the rows of every episode, see `load_demonstrations`."""
@@ -65,6 +69,7 @@ class RowOptions:
     drop_noops: bool = False
     action_dim: int = ACTION_DIM
     state_dim: int = STATE_DIM
+    version: int = ROWS_VERSION
 
 
 def frame_features(
