@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from .foreign import fingerprint_of_files
 from .inference import Policy
 from .library import AdapterLibrary, StoredAdapter, choose, find_adapters, tasks_after
 from .models.openvla import load_openvla
+from .models.openvla.checkpoint import says_images
 from .publishing import RESULTS, check_base_files, create_collection, push_to_hub
 from .reading import is_inside
 from .remote import Access, Snapshot, check_file_names, check_no_pickles, open_snapshot
@@ -60,6 +62,7 @@ def load_policy(
     revision: str | None = None,
     base: str | os.PathLike[str] | None = None,
     unnorm_key: str | None = None,
+    cameras: str | Sequence[str] | None = None,
     device: Any = None,
     dtype: Any = None,
     quantization_config: Any = None,
@@ -78,6 +81,8 @@ def load_policy(
         revision: branch, tag or commit of the repository; None for its main branch.
         base: where the base is, if not where the adapter says. It must be the very base the adapter was trained on.
         unnorm_key: data set whose statistics un-normalise, for a checkpoint without adapter that has several.
+        cameras: names of the images that a checkpoint without adapter reads, in its order; None = as it says. A folder
+            of the original OpenVLA-OFT does not say it, and is taken for one that reads one image, with a warning.
         device, dtype: of the model; None for the CPU and for the base's own. A type or its name, as in transformers.
         quantization_config: load the base quantised, as in transformers' `from_pretrained`; None = as it was held when
             the adapter was trained (`AdapterInfo.quantization`).
@@ -97,6 +102,7 @@ def load_policy(
         (8, 7)
     """
     _check_device(device)
+    cameras = [cameras] if isinstance(cameras, str) else cameras
     access = Access(token, cache_dir, local_files_only)
     place = _place(repo_or_path, revision, access)
     adapters = _adapters_in(place, repo_or_path, chooses=task is not None or stage not in (None, 0), base=base)
@@ -105,13 +111,13 @@ def load_policy(
     if not adapters and (place.folder / "config.json").is_file():
         if place.snapshot is not None:
             place.snapshot.fetch(*_CHECKPOINT)
-        return _base_policy(place.folder, unnorm_key, options)
+        return _base_policy(place.folder, unnorm_key, cameras, options)
     tasks = [task] if task is None or isinstance(task, str) else list(task)
     if not tasks:
         raise ValueError("task names no task; leave it out, or name one of those that the adapters have learned")
     chosen = [choose(adapters, place.folder, os.fspath(repo_or_path), each, stage) for each in tasks]
     if not adapters:
-        return _base_policy(base or place.folder / "base", unnorm_key, options)
+        return _base_policy(base or place.folder / "base", unnorm_key, cameras, options)
     reference = (chosen[0][0] or adapters[0]).info
     location = base or _base_location(place, chosen[0][0] or adapters[0])
     if base is None and reference.base_revision is not None:
@@ -119,7 +125,10 @@ def load_policy(
     check_base_files(Path(location))
     if quantization_config is None:
         options["quantization"] = reference.quantization
-    model, processor = load_openvla(location, **options)
+    named = list(cameras or reference.cameras)
+    if reference.cameras and named != list(reference.cameras):
+        raise ValueError(f"the adapter was trained with cameras {reference.cameras}; leave cameras={cameras!r} out")
+    model, processor = load_openvla(location, images=len(named) or None, **options)
     # In 4 bits or float16 it no longer shows the bfloat16 values of its files, in which a fingerprint is taken.
     changed = quantization_config is not None or model.dtype == torch.float16
     of_files = changed and reference.quantization == "none"
@@ -131,8 +140,9 @@ def load_policy(
     statistics = _statistics(place, chosen[0][0], adapters, base_model(model).norm_stats, key)
     normaliser = Normaliser(statistics, key, bounds=config.action_normalization)
     return _policy(
-        model if device is None else model.to(device), processor, normaliser, chosen[0][1], reference, library
-    )
+        model if device is None else model.to(device), processor, normaliser, chosen[0][1], reference, library,
+        None if reference.cameras else cameras,
+    )  # fmt: skip
 
 
 def _check_device(device: Any) -> None:
@@ -364,11 +374,28 @@ def _statistics(
     return read_statistics(chosen.folder)
 
 
-def _base_policy(location: str | os.PathLike[str], unnorm_key: str | None, options: Mapping[str, Any]) -> Policy:
+def _base_policy(
+    location: str | os.PathLike[str],
+    unnorm_key: str | None,
+    cameras: Sequence[str] | None,
+    options: Mapping[str, Any],
+) -> Policy:
     check_base_files(Path(location))
-    model, processor = load_openvla(location, **options)
+    images = None if cameras is None else len(cameras)
+    model, processor = load_openvla(location, images=images, **options)
+    if images not in (None, model.config.num_images_in_input):
+        raise ValueError(
+            f"{location} reads {model.config.num_images_in_input} image(s), and cameras={cameras!r} names {images}"
+        )
+    if images is None and not says_images(model.config, os.fspath(location), dict(options)):
+        warnings.warn(
+            f"{location} is of the original OpenVLA-OFT and does not say how many images it reads: it is given the "
+            f"{AGENT_VIEW} alone. Name them (cameras={[AGENT_VIEW, WRIST_VIEW]} for its LIBERO checkpoints, "
+            "--cameras on the command line), and set `crop` (--center_crop) if it was trained with random crops",
+            stacklevel=3,
+        )
     normaliser = Normaliser(model.norm_stats, unnorm_key, bounds=model.config.action_normalization)
-    return _policy(model, processor, normaliser, None, None, None)
+    return _policy(model, processor, normaliser, None, None, None, cameras)
 
 
 def _policy(
@@ -378,11 +405,12 @@ def _policy(
     instruction: str | None,
     info: AdapterInfo | None,
     library: AdapterLibrary | None,
+    named: Sequence[str] | None = None,
 ) -> Policy:
     config = base_model(model).config
     acting = dict(config.acting or {}) if info is None else _acting_of(info)
     config.norm_stats = normaliser.as_statistics()  # what `predict_action` un-normalises with
-    cameras = acting.get("cameras") or [AGENT_VIEW, WRIST_VIEW][: config.num_images_in_input]
+    cameras = named or acting.get("cameras") or [AGENT_VIEW, WRIST_VIEW][: config.num_images_in_input]
     config.acting = acting or None  # goes along where the adapter is merged and the base saved
     return Policy(
         model,

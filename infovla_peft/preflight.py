@@ -56,7 +56,12 @@ def _check_base(stream: Stream) -> None:
         words = [task.instruction for task in stream.tasks]
         model, _ = build_tiny_openvla(instructions=words, **tiny_shape(stream.config))
     else:
-        checkpoint, _ = read_config(stream.config.base_model, {})
+        checkpoint, _ = read_config(stream.config.base_model, {"images": len(stream.config.cameras)})
+        if checkpoint.num_images_in_input != len(stream.config.cameras):
+            raise RunError(
+                f"{stream.config.base_model} sees {checkpoint.num_images_in_input} image(s), but `cameras` is "
+                f"{stream.config.cameras}; name as many"
+            )
         with torch.device("meta"):
             model = OpenVLAForActionPrediction(checkpoint)
     try:

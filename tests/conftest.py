@@ -74,5 +74,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
         }
         for name, value in settings.items():
             monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # which remembers its first address
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield running

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
+from infovla_peft.hub import load_policy
 from infovla_peft.models.openvla import (
     OpenVLAConfig,
     OpenVLAForActionPrediction,
@@ -236,6 +238,26 @@ def test_oft_files_are_found_and_loaded(saved: Path, tmp_path: Path, prefix: str
     shutil.copy(tmp_path / "action_head--latest.pt", tmp_path / "action_head--60_checkpoint.pt")
     with pytest.raises(ValueError, match="several action_head files"):
         load_openvla(tmp_path)
+
+
+def test_how_many_images_an_oft_folder_reads_is_said_from_outside(saved: Path, tmp_path: Path) -> None:
+    """Its code is told at run time, and its files are the same either way."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    split_into_oft_files(load_openvla(saved)[0], tmp_path)
+    assert load_openvla(tmp_path, images=2)[0].config.num_images_in_input == 2
+    with pytest.warns(UserWarning, match="does not say how many images it reads"):
+        assert load_policy(tmp_path).cameras == ("agentview",)
+    policy = load_policy(tmp_path, cameras=["agentview", "robot0_eye_in_hand"])
+    assert policy.cameras == ("agentview", "robot0_eye_in_hand")
+    image = np.zeros((32, 32, 3), np.uint8)
+    assert policy.act([image, image], "open the drawer", np.zeros(8)).shape[1] == 7
+    model, processor = load_openvla(tmp_path, images=2)
+    model.save_pretrained(tmp_path / "anew")
+    processor.save_pretrained(tmp_path / "anew")
+    assert load_policy(tmp_path / "anew").cameras == ("agentview", "robot0_eye_in_hand")  # now it says so
+    assert load_openvla(tmp_path / "anew", images=1)[0].config.num_images_in_input == 2
+    with pytest.raises(ValueError, match=r"reads 2 image\(s\), and cameras=.* names 1"):
+        load_policy(tmp_path / "anew", cameras="agentview")
 
 
 @pytest.mark.parametrize("rank", [0, 4, 32])

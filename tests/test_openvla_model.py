@@ -94,6 +94,8 @@ def test_autoregressive_prediction_of_a_batch_equals_its_samples_and_needs_no_ca
     inputs = batch(model, processor)
     together = model.predict_action(**inputs)
     assert together.shape == (3, 7)
+    with pytest.raises(ValueError, match="`proprio` needs a model with `decoding='parallel'`"):
+        model.predict_action(**inputs, proprio=np.zeros((3, 8)))
     first = model.config.action_token_begin_id + 1
     for index in range(3):
         sample = row(inputs, index)

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .options import EVALUATION_DEFAULTS, AddCommand, add_simulation, add_token
+from .options import CAMERAS, EVALUATION_DEFAULTS, AddCommand, add_simulation, add_token
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -47,7 +47,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     chosen |= {key: value for key, value in vars(options).items() if key in chosen and value is not None}
     tasks = _tasks_to_evaluate(options, chosen["suite"], policy.recipe, policy.tasks_after(options.stage))
     known = policy.recipe.get("assets_folder")
-    known = known if known and Path(known).is_dir() else None
+    # Of a published run the name of the folder is left, which says nothing about one that is called the same here.
+    place_is_known = known and (Path(known).is_absolute() or Path(options.policy).is_dir()) and Path(known).is_dir()
+    known = known if place_is_known else None
     assets = find_assets(chosen["assets"], options.assets_folder or known)
     chosen["open_loop_steps"] = executed_steps(policy, chosen["open_loop_steps"])
     output = Path(options.output) if options.output else None
@@ -154,6 +156,7 @@ def _policy(options: argparse.Namespace, task: str | None = None) -> Any:
         revision=options.revision,
         base=options.base,
         unnorm_key=options.unnorm_key,
+        cameras=options.cameras,
         device=options.device,
         dtype=options.dtype,
         quantization_config=quantization_config(options.quantization),
@@ -171,6 +174,9 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
     add_token(parser)
     parser.add_argument("--base", help="where the base is, if not where the adapter says")
     parser.add_argument("--unnorm_key", help="statistics to un-normalise with, for a checkpoint without adapter")
+    parser.add_argument(
+        "--cameras", nargs="+", choices=CAMERAS, help="of a checkpoint that does not say how many images it reads"
+    )
     parser.add_argument("--device", default="cpu", help="where the policy runs")
     parser.add_argument("--dtype", help="of the weights, such as bfloat16; the base's own if not given")
     parser.add_argument(

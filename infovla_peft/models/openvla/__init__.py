@@ -44,6 +44,7 @@ def load_openvla(
     dtype: Any = None,
     device: Any = None,
     quantization: Quantization = "none",
+    images: int | None = None,
     **kwargs: Any,
 ) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
     """Load a checkpoint and its processor, ready to act (evaluation mode).
@@ -53,6 +54,8 @@ def load_openvla(
         dtype: of the weights, None for the checkpoint's own.
         device: where the model goes, None for the CPU (quantised, for the GPU if there is one).
         quantization: nf4 = hold the weights in 4 bits (see `quantization_config`), for QLoRA.
+        images: number of images that the model reads, where the checkpoint does not say it: a folder of the original
+            OpenVLA-OFT, whose code is told at run time (2 for its LIBERO checkpoints). None is one.
         kwargs: fields of the configuration to change, and `revision`, `cache_dir`, `token` … of the hub.
 
     Raises:
@@ -61,8 +64,11 @@ def load_openvla(
     """
     if (held := quantization_config(quantization)) is not None:
         kwargs["quantization_config"] = held
-    model = OpenVLAForActionPrediction.from_pretrained(path_or_id, **{"dtype": dtype} if dtype else {}, **kwargs)
+    model = OpenVLAForActionPrediction.from_pretrained(
+        path_or_id, **{"dtype": dtype} if dtype else {}, images=images, **kwargs
+    )
     hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in kwargs}
+    hub |= {"revision": commit} if (commit := model.config._commit_hash) else {}
     try:
         processor = OpenVLAProcessor.from_pretrained(path_or_id, **hub)
     except (OSError, ValueError) as error:

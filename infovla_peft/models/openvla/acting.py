@@ -62,6 +62,8 @@ class ActingModel(PreTrainedModel):  # type: ignore[no-untyped-call]
                 token_ids = output.action_logits.argmax(-1).cpu().numpy() + self.config.action_token_begin_id + 1
                 normalized = self.bins.decode(token_ids).reshape(normalized.shape)  # in double precision
         else:
+            if proprio is not None:
+                raise ValueError("`proprio` needs a model with `decoding='parallel'`; leave it out")
             dim = len(statistics["q01"])
             ids = self._decode_tokens(input_ids, attention_mask, pixel_values, dim, temperature if do_sample else 0.0)
             normalized = self.bins.decode(ids.cpu().numpy())

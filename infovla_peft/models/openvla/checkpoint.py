@@ -14,11 +14,13 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from .configuration_openvla import OpenVLAConfig
 
 # Submodules that OpenVLA-OFT stores in files of their own.
 COMPONENTS = ("action_head", "proprio_projector", "vision_backbone")
+_IMAGES = "num_images_in_input"
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -30,7 +32,9 @@ def read_config(path: str, kwargs: dict[str, Any]) -> tuple[OpenVLAConfig, dict[
     """The configuration of a checkpoint and the arguments that are none of its fields.
 
     Where `config.json` does not say how the model decodes, it is a file of the original code; the separate files of
-    OpenVLA-OFT then say it.
+    OpenVLA-OFT then say it. How many images such a model reads nothing says: `images` does, among the arguments.
+
+    Of the Hub, all is read of one commit, the configuration's `_commit_hash`, and the arguments name it as `revision`.
 
     Raises:
         FileNotFoundError: the folder does not exist or has no `config.json`.
@@ -41,6 +45,11 @@ def read_config(path: str, kwargs: dict[str, Any]) -> tuple[OpenVLAConfig, dict[
         raise FileNotFoundError(f"'{path}' holds no config.json, so it is no OpenVLA checkpoint folder.")
     if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise FileNotFoundError(f"There is no folder '{path}'; give a checkpoint folder or a hub id like 'user/name'.")
+    images = kwargs.get("images")
+    kwargs = {name: value for name, value in kwargs.items() if name != "images"}
+    commit = None if folder.is_dir() else _commit_of(path, kwargs)
+    if commit is not None:
+        kwargs["revision"] = commit
     raw, _ = OpenVLAConfig.get_config_dict(path, **_hub_arguments(kwargs))
     if raw.get("model_type") != "openvla":
         raise ValueError(
@@ -48,13 +57,30 @@ def read_config(path: str, kwargs: dict[str, Any]) -> tuple[OpenVLAConfig, dict[
             "'openvla'."
         )
     if "decoding" not in raw and "decoding" not in kwargs:
-        kwargs = {**_fields_of_components(find_components(path, kwargs)), **kwargs}
+        found = _fields_of_components(find_components(path, kwargs))
+        if found and images is not None and _IMAGES not in raw:
+            found[_IMAGES] = images
+        kwargs = {**found, **kwargs}
     # The model's to read: a configuration takes "auto" for the name of a type.
     own = {name: kwargs[name] for name in ("dtype", "torch_dtype") if name in kwargs}
     fields = {name: value for name, value in kwargs.items() if name not in own}
     config, unused = OpenVLAConfig.from_pretrained(path, return_unused_kwargs=True, **fields)
     config.check()
+    config._commit_hash = commit
     return config, {**_hub_arguments(kwargs), **unused, **own}
+
+
+def _commit_of(path: str, kwargs: dict[str, Any]) -> str | None:
+    """The commit that a Hub id means now, or what the cache knows of it; None if that cannot be told."""
+    try:
+        return extract_commit_hash(cached_file(path, "config.json", **_hub_arguments(kwargs)), None)
+    except OSError:  # what is read next says it in its own words
+        return None
+
+
+def says_images(config: OpenVLAConfig, path: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a checkpoint tells how many images it reads: plain OpenVLA one, and what this package has saved."""
+    return config.decoding != "parallel" or _IMAGES in OpenVLAConfig.get_config_dict(path, **_hub_arguments(kwargs))[0]
 
 
 def _fields_of_components(files: dict[str, Path]) -> dict[str, Any]:

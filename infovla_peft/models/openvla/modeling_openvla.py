@@ -156,6 +156,7 @@ class OpenVLAForActionPrediction(ActingModel):
         path = os.fspath(pretrained_model_name_or_path)
         if config is None:
             config, kwargs = read_config(path, kwargs)
+        kwargs.pop("images", None)
         statistics = read_statistics(path, kwargs)
         if statistics is not None:
             config.norm_stats = statistics
