@@ -58,6 +58,7 @@ def card(
     files: Sequence[str],
     stages: Sequence[AdapterInfo],
     license: str = LICENCE,
+    revision: str | None = None,
 ) -> str:
     """The whole README.md of a repository, metadata included.
 
@@ -66,6 +67,7 @@ def card(
         files: what the repository holds, so that nothing else is shown.
         stages: descriptions of all adapters.
         license: as the Hub names it.
+        revision: the branch, None for the main one.
     """
     suite, last = SUITES.get(results.suite, results.suite), results.stages - 1
     planned = max(task.learned_at for task in results.tasks)
@@ -86,7 +88,8 @@ def card(
             method=results.method,
             teacher=results.teacher,
             figure=figure if figure in files else None,
-            snippet=usage_snippet(info, repo_id),
+            snippet=usage_snippet(info, repo_id, revision),
+            branch=f', revision="{revision}"' if revision else "",
             example_task=_plain(instruction_of(stages[0].task.split(", ")[0])),
             base_sentence=_base_sentence(info, results.teacher),
             success_table=success_table(results),
@@ -195,14 +198,15 @@ def eval_results(results: Results, repo_id: str) -> str:
     return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
 
 
-def usage_snippet(info: AdapterInfo, repo_id: str) -> str:
+def usage_snippet(info: AdapterInfo, repo_id: str, revision: str | None = None) -> str:
     """Python that loads the policy and asks it for actions; runs as it is."""
     views = "image" if len(info.cameras) < 2 else f"[image] * {len(info.cameras)}"
     task = instruction_of(info.task.split(", ")[0])
+    branch = f", revision={json.dumps(revision)}" if revision else ""
     return (
         "import numpy as np\n"
         "from infovla_peft import load_policy\n\n"
-        f'policy = load_policy("{repo_id}", task={json.dumps(task)})\n'
+        f'policy = load_policy("{repo_id}", task={json.dumps(task)}{branch})\n'
         "image = np.zeros((224, 224, 3), np.uint8)  # what the camera sees, upright RGB"
         + (f"; one for each of {', '.join(info.cameras)}" if len(info.cameras) > 1 else "")
         + "\n"

@@ -30,6 +30,7 @@ from .library import StoredAdapter, find_adapters
 from .methods import METHODS
 from .remote import HubError, api, explained, retried
 from .results import Results, Video
+from .run_folder import RunFolder
 
 RESULTS, CARD, BASE_FOLDER = "results.json", "README.md", "base"
 BASE_SUMS, BASE_FORMAT = "infovla_base.json", 1
@@ -127,7 +128,9 @@ def push_to_hub(
             base = _push_base(hub, own_base, base_repo, private)
         before = retried(lambda: hub.model_info(repo_id, revision=branch))
         chosen = license or _license_of(before)
-        publication = prepare(run_folder, repo_id, Path(temporary), base=base, message=commit_message, license=chosen)
+        publication = prepare(
+            run_folder, repo_id, Path(temporary), base=base, revision=revision, message=commit_message, license=chosen
+        )
         there = {sibling.rfilename for sibling in before.siblings or ()}
         gone = [name for name in sorted(there - set(publication.files)) if name.startswith(_OURS)]
 
@@ -188,7 +191,21 @@ def check_run(run_folder: str | Path) -> list[StoredAdapter]:
                 f"the base of {adapter.folder} is not at {adapter.folder / named}, and nobody could load the adapter "
                 "without it; put it back, then push"
             )
+    if (folder := _local_base(adapters[-1])) is not None:
+        _check_base_can_be_loaded(folder)
     return adapters
+
+
+def _check_base_can_be_loaded(folder: Path) -> None:
+    """Raise a ValueError for a base with weights that are no safetensors: a push takes no others, nor does a load."""
+    parts = sorted(file.name for file in folder.glob("*--*.pt"))
+    if parts or not any(folder.glob("*.safetensors")):
+        what = f"in {', '.join(parts)}" if parts else "in no *.safetensors"
+        raise ValueError(
+            f"the base {folder} has weights {what}, which are not published, as they may hold code. Write it anew "
+            "(`model, processor = load_openvla(...)`, then `save_pretrained` of both) and train on that, or name a "
+            "base on the Hub"
+        )
 
 
 def prepare(
@@ -197,6 +214,7 @@ def prepare(
     workspace: Path,
     *,
     base: tuple[str, str] | None = None,
+    revision: str | None = None,
     message: str | None = None,
     license: str | None = None,
 ) -> Publication:
@@ -205,7 +223,7 @@ def prepare(
     Args:
         workspace: empty folder for what has to be written anew: cards, results, descriptions.
         base: repository and commit of the base, if it is published for itself.
-        message, license: see `push_to_hub`.
+        revision, message, license: see `push_to_hub`.
 
     Raises:
         FileNotFoundError, ValueError: see `check_run`.
@@ -214,9 +232,12 @@ def prepare(
     results = Results.load(run / RESULTS)
     files: dict[str, Path] = {}
     included = base is None and _local_base(adapters[-1]) is not None
+    # Whether the data set that was learned from is a folder, only the run could tell: by its own working directory.
+    folder_of_data = bool(RunFolder(run).state().get("demonstrations", {}).get("folder"))
     for adapter in adapters:
-        files |= _adapter_files(adapter, f"stage_{adapter.info.stage:02d}/", workspace, base, included)
-    files |= _adapter_files(adapters[-1], "", workspace, base, included)
+        below = f"stage_{adapter.info.stage:02d}/"
+        files |= _adapter_files(adapter, below, workspace, base, included, folder_of_data)
+    files |= _adapter_files(adapters[-1], "", workspace, base, included, folder_of_data)
     if included:
         folder = _local_base(adapters[-1])
         assert folder is not None
@@ -228,17 +249,19 @@ def prepare(
     shown = _videos(results, run)
     files |= {video.path: source for video, source in shown}
     results.videos = [video for video, _ in shown]
-    results.config = public_config(results.config)
+    results.config = public_config(results.config, folder_of_data=folder_of_data)
     results.base_model = str(public_config({"base_model": results.base_model})["base_model"])
     results.save(workspace / RESULTS)
     files[RESULTS] = workspace / RESULTS
-    info = _published_info(adapters[-1], "", base, included)
+    info = _published_info(adapters[-1], "", base, included, folder_of_data)
     entries = eval_results(results, repo_id)
     if entries:
         (workspace / "eval_results.yaml").write_text(entries, encoding="utf-8")
         files[EVAL_RESULTS] = workspace / "eval_results.yaml"
     described = [adapter.info for adapter in adapters]
-    text = card(results, info, repo_id, files=sorted(files), stages=described, license=license or LICENCE)
+    text = card(
+        results, info, repo_id, files=sorted(files), stages=described, license=license or LICENCE, revision=revision
+    )
     (workspace / CARD).write_text(text, encoding="utf-8")
     files[CARD] = workspace / CARD
     stages = [adapter.info.stage for adapter in adapters]
@@ -331,18 +354,23 @@ def check_base_files(folder: Path) -> None:
         raise AdapterError(f"{strange[0]} was not published with the others; {cure}")
 
 
-def _published_info(adapter: StoredAdapter, below: str, base: tuple[str, str] | None, included: bool) -> AdapterInfo:
+def _published_info(
+    adapter: StoredAdapter, below: str, base: tuple[str, str] | None, included: bool, folder_of_data: bool
+) -> AdapterInfo:
     """What infovla.json says once it is published: a base that others find, no paths of this machine."""
     info = adapter.info
     if base is not None:
         info = replace(info, base_model=base[0], base_revision=base[1])
     elif included:
         info = replace(info, base_model=f"../{BASE_FOLDER}" if below else f"./{BASE_FOLDER}", base_revision=None)
-    return replace(info, training=public_config(info.training))
+    return replace(info, training=public_config(info.training, folder_of_data=folder_of_data))
 
 
-def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def public_config(config: Mapping[str, Any], *, folder_of_data: bool = False) -> dict[str, Any]:
     """A resolved configuration without what is nobody's business: folders of this machine, secrets.
+
+    Args:
+        folder_of_data: `demonstrations_source` is a folder, even if it looks like a Hub id ("data/kitchen").
 
     >>> public_config({"seed": 0, "output_dir": "/runs/a", "hub_token": "hf_x", "assets_folder": None})
     {'seed': 0, 'output_dir': 'a', 'assets_folder': None}
@@ -353,7 +381,8 @@ def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in _PLACES:
         value = kept.get(name)
         # With one it may be of the Hub, as is hf://datasets/user/name.
-        if isinstance(value, str) and value.count("/") > 1 and not value.startswith("hf://"):
+        is_folder = folder_of_data and name == "demonstrations_source"
+        if isinstance(value, str) and (is_folder or (value.count("/") > 1 and not value.startswith("hf://"))):
             kept[name] = Path(value).name
     return {name: _without_folders(value) for name, value in kept.items()}
 
@@ -379,10 +408,15 @@ def _without_folders(value: Any) -> Any:
 
 
 def _adapter_files(
-    adapter: StoredAdapter, below: str, workspace: Path, base: tuple[str, str] | None, included: bool
+    adapter: StoredAdapter,
+    below: str,
+    workspace: Path,
+    base: tuple[str, str] | None,
+    included: bool,
+    folder_of_data: bool,
 ) -> dict[str, Path]:
     """The four files of an adapter; those that name the base are written anew."""
-    info = _published_info(adapter, below, base, included)
+    info = _published_info(adapter, below, base, included, folder_of_data)
     folder = workspace / (below or "root")
     folder.mkdir(parents=True)
     for name in (WEIGHTS, STATISTICS):

@@ -182,7 +182,9 @@ class Stream:
         """
         if self.is_tiny:
             self._need("base", self.run_folder.base)
-        model, processor = load_openvla(self.base, quantization=self.config.quantization)
+        model, processor = load_openvla(
+            self.base, quantization=self.config.quantization, images=len(self.config.cameras)
+        )
         if model.config.num_images_in_input != len(self.config.cameras):
             raise RunError(
                 f"{self.base} sees {model.config.num_images_in_input} image(s), but `cameras` is {self.config.cameras}"
@@ -237,7 +239,7 @@ class Stream:
         scripted = self.config.demonstrations_source is None
         return needed and scripted and demonstrations_are_gone(self.demonstrations_folder)
 
-    def _find_demonstrations(self) -> None:
+    def _find_demonstrations(self) -> dict[str, Any]:
         source, options = recipe_demonstrations(vars(self.config), self.demonstrations_folder)
         names = [task.name for task in self.tasks]
         found = load_demonstrations(source, names, self.config.demonstrations, streaming=True, **options)
@@ -247,6 +249,7 @@ class Stream:
                 f"{source} has no {', '.join(missing)}, which `cameras` wants; name its column by "
                 "demonstrations_columns (image=..., wrist_image=...), or choose other cameras"
             )
+        return {"folder": Path(str(self.config.demonstrations_source)).is_dir()}
 
     def _record(self) -> None:
         from .data.recording import record_demonstrations

@@ -114,7 +114,13 @@ def verify_run(path: str | os.PathLike[str]) -> Verification:
         found.attempt(run.memory / "memory.json", lambda: ReplayMemory.load(run.memory))
         # A kill may have come between writing the next one and entering it.
         found.attempt(run.memory / "memory.json", lambda: check_memory(run, max(remembered - 1, 0), remembered))
-    _demonstrations(Path(config.get("demonstrations_folder") or run / "demonstrations"), steps, found)
+    elsewhere = config.get("demonstrations_folder")
+    if elsewhere and not Path(elsewhere).exists():
+        found.unchecked[Path(elsewhere)] = (
+            "demonstrations outside of the run; there is nothing at this place from here"
+        )
+    elif not config.get("demonstrations_source"):  # else the data set is not this package's
+        _demonstrations(Path(elsewhere or run / "demonstrations"), steps, found)
     cells = _stages(run, found)
     _results(run, steps, cells, found)
     if (run / ANALYSIS).exists() or "analyse" in steps:

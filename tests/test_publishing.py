@@ -25,9 +25,11 @@ from infovla_peft.cards import LIBERO, card, template_path
 from infovla_peft.cli import main
 from infovla_peft.hub import relative_base
 from infovla_peft.library import find_adapters
+from infovla_peft.models.openvla import load_openvla
 from infovla_peft.publishing import check_access, check_run, prepare
 from infovla_peft.remote import RETRIES, HubError, explained, retried
 from infovla_peft.results import Results
+from infovla_peft.run_folder import RunFolder
 
 # huggingface_hub's own, where it uploads by LFS.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
@@ -146,6 +148,9 @@ def test_private_branch_and_base_of_its_own(hub: LocalHub, finished: Path) -> No
     assert not [name for name in hub.files(REPO, "draft") if name.startswith("base/")]
     config = json.loads(hub.file(REPO, "adapter_config.json", "draft"))
     assert (config["base_model_name_or_path"], config["revision"]) == ("me/base", info["base_revision"])
+    text = hub.file(REPO, "README.md", "draft").decode()
+    assert re.search(rf'load_policy\("{REPO}", task="[^"]+", revision="draft"\)', text)
+    assert f'PeftModel.from_pretrained(base, "{REPO}", revision="draft")' in " ".join(text.split())
     policy = load_policy(REPO, revision="draft", token=hub.token("me"))
     assert act(policy) == act(load_policy(finished))
     with pytest.raises(FileNotFoundError, match="or you have no access to it"):
@@ -328,6 +333,32 @@ def test_without_its_base_nothing_is_published(hub: LocalHub, run: Path) -> None
     with pytest.raises(FileNotFoundError, match=r"the base of .* is not at .*; put it back, then push"):
         push(hub, run)
     assert not hub.asked("POST", "create")
+
+
+@pytest.mark.parametrize("name", ["action_head--50_checkpoint.pt", None])
+def test_a_base_that_nobody_could_load_is_not_published(run: Path, name: str | None) -> None:
+    """Weights that are no safetensors are not published, and would not be loaded."""
+    if name is None:
+        (run / "base" / "model.safetensors").rename(run / "base" / "pytorch_model.bin")
+    else:
+        (run / "base" / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"weights in {name or 'no'}.*Write it anew"):
+        check_run(run)
+
+
+def test_an_adapter_names_the_commit_of_a_base_on_the_hub(hub: LocalHub, finished: Path) -> None:
+    """The base's main branch may go on; what is loaded is what was trained on."""
+    push(hub, finished, base_repo="me/base")
+    first = hub.repositories["me/base"].branches["main"]
+    model, _ = load_openvla("me/base", token=hub.token("me"))
+    assert model.config._commit_hash == first
+    assert "_commit_hash" not in model.config.to_dict()
+    config = json.loads(hub.file("me/base", "config.json"))
+    hub.put("me/base", {"config.json": json.dumps({**config, "n_action_bins": 128}).encode()})
+    assert load_openvla("me/base", token=hub.token("me"))[0].config._commit_hash != first
+    old, _ = load_openvla("me/base", revision=first, token=hub.token("me"))
+    assert (old.config._commit_hash, old.config.n_action_bins) == (first, config["n_action_bins"])
+    assert load_openvla(finished / "base")[0].config._commit_hash is None
 
 
 def test_a_base_that_was_not_trained_here_is_called_a_copy(finished: Path, tmp_path: Path) -> None:
@@ -617,6 +648,21 @@ def test_the_card_names_the_demonstrations_that_were_learned_from(
     assert ModelCard(text).data.datasets == [*datasets, LIBERO]
     assert words in text
     assert "/data/my" not in text
+
+
+def test_a_folder_of_data_is_no_data_set_of_the_hub(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a relative name with one slash it looks like one, from any other working directory."""
+    results = add_results(run, report=False)
+    results.config["demonstrations_source"] = "data/kitchen"
+    results.save(run / "results.json")
+    RunFolder(run).mark("demonstrations", 1.0, folder=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "workspace").mkdir()
+    text = prepare(run, REPO, tmp_path / "workspace").files["README.md"].read_text()
+    assert ModelCard(text).data.datasets == [LIBERO]
+    assert "data/kitchen" not in text
 
 
 def test_the_card_counts_what_is_learned_so_far(run: Path, hub: LocalHub) -> None:

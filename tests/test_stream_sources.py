@@ -14,8 +14,9 @@ from stream_fakes import STREAM, TRAINING, install_fakes
 from infovla_peft.config import InfoVLAConfig, StreamConfig, load_recipe
 from infovla_peft.data.demonstrations import DemonstrationError, load_demonstrations
 from infovla_peft.memory import ReplayMemory
-from infovla_peft.run_folder import RunError
+from infovla_peft.run_folder import RunError, RunFolder
 from infovla_peft.stream import Stream
+from infovla_peft.verify import verify_run
 
 pytestmark = pytest.mark.libero
 TASKS = ["turn_on_the_stove", "put_the_bowl_on_the_plate"]
@@ -48,6 +49,9 @@ def test_a_stream_learns_from_files_that_exist(tmp_path: Path, write: Callable[.
         run.run()
     assert len(list((tmp_path / "run" / "adapters").glob("*/adapter_model.safetensors"))) == 1
     assert not (tmp_path / "run" / "demonstrations").exists()
+    found = verify_run(tmp_path / "run")
+    assert found.ok, found.describe()
+    assert RunFolder(tmp_path / "run").state()["demonstrations"]["folder"] is True
     memory = ReplayMemory.load(tmp_path / "run" / "memory")
     assert memory.tasks == TASKS
     assert len(memory) == 2 * FRAMES

@@ -27,7 +27,9 @@ def _push(options: argparse.Namespace) -> None:
                 files, base = base_files(options.run, options.repo, base_repo), (base_repo, "")
                 size = sum(file.stat().st_size for file in files.values())
                 lines = [f"to {base_repo}: the base, {size:,} bytes in {len(files)} files, one commit"]
-            planned = prepare(options.run, options.repo, Path(workspace), base=base, message=message).describe()
+            planned = prepare(
+                options.run, options.repo, Path(workspace), base=base, revision=options.revision, message=message
+            ).describe()
         made = {None: "", True: ", private", False: ", public if it is new"}[options.private]
         print("\n".join([*lines, f"to {options.repo}, branch {options.revision or 'main'}{made}:", planned]))
         return
