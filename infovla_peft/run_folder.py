@@ -44,7 +44,7 @@ _SUM = "# sha256: "
 
 STATE_VERSION = 2  # 1 had no checksums
 _UNFINISHED = "unfinished"
-"""Key of state.json: step -> seconds of its attempts that were stopped or failed."""
+"""Key of state.json: step -> seconds of its attempts that were stopped."""
 HARMLESS = frozenset(
     {
         "output_dir",
@@ -246,8 +246,8 @@ class RunFolder:
         """Enter a finished step. Only the main process writes.
 
         Args:
-            seconds: that it took; those of attempts before that were stopped, or failed, are added (not those of one
-                that was killed outright).
+            seconds: that it took; those of attempts before that were stopped are added, not of one that failed or
+                was killed outright.
             sealed: files and folders whose checksums are entered with it.
         """
         if not self.main_process:
@@ -324,7 +324,7 @@ class RunFolder:
         start = time.monotonic()
         try:
             notes = work() if self.main_process or everyone else None
-        except BaseException:
+        except KeyboardInterrupt:  # a stop; an error leaves everything as it was
             with suppress(OSError, RunError):
                 self._add_unfinished(step, time.monotonic() - start)
             raise

@@ -6,10 +6,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 extras=$(IFS=,; echo "${*:-libero,video}")
 python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-    { echo "infovla: Python 3.10 or newer is needed; set PYTHON to one" >&2; exit 1; }
-if [ ! -x .venv/bin/python ]; then
-    "$python" -m venv .venv ||
+"$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' ||
+    { echo "infovla: Python 3.10 to 3.13 is needed; set PYTHON to one, as PYTHON=python3.13" >&2; exit 1; }
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then  # none, or one that was begun and not finished
+    "$python" -m venv --clear .venv ||
         { echo "infovla: could not make .venv; on Debian: apt-get install python3-venv" >&2; exit 1; }
 fi
 

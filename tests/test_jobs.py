@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,14 @@ def test_lost_processes_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_job_that_costs_three_is_named(tmp_path: Path) -> None:
     with pytest.raises(LostJobError, match=r"job 0 died by SIGKILL \(exit code -9\), as 2 others before it"):
         run(tmp_path, "die9", workers=1)
+
+
+def test_files_of_the_working_directory_are_no_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As little as to the process that starts them, whose path does not begin with it."""
+    (tmp_path / "yaml.py").write_text("raise RuntimeError('this is a file of the user')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [place for place in sys.path if place])
+    assert run(tmp_path, "fast", workers=1) == [0]
 
 
 def test_an_error_is_given_as_it_is_and_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -289,3 +290,33 @@ def test_nothing_is_coloured_and_no_bar_is_drawn_into_a_log(tmp_path: Path) -> N
     assert done.returncode == 1
     assert done.stderr.startswith("infovla: error: ")  # one line, and no bar before it
     assert "\x1b" not in done.stderr + done.stdout
+
+
+def test_a_setup_that_failed_half_way_starts_anew(tmp_path: Path) -> None:
+    """As on a Debian without python3-venv: `.venv/bin/python` is there, pip is not."""
+    (tmp_path / "recipes").mkdir()
+    shutil.copy(REPOSITORY / "recipes/setup.sh", tmp_path / "recipes")
+    for file in ("pyproject.toml", "infovla_peft/simulation/installation.py"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    python = tmp_path / "python"
+
+    def setup(*, whole: bool) -> subprocess.CompletedProcess[str]:
+        works = 0 if whole else 1
+        (tmp_path / "made").write_text(f'#!/bin/sh\necho "$*" >> made.log\nexit {works}\n')
+        (tmp_path / "made").chmod(0o755)
+        python.write_text(
+            f'#!/bin/sh\n[ "$1" = -c ] && exit 0\nmkdir -p .venv/bin\ncp made .venv/bin/python\nexit {works}\n'
+        )
+        python.chmod(0o755)
+        return subprocess.run(
+            ["bash", "recipes/setup.sh", "video"],
+            cwd=tmp_path, env=os.environ | {"PYTHON": str(python)}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    broken = setup(whole=False)
+    assert broken.returncode == 1
+    assert "apt-get install python3-venv" in broken.stderr
+    again = setup(whole=True)
+    assert again.returncode == 0, again.stderr
+    assert "-m pip install" in (tmp_path / "made.log").read_text()

@@ -251,6 +251,9 @@ def test_parts_of_a_checkpoint_are_known_before_it_is_loaded(make: Callable[...,
     for options, message in (({"lora_targets": "q_projj"}, "no linear layer"), ({"tap_layer": 9}, "choose 1 to")):
         with pytest.raises((RunError, ValueError), match=message):
             make({"base_model": str(tmp_path / "run/base"), "stream": "B0-1N1"}, **options).__enter__()
+    two = ["agentview", "robot0_eye_in_hand"]
+    with pytest.raises(RunError, match=r"sees 1 image\(s\), but `cameras` is .*; name as many"):
+        make({"base_model": str(tmp_path / "run/base"), "stream": "B0-1N1", "cameras": two}).__enter__()
 
 
 def test_cached_vision_features_are_the_adapters_stages(make: Callable[..., Stream]) -> None:

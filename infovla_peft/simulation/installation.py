@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 
 from .assets import find_assets
 from .headless import GL_PACKAGES, SETUP_HINT, SimulatorNotFoundError, cache_folder, choose_gl
+from .jobs import NO_MORE_PATH, same_path
 
 # Installed without their dependencies: hf-libero's are 80 packages for training, among them a torchvision that a CPU
 # build of torch cannot load, after which `from transformers import AutoImageProcessor` fails.
@@ -99,16 +100,16 @@ def _command(command: list[str]) -> None:
 
 
 def _check_python() -> Check:
-    ok = sys.version_info >= (3, 10)
-    return Check("Python", ok, platform.python_version(), "" if ok else "use Python 3.10 or newer")
+    ok = (3, 10) <= sys.version_info < (3, 14)  # MuJoCo 3.3.2 has no wheel for later ones
+    return Check("Python", ok, platform.python_version(), "" if ok else "use Python 3.10 to 3.13")
 
 
 def _check_import(name: str, code: str, cure: str) -> Check:
     # In a process of its own: a failed import leaves half a package behind, and a broken library may crash.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    environment = os.environ | {"PYTHONPATH": same_path()}
     try:
         run = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code],
+            [sys.executable, "-W", "ignore", "-c", f"{NO_MORE_PATH}; {code}"],
             capture_output=True,
             text=True,
             env=environment,

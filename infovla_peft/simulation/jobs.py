@@ -33,6 +33,15 @@ class LostJobError(RuntimeError):
     """A job has cost one process after another; the message names it."""
 
 
+NO_MORE_PATH = "import sys; sys.path[:1] == [''] and sys.path.pop(0)"
+"""What a process started by `-c` runs first: it would import what lies in the working directory before all else."""
+
+
+def same_path() -> str:
+    """PYTHONPATH for a process that is to import what this one imports."""
+    return os.pathsep.join(path or os.getcwd() for path in sys.path)
+
+
 def fresh_interpreter(command: str, inherited: Sequence[int]) -> subprocess.Popen[bytes]:
     """Start a Python process with one thread, as multiprocessing's "spawn".
 
@@ -42,10 +51,12 @@ def fresh_interpreter(command: str, inherited: Sequence[int]) -> subprocess.Pope
         command: what it executes.
         inherited: file descriptors that it keeps.
     """
-    environment = ONE_THREAD | dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    environment = ONE_THREAD | dict(os.environ) | {"PYTHONPATH": same_path()}
     return subprocess.Popen(
-        [sys.executable, "-c", command], env=environment, stdin=subprocess.DEVNULL, pass_fds=inherited
+        [sys.executable, "-c", f"{NO_MORE_PATH}; {command}"],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        pass_fds=inherited,
     )
 
 
