@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .adapter_files import (
+    INFO,
+    PEFT_CONFIG,
     STATISTICS,
     WEIGHTS,
     AdapterError,
@@ -32,7 +34,7 @@ from .adapter_files import (
 )
 from .config import InfoVLAConfig
 from .distributed import whole
-from .files import atomic_folder, write_json
+from .files import atomic_folder, check_replaceable, write_json
 from .fingerprints import digest_config, digest_weights
 from .models.openvla.quantization import quantization_of
 
@@ -309,8 +311,13 @@ def save_adapter(
     Args:
         statistics: {key: statistics}, see `Normaliser.as_statistics`.
         write: False in all processes but one. All must call: a sharded model's weights are gathered from them.
+
+    Raises:
+        FileExistsError: the folder holds something else than an adapter.
     """
     path = Path(folder)
+    if write:
+        check_replaceable(path, (WEIGHTS, PEFT_CONFIG, INFO, STATISTICS, "README.md"), "an adapter")
     weights = adapter_weights(model, name)
     if not write:
         return path

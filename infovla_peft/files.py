@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,11 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     An existing folder is moved aside first and removed last, so that one of the two is always whole; a process that is
     killed in between leaves it moved aside, and `clean_up` puts it back.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))
+    if os.path.ismount(path) or path == Path.cwd():
+        raise OSError(
+            f"{path} is the working directory, or a mount point, and cannot be replaced; name a folder below it"
+        )
     with scratch_folder(path.parent, path.name) as temporary:
         temporary.chmod(0o755)
         yield temporary
@@ -89,6 +93,21 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         else:
             temporary.rename(path)
         fsync(path.parent)
+
+
+def seen_from(path: Path) -> str:
+    """A hint in an error about a path that is not there: where a relative one was looked for."""
+    return "" if path.is_absolute() else f" (seen from {Path.cwd()}; a run's is relative to where it was started)"
+
+
+def check_replaceable(path: Path, names: Iterable[str], what: str) -> None:
+    """Raise a FileExistsError if a folder that is to be replaced holds more than these names."""
+    found = sorted(set(os.listdir(path)) - set(names)) if path.is_dir() else [path.name] if path.exists() else []
+    if found:
+        more = ", …" if len(found) > 3 else ""
+        raise FileExistsError(
+            f"{path} holds what {what} does not ({', '.join(found[:3])}{more}), and would lose it; name another folder"
+        )
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from .files import atomic_folder, scratch_folder
+from .files import atomic_folder, check_replaceable, scratch_folder
 from .integrity import DamagedFileError, check_files, checksums, files_below, read_sealed, write_sealed
 from .losses import CrossModalSummary
 from .tensor_files import empty_tensor, load_tensors, save_tensors
@@ -221,8 +221,12 @@ class ReplayMemory:
 
         Args:
             stage: after which it is saved; stored with it, so that the memory of another stage is recognised.
+
+        Raises:
+            FileExistsError: the folder holds something else than a memory.
         """
         path = Path(folder)
+        check_replaceable(path, ("frames", "anchors.safetensors", MANIFEST), "a memory")
         with atomic_folder(path) as temporary:
             if self.frames is not None:
                 self.frames.save_to_disk(str(temporary / "frames"))

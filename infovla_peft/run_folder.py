@@ -34,7 +34,7 @@ from weakref import WeakSet
 
 import yaml
 
-from .files import clean_up, make_folder, write_text
+from .files import clean_up, make_folder, seen_from, write_text
 from .integrity import SUMS, DamagedFileError, check_files, checksums, files_below, read_sealed, write_sealed
 from .reading import read_yaml
 
@@ -43,6 +43,8 @@ RESTORE = "restore it from a copy, or start anew in another --output_dir"
 _SUM = "# sha256: "
 
 STATE_VERSION = 2  # 1 had no checksums
+_REPLACED = ("base", "memory", "adapters", "merged", "report", "results.json", "success.csv")
+"""What a run writes anew, and would take from somebody else."""
 _UNFINISHED = "unfinished"
 """Key of state.json: step -> seconds of its attempts that were stopped."""
 HARMLESS = frozenset(
@@ -184,6 +186,13 @@ class RunFolder:
 
     def _settle(self, config: dict[str, Any], harmless: Iterable[str]) -> None:
         file = self / "config.yaml"
+        if not file.exists() and not (self / STATE).exists():
+            foreign = [name for name in _REPLACED if (self / name).exists()]
+            if foreign:
+                raise RunError(
+                    f"{self.path} holds no run, and files that a run would replace ({', '.join(foreign)}); choose "
+                    "another --output_dir"
+                )
         if file.exists():
             before = _read_config(file)
             # An option that only one version of a library knows, and that is off, changes nothing.
@@ -338,8 +347,8 @@ class RunFolder:
         missing = [product for product in products if not product.exists()]
         if missing:
             raise RunError(
-                f"{self.path}: step {step!r} is entered as finished, but {missing[0]} is missing. "
-                "Put it back from a copy, or start anew in another --output_dir"
+                f"{self.path}: step {step!r} is entered as finished, but {missing[0]} is missing"
+                f"{seen_from(missing[0])}. Put it back from a copy, or start anew in another --output_dir"
             )
 
 

@@ -157,6 +157,22 @@ def test_unusable_names(tmp_path: Path, name: str, options: dict[str, str], mess
             add_adapter(tiny_policy().model, name, config(tmp_path))
 
 
+def test_an_adapter_replaces_nothing_but_an_adapter(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    model = add_adapter(policy.model, "one", config(tmp_path))
+    folder = tmp_path / "run"
+
+    def save() -> None:
+        save_adapter(model, "one", folder, info(policy), {})
+
+    save()
+    save()  # the same again
+    (folder / "notes.md").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds what an adapter does not \(notes.md\), and would lose it"):
+        save()
+    assert (folder / "notes.md").read_text() == "mine"
+
+
 def test_continuing_with_another_rank(tmp_path: Path) -> None:
     model = add_adapter(tiny_policy().model, "one", config(tmp_path))
     with pytest.raises(AdapterError, match="keep lora_r and lora_targets, or use adapter_init='fresh'"):

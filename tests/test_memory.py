@@ -428,3 +428,10 @@ def test_each_task_has_the_larger_share_in_turn(current: ChunkDataset, memory: C
     sampler = StratifiedBatchSampler(current, memory, batch_size=6, replay_fraction=0.5, batches=40, seed=0)
     larger = {int(np.bincount(memory.task[draw.replay.own[:, 1]], minlength=2).argmax()) for draw in sampler}
     assert larger == {0, 1}
+
+
+def test_a_memory_replaces_nothing_but_a_memory(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(FileExistsError, match=r"holds what a memory does not \(thesis.tex\)"):
+        ReplayMemory().save(tmp_path)
+    assert (tmp_path / "thesis.tex").exists()

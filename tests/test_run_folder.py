@@ -81,6 +81,22 @@ def test_a_changed_product_is_named(folder: RunFolder) -> None:
     folder.check(product)
 
 
+@pytest.mark.parametrize("name", ["base", "memory", "report", "results.json"])
+def test_a_folder_of_somebody_else_is_no_run(tmp_path: Path, name: str) -> None:
+    (tmp_path / "mine" / name).mkdir(parents=True)
+    (tmp_path / "mine" / name / "precious.txt").touch()
+    with pytest.raises(RunError, match=rf"holds no run, and files .* replace \({name}\); choose another"):
+        RunFolder(tmp_path / "mine").open(CONFIG)
+    assert (tmp_path / "mine" / name / "precious.txt").exists()
+    assert not (tmp_path / "mine" / "config.yaml").exists()
+
+
+def test_a_relative_product_says_from_where_it_was_looked_for(folder: RunFolder) -> None:
+    folder.mark("demonstrations", 1.0)
+    with pytest.raises(RunError, match=r"demos is missing \(seen from .*; a run's is relative to"):
+        folder.require([Path("demos")], "demonstrations")
+
+
 def test_a_finished_step_is_not_repeated(folder: RunFolder) -> None:
     calls: list[int] = []
     product = folder / "product"

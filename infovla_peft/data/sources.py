@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..files import seen_from
 from ..reading import is_inside
 from ..task_names import SCENE, instruction_of
 from .rows import MADE_COLUMNS, DemonstrationError, Episode
@@ -103,8 +104,8 @@ class Location:
         name = str(source).removeprefix("hf://datasets/").removeprefix("datasets/")
         if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
             raise FileNotFoundError(
-                f"there are no demonstrations at {source}: give a folder (recorded by `infovla demos`, LIBERO's HDF5 "
-                "files, or a LeRobot data set) or a Hub id user/name"
+                f"there are no demonstrations at {source}{seen_from(Path(source))}: give a folder (recorded by "
+                "`infovla demos`, LIBERO's HDF5 files, or a LeRobot data set) or a Hub id user/name"
             )
         return cls(None, name, **hub)
 
