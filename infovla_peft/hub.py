@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .library import AdapterLibrary, StoredAdapter, choose, find_adapters, tasks
 from .models.openvla import load_openvla
 from .models.openvla.checkpoint import says_images
 from .publishing import RESULTS, check_base_files, create_collection, push_to_hub
-from .reading import is_inside
+from .reading import is_inside, read_json
 from .remote import Access, Snapshot, check_file_names, check_no_pickles, open_snapshot
 from .results import Results
 
@@ -49,9 +49,9 @@ class Place:
     def fetch(self, adapter: StoredAdapter) -> None:
         """Have the files of an adapter on this machine."""
         if self.snapshot is not None:
-            below = adapter.folder.relative_to(self.folder).as_posix()
             names = (WEIGHTS, PEFT_CONFIG, INFO, STATISTICS)
-            self.snapshot.fetch(*(name if below == "." else f"{below}/{name}" for name in names))
+            folders = [each.relative_to(self.folder) for each in (adapter.folder, adapter.twin) if each is not None]
+            self.snapshot.fetch(*((folder / name).as_posix() for folder in folders for name in names))
 
 
 def load_policy(
@@ -101,7 +101,7 @@ def load_policy(
         >>> policy.act(image, proprio=state).shape  # doctest: +SKIP
         (8, 7)
     """
-    _check_device(device)
+    check_device(device)
     cameras = [cameras] if isinstance(cameras, str) else cameras
     access = Access(token, cache_dir, local_files_only)
     place = _place(repo_or_path, revision, access)
@@ -112,6 +112,8 @@ def load_policy(
         if place.snapshot is not None:
             place.snapshot.fetch(*_CHECKPOINT)
         return _base_policy(place.folder, unnorm_key, cameras, options)
+    if task is not None and not isinstance(task, Sequence):
+        raise ValueError(f"task must be the name or instruction of a task, or several, got {task!r:.80}")
     tasks = [task] if task is None or isinstance(task, str) else list(task)
     if not tasks:
         raise ValueError("task names no task; leave it out, or name one of those that the adapters have learned")
@@ -145,7 +147,7 @@ def load_policy(
     )  # fmt: skip
 
 
-def _check_device(device: Any) -> None:
+def check_device(device: Any) -> None:
     """Try it, before anything is loaded."""
     try:
         torch.empty(0, device=device)
@@ -161,10 +163,22 @@ class DescribedPolicy:
     Attributes:
         recipe: how it was trained (the resolved configuration); empty for a checkpoint alone.
         tasks: names of those that it has learned, in that order.
+        data_sets: of a checkpoint without adapter, those whose statistics it has.
     """
 
     recipe: dict[str, Any]
     tasks: list[str]
+    data_sets: list[str] = field(default_factory=list)
+
+
+def _data_sets(checkpoint: Path) -> list[str]:
+    """Names of the data sets whose statistics a checkpoint has, as far as it is on this machine."""
+    found: dict[str, Any] = {}
+    for name in ("config.json", STATISTICS):
+        if (checkpoint / name).is_file():
+            content = read_json(checkpoint / name, error=ValueError, cure="copy it again")
+            found |= (content.get("norm_stats") or {}) if name == "config.json" else content
+    return list(found)
 
 
 def describe_policy(
@@ -186,7 +200,8 @@ def describe_policy(
     adapters = _adapters_in(place, repo_or_path, chooses=stage not in (None, 0), base=base)
     chosen, _ = choose(adapters, place.folder, os.fspath(repo_or_path), None, stage)
     if not adapters:
-        return DescribedPolicy({}, [])
+        folder = place.folder if (place.folder / "config.json").is_file() else place.folder / "base"
+        return DescribedPolicy({}, [], _data_sets(folder))
     reference = chosen or adapters[0]
     if chosen is not None and place.snapshot is None and not (chosen.folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"no adapter weights at {chosen.folder / WEIGHTS}; copy the whole folder again")

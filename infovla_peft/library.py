@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from .adapter_files import INFO, PEFT_CONFIG, STATISTICS, AdapterError, AdapterInfo, read_info
+from .adapter_files import INFO, PEFT_CONFIG, STATISTICS, WEIGHTS, AdapterError, AdapterInfo, check_adapter, read_info
 from .adapters import BASE, active_adapter, deactivate, load_adapter, switch
 from .foreign import load_reference_adapter, read_reference_info
 from .methods import METHODS
@@ -26,11 +26,14 @@ class StoredAdapter:
         folder: holds `infovla.json`, or, of a plain PEFT adapter, `adapter_config.json` alone.
         info: what it says.
         reference: a plain PEFT adapter, for example of OpenVLA's own recipe: nothing says which base it needs.
+        twin: a second folder with the same adapter, which is checked with it: the root of a published run, which
+            others read.
     """
 
     folder: Path
     info: AdapterInfo
     reference: bool = False
+    twin: Path | None = None
 
     @property
     def learned(self) -> list[str]:
@@ -47,7 +50,8 @@ def find_adapters(folder: Path) -> list[StoredAdapter]:
     """The adapters of a folder, by stage: those below it, or the folder itself.
 
     Raises:
-        AdapterError: a description is damaged, or missing where those of other stages are there.
+        AdapterError: a description is damaged, missing where those of other stages are there, or at the root of a
+            published run another than in its folder.
     """
     if (folder / PEFT_CONFIG).is_file() and not (folder / INFO).is_file():
         below = [*folder.glob(f"*/{INFO}"), *folder.glob(f"stage_*/{PEFT_CONFIG}")]
@@ -57,12 +61,38 @@ def find_adapters(folder: Path) -> list[StoredAdapter]:
                 "Copy the whole folder again, or push the run again"
             )
         return [StoredAdapter(folder, read_reference_info(folder), reference=True)]
-    below = next(filter(None, (list(folder.glob(f"{pattern}/{INFO}")) for pattern in FOLDERS)), [])
+    pattern = next((each for each in FOLDERS if any(folder.glob(f"{each}/{INFO}"))), None)
+    for file in _parts(folder, [pattern] if pattern else FOLDERS):
+        if not (file.parent / INFO).is_file():
+            raise AdapterError(
+                f"{file.parent / INFO} is missing: copy the whole folder again (a plain PEFT adapter is loaded from "
+                "its own folder)"
+            )
+    below = list(folder.glob(f"{pattern}/{INFO}")) if pattern else []
     found = [StoredAdapter(file.parent, read_info(file.parent)) for file in below]
     if (folder / INFO).is_file():
         root = StoredAdapter(folder, read_info(folder))  # of a published run: its last stage once more
-        found += [root] if root.info.stage not in [adapter.info.stage for adapter in found] else []
+        twins = [adapter for adapter in found if adapter.info.stage == root.info.stage]
+        for adapter in twins:
+            if _said(adapter.info) != _said(root.info):
+                raise AdapterError(
+                    f"{folder / INFO} is of another adapter than {adapter.folder.name}/{INFO}: copy the whole folder "
+                    "again, or push the run again"
+                )
+        found = [replace(each, twin=folder) if each in twins else each for each in found]
+        found += [] if twins else [root]
     return sorted(found, key=lambda adapter: adapter.info.stage)
+
+
+def _parts(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """Files that only an adapter's folder has."""
+    return [file for each in patterns for name in (PEFT_CONFIG, WEIGHTS) for file in folder.glob(f"{each}/{name}")]
+
+
+def _said(info: AdapterInfo) -> tuple[Any, ...]:
+    """What the two descriptions of one adapter share; the way to the base is another from each."""
+    sums = {name: value for name, value in info.sha256.items() if name != PEFT_CONFIG}
+    return info.task, info.unnorm_key, info.base_fingerprint, info.base_revision, info.cameras, sums
 
 
 def choose(
@@ -87,7 +117,7 @@ def choose(
     if stage != 0 and not candidates and (stage is not None or task is not None):
         raise ValueError(f"{where} has no adapter of stage {stage or 1}; it has: {listed(adapters)}")
     if task is None:
-        alone = len(adapters) == 1 and adapters[0].folder == folder
+        alone = len(adapters) == 1 and adapters[0].folder == folder and len(adapters[0].learned) <= 1
         return (candidates[-1] if candidates else None), (adapters[0].info.instruction or None if alone else None)
     if len(adapters) == 1 and adapters[0].reference:  # it does not say what it has learned
         return adapters[0], instruction_of(task)
@@ -141,6 +171,14 @@ def listed(adapters: Sequence[StoredAdapter]) -> str:
         "; ".join(f"stage {adapter.info.stage}, {adapter.info.task or 'a plain PEFT adapter'}" for adapter in adapters)
         or "none"
     )
+
+
+def _check_twin(folder: Path, twin: Path) -> None:
+    """Check the files of an adapter's second folder, but for those that are the very files of the first."""
+    names = (WEIGHTS, PEFT_CONFIG, STATISTICS)
+    pairs = [(twin / name, folder / name) for name in names]
+    if not all(one.exists() and other.exists() and one.samefile(other) for one, other in pairs):
+        check_adapter(twin)
 
 
 class AdapterLibrary:
@@ -203,6 +241,8 @@ class AdapterLibrary:
                     "load_policy of its own"
                 )
         self._fetch(adapter)
+        if adapter.twin is not None:
+            _check_twin(adapter.folder, adapter.twin)
         if adapter.reference:
             return load_reference_adapter(model, adapter.folder, adapter.name)
         return load_adapter(model, adapter.folder, adapter.name, base_fingerprint=self._fingerprint)[0]

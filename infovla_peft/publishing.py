@@ -121,7 +121,7 @@ def push_to_hub(
     with explained(repo_id), tempfile.TemporaryDirectory(prefix="infovla-push-") as temporary:
         url = _open_repository(hub, repo_id, private)
         repo_id = url.repo_id
-        if revision is not None:
+        if revision is not None and not revision.startswith("refs/pr/"):  # a pull request is there, or is refused
             retried(lambda: hub.create_branch(repo_id, branch=branch, exist_ok=True))
         base: tuple[str, str] | None = None
         if base_repo is not None and own_base is not None:

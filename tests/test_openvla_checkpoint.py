@@ -240,6 +240,23 @@ def test_oft_files_are_found_and_loaded(saved: Path, tmp_path: Path, prefix: str
         load_openvla(tmp_path)
 
 
+def test_weights_that_may_hold_code_are_not_loaded(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    for load in (load_openvla, load_policy):
+        with pytest.raises(FileNotFoundError, match="lacks its weights in the safetensors format"):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[1]", "null", "{bad"])
+def test_a_configuration_that_is_none_is_named(saved: Path, tmp_path: Path, content: str) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"the config\.json of '.*' is damaged .*; copy it again"):
+        load_openvla(tmp_path)
+
+
 def test_how_many_images_an_oft_folder_reads_is_said_from_outside(saved: Path, tmp_path: Path) -> None:
     """Its code is told at run time, and its files are the same either way."""
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)

@@ -506,6 +506,60 @@ def test_what_must_not_be_loaded_is_refused(
         load_policy(REPO)
 
 
+@pytest.mark.parametrize("where", ["copy", "hub"])
+def test_the_root_is_checked_though_its_stage_is_there_twice(
+    hub: LocalHub, finished: Path, tmp_path: Path, where: str
+) -> None:
+    """It is what PEFT reads, and what somebody would change."""
+    push(hub, finished)
+    original = {name: hub.file(REPO, name) for name in ("adapter_model.safetensors", "infovla.json")}
+    copy = Path(snapshot_download(REPO, local_dir=tmp_path / "copy"))
+    place = copy if where == "copy" else REPO
+
+    def change(name: str, content: bytes | None) -> None:
+        if where == "hub":
+            hub.put(REPO, {} if content is None else {name: content}, remove=[name] if content is None else [])
+        elif content is None:
+            (copy / name).unlink()
+        else:
+            (copy / name).write_bytes(content)
+
+    load_policy(place)
+    change("adapter_model.safetensors", b"garbage")
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors is damaged"):
+        load_policy(place)
+    change("adapter_model.safetensors", None)
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is missing"):
+        load_policy(place)
+    change("adapter_model.safetensors", original["adapter_model.safetensors"])
+    load_policy(place)
+    info = read_info(copy) if where == "copy" else read_info(find_adapters(finished)[-1].folder)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "dataset_statistics.json"):
+        (tmp_path / name).write_bytes(hub.file(REPO, name))
+    write_info(tmp_path, replace(info, base_fingerprint={**info.base_fingerprint, "weights": "0" * 64}))
+    change("infovla.json", (tmp_path / "infovla.json").read_bytes())
+    for ask in (load_policy, list_adapters):
+        with pytest.raises(AdapterError, match=r"infovla\.json is of another adapter than stage_02/infovla\.json"):
+            ask(place)
+
+
+def test_a_copy_that_lost_the_description_of_a_stage_is_not_whole(
+    hub: LocalHub, finished: Path, tmp_path: Path
+) -> None:
+    push(hub, finished)
+    copy = Path(snapshot_download(REPO, local_dir=tmp_path / "copy"))
+    (copy / "stage_01" / "infovla.json").unlink()
+    for ask in (load_policy, list_adapters):
+        with pytest.raises(AdapterError, match=r"stage_01/infovla\.json is missing: copy the whole"):
+            ask(copy)
+
+
+def test_no_branch_is_made_for_a_pull_request(hub: LocalHub, finished: Path) -> None:
+    with pytest.raises((FileNotFoundError, HubError)):
+        push(hub, finished, revision="refs/pr/1")
+    assert "refs/pr/1" not in hub.repositories[REPO].branches
+
+
 def test_a_copy_without_its_descriptions_is_no_plain_adapter(hub: LocalHub, finished: Path, tmp_path: Path) -> None:
     """It would be loaded for every task, whatever its weights, on whatever base."""
     push(hub, finished)

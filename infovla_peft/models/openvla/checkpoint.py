@@ -50,7 +50,17 @@ def read_config(path: str, kwargs: dict[str, Any]) -> tuple[OpenVLAConfig, dict[
     commit = None if folder.is_dir() else _commit_of(path, kwargs)
     if commit is not None:
         kwargs["revision"] = commit
-    raw, _ = OpenVLAConfig.get_config_dict(path, **_hub_arguments(kwargs))
+    try:
+        raw, _ = OpenVLAConfig.get_config_dict(path, **_hub_arguments(kwargs))
+        broken = None if isinstance(raw, dict) else "it holds no object"
+    except (AttributeError, TypeError, ValueError) as error:
+        raw, broken = {}, str(error)
+    except OSError as error:
+        if not folder.is_dir():
+            raise
+        raw, broken = {}, str(error)
+    if broken is not None:
+        raise ValueError(f"the config.json of '{path}' is damaged ({broken:.300}); copy it again.")
     if raw.get("model_type") != "openvla":
         raise ValueError(
             f"'{path}' is no OpenVLA checkpoint: the model_type of its config.json is {raw.get('model_type')!r}, not "
@@ -178,6 +188,13 @@ def clear_loading_errors(path: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise ValueError(f"A weight file of '{path}' is damaged or truncated ({error}); copy it again.") from error
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise FileNotFoundError(
+            f"'{path}' lacks its weights in the safetensors format, and others are not loaded, as they may hold code "
+            f"({str(error).splitlines()[0]:.300}); copy it again, or get it in that format"
+        ) from error
     finally:
         logger.removeFilter(is_no_report)
 

@@ -157,6 +157,7 @@ class OpenVLAForActionPrediction(ActingModel):
         if config is None:
             config, kwargs = read_config(path, kwargs)
         kwargs.pop("images", None)
+        kwargs.setdefault("use_safetensors", True)  # other formats may hold code
         statistics = read_statistics(path, kwargs)
         if statistics is not None:
             config.norm_stats = statistics
