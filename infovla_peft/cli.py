@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from . import __version__
@@ -16,6 +17,7 @@ from .command_options import CommandParser, add_config_option, apply_config
 from .commands import demonstrations, policies, runs, sharing, tools
 from .commands.train import train
 from .interruption import Stopped, stop_signals
+from .simulation.headless import cache_folder
 
 _DISK_FULL = ("No space left on device", "PytorchStreamWriter failed", "inline_container.cc")  # torch names no reason
 
@@ -38,7 +40,10 @@ def explain(error: BaseException) -> str:
         where = getattr(error, "filename", None) or text
         if os.path.exists(where) and not os.access(where, os.R_OK):
             return f"no permission to read {where}; get the permission, or give a copy"
-        return f"no permission to write {where}; choose another folder (--output_dir), or get the permission"
+        cache, place = cache_folder().absolute(), Path(str(where)).absolute()
+        ours = place.is_relative_to(cache) or (cache.is_relative_to(place) and not cache.exists())
+        other = "set INFOVLA_CACHE to a folder that can be written" if ours else "choose another folder (--output_dir)"
+        return f"no permission to write {where}; {other}, or get the permission"
     if isinstance(error, KeyError):  # whose text is the repr of its message
         return str(error.args[0]) if error.args else text
     return text

@@ -6,19 +6,21 @@ A stream runs for hours; what would fail in its last stage fails here.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
 
 from .adapters import attach, target_modules
 from .data.demonstrations import CAMERA_COLUMNS
+from .data.normalisation import Normaliser
 from .data.sampling import replay_places
 from .engine import check_engine, is_sharded
 from .methods import METHODS
 from .models.openvla import OpenVLAForActionPrediction, build_tiny_openvla
 from .models.openvla.quantization import quantization_config
 from .plan import tiny_shape
+from .reading import read_json
 from .run_folder import RunError
 from .trackers import check_tracker_names, check_trackers
 from .video import CURE, video_available
@@ -62,6 +64,7 @@ def _check_base(stream: Stream) -> None:
                 f"{stream.config.base_model} sees {checkpoint.num_images_in_input} image(s), but `cameras` is "
                 f"{stream.config.cameras}; name as many"
             )
+        _check_checkpoint(stream, checkpoint)
         with torch.device("meta"):
             model = OpenVLAForActionPrediction(checkpoint)
     try:
@@ -74,6 +77,23 @@ def _check_base(stream: Stream) -> None:
         method = METHODS[stream.training.method]
         replays = method.replay and (method.keeps_all or stream.config.memory_trajectories > 0)
         check_cacheable(adapted, stream.training, replayed_anew=replays and not method.has_teacher)
+
+
+def _check_checkpoint(stream: Stream, config: Any) -> None:
+    """See that a base's weights are all there, if it is here, and that it has the statistics that are asked for."""
+    from .models.openvla.checkpoint import read_statistics
+
+    folder, key = Path(stream.config.base_model), stream.config.unnorm_key
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        content = read_json(index, error=RunError, cure="copy the base again")
+        shards = content.get("weight_map") if isinstance(content, dict) else None
+        lost = sorted({str(name) for name in (shards or {}).values() if not (folder / str(name)).is_file()})
+        if lost:
+            raise RunError(f"the base {folder} lacks {', '.join(lost)}, which its index names; copy it again")
+    statistics = read_statistics(stream.config.base_model, {}) or config.norm_stats if key else None
+    if statistics:
+        Normaliser(statistics, key, bounds=config.action_normalization)
 
 
 def check_recipe(stream: Stream) -> None:

@@ -35,6 +35,8 @@ from .data.chunks import ChunkDataset
 from .data.collator import VLACollator
 from .data.demonstrations import CAMERA_COLUMNS, load_demonstrations, recipe_demonstrations
 from .data.normalisation import Normaliser
+from .data.recorded import MANIFEST as DEMONSTRATIONS
+from .data.recorded import DemonstrationManifest
 from .data.statistics import statistics_of
 from .distributed import whole_state
 from .files import atomic_folder, remove_folder
@@ -241,6 +243,7 @@ class Stream:
 
     def _find_demonstrations(self) -> dict[str, Any]:
         source, options = recipe_demonstrations(vars(self.config), self.demonstrations_folder)
+        self._check_recorded_as_here(Path(str(source)))
         names = [task.name for task in self.tasks]
         found = load_demonstrations(source, names, self.config.demonstrations, streaming=True, **options)
         seen = [CAMERA_COLUMNS[camera] for camera in self.config.cameras]
@@ -250,6 +253,20 @@ class Stream:
                 "demonstrations_columns (image=..., wrist_image=...), or choose other cameras"
             )
         return {"folder": Path(str(self.config.demonstrations_source)).is_dir()}
+
+    def _check_recorded_as_here(self, source: Path) -> None:
+        """What this package has recorded says with which assets, which are never mixed within a stream."""
+        if not (source / DEMONSTRATIONS).is_file():
+            return
+        there = DemonstrationManifest.load(source).settings
+        here = {"assets": self.assets.name, "renderer": self.config.renderer}
+        pairs = [(name, getattr(there, name), wanted) for name, wanted in here.items()]
+        differing = [f"{name}: {found} there, {wanted} here" for name, found, wanted in pairs if found != wanted]
+        if differing:
+            raise RunError(
+                f"{source} was recorded with other settings than this stream is rolled out with "
+                f"({'; '.join(differing)}); set them as there, or record anew"
+            )
 
     def _record(self) -> None:
         from .data.recording import record_demonstrations

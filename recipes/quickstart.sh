@@ -5,5 +5,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash recipes/setup.sh libero video
 [ -t 2 ] || export TQDM_MININTERVAL=${TQDM_MININTERVAL:-15}   # a log file needs no smooth bars
-exec .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --num_cpu_threads_per_process "$(nproc)" --mixed_precision no --dynamo_backend no \
+exec .venv/bin/accelerate launch --quiet --num_processes 1 --num_machines 1 --num_cpu_threads_per_process "$(nproc)" --mixed_precision no --dynamo_backend no \
     recipes/continual.py recipes/configs/quickstart.yaml "$@"

@@ -153,6 +153,8 @@ def test_options_have_either_spelling(capsys: pytest.CaptureFixture[str]) -> Non
     assert one == two
     assert (one.max_steps, one.open_loop_steps, one.dry_run, one.center_crop) == (4, 2, True, False)
     assert options("demos", "x", "--assets-folder", "a_b-c").assets_folder == "a_b-c"
+    state = options("act", "x", "--images", "a.png", "--proprio", "0", "-1e-3", "-.5", "-2E+01", "3").proprio
+    assert state == [0.0, -1e-3, -0.5, -20.0, 3.0]
     pushed = options("push", "x", "--repo", "a/b", "--commit-message", "a-b_c", "--base-repo=a/c-d_e", "--dry_run")
     assert (pushed.commit_message, pushed.base_repo, pushed.dry_run) == ("a-b_c", "a/c-d_e", True)
     for words in (

@@ -251,6 +251,13 @@ def test_parts_of_a_checkpoint_are_known_before_it_is_loaded(make: Callable[...,
     for options, message in (({"lora_targets": "q_projj"}, "no linear layer"), ({"tap_layer": 9}, "choose 1 to")):
         with pytest.raises((RunError, ValueError), match=message):
             make({"base_model": str(tmp_path / "run/base"), "stream": "B0-1N1"}, **options).__enter__()
+    with pytest.raises(KeyError, match="no statistics for 'elsewhere'; set unnorm_key to one of"):
+        make({"base_model": str(tmp_path / "run/base"), "stream": "B0-1N1", "unnorm_key": "elsewhere"}).__enter__()
+    index = tmp_path / "run/base/model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(RunError, match=r"lacks model-00001-of-00002\.safetensors, which its index"):
+        make({"base_model": str(tmp_path / "run/base"), "stream": "B0-1N1"}).__enter__()
+    index.unlink()
     two = ["agentview", "robot0_eye_in_hand"]
     with pytest.raises(RunError, match=r"sees 1 image\(s\), but `cameras` is .*; name as many"):
         make({"base_model": str(tmp_path / "run/base"), "stream": "B0-1N1", "cameras": two}).__enter__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 from data_files import FRAMES, write_lerobot, write_libero_hdf5
 from stream_fakes import STREAM, TRAINING, install_fakes
+from test_demonstrations import SETTINGS
 
 from infovla_peft.config import InfoVLAConfig, StreamConfig, load_recipe
 from infovla_peft.data.demonstrations import DemonstrationError, load_demonstrations
+from infovla_peft.data.recorded import DemonstrationManifest
 from infovla_peft.memory import ReplayMemory
 from infovla_peft.run_folder import RunError, RunFolder
 from infovla_peft.stream import Stream
@@ -75,6 +78,17 @@ def test_what_is_missing_is_said_before_anything_is_trained(tmp_path: Path) -> N
     ):
         run.record()
     assert not list(tmp_path.glob("*/base"))
+
+
+def test_recordings_with_other_assets_are_not_mixed_in(tmp_path: Path) -> None:
+    source = tmp_path / "set"
+    source.mkdir()
+    DemonstrationManifest(replace(SETTINGS, assets="official")).save(source)
+    with (
+        stream(tmp_path / "run", source) as run,
+        pytest.raises(RunError, match="assets: official there, primitive here"),
+    ):
+        run.record()
 
 
 def test_options_of_a_source_come_from_the_recipe(tmp_path: Path) -> None:

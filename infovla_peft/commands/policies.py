@@ -19,7 +19,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from ..plan import worker_count
     from ..progress import quiet_libraries
     from ..results import collect_versions, source_commit
-    from ..simulation import SUITES, find_assets
+    from ..simulation import find_assets
     from ..simulation.workers import EnvironmentPool
 
     check_initial_states(options.episodes)
@@ -28,7 +28,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
         where = {name: getattr(options, name) for name in ("stage", "revision", "base", "token")}
         described = describe_policy(options.policy, **where)
-        suite = str(options.suite or described.recipe.get("suite") or EVALUATION_DEFAULTS["suite"])
+        key = options.unnorm_key or (described.data_sets[0] if len(described.data_sets) == 1 else None)
+        suite = _suite(options, described.recipe, key)
         planned = _tasks_to_evaluate(options, suite, described.recipe, described.tasks)
         plural = "s" * (len(planned) != 1)
         print(f"{options.policy} on {suite}: {len(planned)} task{plural} x {options.episodes} rollouts")
@@ -41,10 +42,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         **EVALUATION_DEFAULTS,
         **{key: policy.recipe[key] for key in EVALUATION_DEFAULTS if key in policy.recipe},
     }
-    trained_on = (policy.normaliser.key or "").removesuffix("_no_noops")
-    if "suite" not in policy.recipe and trained_on in SUITES:  # a checkpoint says it by its statistics
-        chosen["suite"] = trained_on
     chosen |= {key: value for key, value in vars(options).items() if key in chosen and value is not None}
+    chosen["suite"] = _suite(options, policy.recipe, policy.normaliser.key)
     tasks = _tasks_to_evaluate(options, chosen["suite"], policy.recipe, policy.tasks_after(options.stage))
     known = policy.recipe.get("assets_folder")
     # Of a published run the name of the folder is left, which says nothing about one that is called the same here.
@@ -98,6 +97,15 @@ def _evaluate(options: argparse.Namespace) -> None:
                 write_json(output / "evaluation.json", content)
     rates = [sum(row["successes"]) / len(row["successes"]) for row in content["results"]]
     print(f"{sum(rates) / len(rates):6.1%}  mean of {len(rates)} tasks")
+
+
+def _suite(options: argparse.Namespace, recipe: Mapping[str, Any], key: str | None) -> str:
+    """The suite that was named, or that of the training; a checkpoint says it by its statistics, or not at all."""
+    from ..simulation import SUITES
+
+    trained_on = (key or "").removesuffix("_no_noops")
+    known = trained_on if trained_on in SUITES else EVALUATION_DEFAULTS["suite"]
+    return str(options.suite or recipe.get("suite") or known)
 
 
 def _tasks_to_evaluate(

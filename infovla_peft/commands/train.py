@@ -33,6 +33,8 @@ def train(argv: Sequence[str], *, prog: str = "infovla train") -> None:
     if dry_run:
         planned = Stream(config, training)
         check_recipe(planned)
+        if training.process_index != 0:
+            return
         print(planned.plan())
         try:
             check_batches(planned)

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
+from ..reading import read_yaml
 from .headless import cache_folder, libero_folder
 
 ASSET_SETS = ("auto", "official", "primitive")
@@ -36,7 +35,8 @@ def _complete(folder: Path) -> bool:
 def _known_official() -> Iterator[Path]:
     config = Path(os.environ.get("LIBERO_CONFIG_PATH") or Path.home() / ".libero") / "config.yaml"
     if config.is_file():
-        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+        cure = "correct it, or delete it: LIBERO's assets are then looked for elsewhere"
+        settings = read_yaml(config, error=ValueError, cure=cure)
         if isinstance(settings, dict) and settings.get("assets"):
             yield Path(str(settings["assets"]))
     yield libero_folder() / "assets"

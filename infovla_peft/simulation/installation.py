@@ -214,7 +214,7 @@ def _check_libero() -> Check:
 def _check_assets() -> Check:
     try:
         assets = find_assets()
-    except (OSError, SimulatorNotFoundError) as error:
+    except (OSError, ValueError, SimulatorNotFoundError) as error:
         cure = "unset INFOVLA_LIBERO_ASSETS or point it to LIBERO's assets; " + SETUP_HINT
         return Check("assets", False, str(error), cure)
     official = "" if assets.name == "official" else " (no official ones found: INFOVLA_LIBERO_ASSETS names a folder)"

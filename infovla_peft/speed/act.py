@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from ..data.normalisation import Normaliser
+from ..hub import check_device
 from ..inference import Policy
 from ..models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, build_prompt, build_tiny_openvla
 from ..models.openvla.acting import unnormalize_actions
@@ -103,6 +104,7 @@ class Acting:
 
 def make_acting(shape: str, decoding: str, device: str = "cpu") -> Acting:
     """A random policy of a shape, plain OpenVLA ("autoregressive") or OpenVLA-OFT with its L1 head ("parallel")."""
+    check_device(device)
     tiny, processor = build_tiny_openvla(instructions=[INSTRUCTION], **SHAPES[shape])
     fields = tiny.config.to_dict()
     fields["text_config"] = {**fields["text_config"], "vocab_size": _VOCABULARY}

@@ -6,9 +6,11 @@ import argparse
 import importlib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..command_options import CommandParser, add_config_option, apply_config
+from ..files import make_folder
 from ..progress import quiet_libraries
 
 BENCHMARKS: dict[str, str] = {
@@ -37,6 +39,10 @@ def bench(argv: Sequence[str], *, prog: str = "infovla bench") -> None:
         import torch
 
         torch.set_num_threads(options.threads)
+    if options.json:
+        if Path(options.json).is_dir():
+            raise ValueError(f"--json {options.json} is a folder; name a file")
+        make_folder(Path(options.json).absolute().parent)  # fails now, not after the measurement
     quiet_libraries(loading_bars=False)
     report = importlib.import_module(f".{options.benchmark}", __package__).run(options)
     print(report.table())
