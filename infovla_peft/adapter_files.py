@@ -120,7 +120,7 @@ def check_adapter(folder: str | os.PathLike[str]) -> AdapterInfo:
     try:
         check_files(Path(folder), info.sha256)
     except DamagedFileError as error:
-        raise AdapterError(f"{error}; copy or train the adapter again") from error
+        raise AdapterError(error.with_cure("copy or train the adapter again")) from error
     return info
 
 
@@ -141,7 +141,7 @@ def read_info(folder: str | os.PathLike[str]) -> AdapterInfo:
         _check_types(info, Checker(str(file), AdapterError, "copy or train the adapter again"))
         return info
     except DamagedFileError as error:
-        raise AdapterError(f"{error}; copy or train the adapter again") from error
+        raise AdapterError(error.with_cure("copy or train the adapter again")) from error
     except TypeError as error:
         raise AdapterError(f"{file} is damaged ({error!s:.500}); copy or train the adapter again") from error
 

@@ -29,6 +29,13 @@ _CLOCK_TICK = 0.02
 class DamagedFileError(ValueError):
     """A file is not what was written, or of a format that this version cannot read; the message names it."""
 
+    later_format = False
+    """Nothing is wrong with the file, and the message says the cure: a later version of the package."""
+
+    def with_cure(self, cure: str) -> str:
+        """The message with what mends damage; a file of a later format needs none of it."""
+        return str(self) if self.later_format else f"{self}; {cure}"
+
 
 class FileState(NamedTuple):
     """What changes when a file's content does, without reading it.
@@ -115,9 +122,11 @@ def read_sealed(path: str | os.PathLike[str], *, newest: int, sealed_since: int 
     except (ValueError, AttributeError, RecursionError) as error:
         raise DamagedFileError(f"{file} is damaged ({error})") from error
     if type(version) is not int or not 1 <= version <= newest:
-        raise DamagedFileError(
+        error = DamagedFileError(
             f"{file} has format {version!r:.40}, this version of infovla-peft reads up to {newest}; update the package"
         )
+        error.later_format = type(version) is int and version > newest
+        raise error
     sums = content.get(SUMS)
     if sums is None and version < sealed_since:
         return dict(content)

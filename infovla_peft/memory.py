@@ -249,7 +249,7 @@ class ReplayMemory:
         try:
             check_files(path, content["sha256"])
         except DamagedFileError as error:
-            raise DamagedFileError(f"{error}; {_cure(path)}") from error
+            raise DamagedFileError(error.with_cure(_cure(path))) from error
         frames = datasets.load_from_disk(str(path / "frames")) if content["frames"] else None
         file = path / "anchors.safetensors"
         if not file.exists() or content["format_version"] < FORMAT_VERSION:
@@ -284,5 +284,5 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     except KeyError as error:
         raise DamagedFileError(f"{file} lacks {error}; {_cure(file.parent)}") from error
     except DamagedFileError as error:
-        raise DamagedFileError(f"{error}; {_cure(file.parent)}") from error
+        raise DamagedFileError(error.with_cure(_cure(file.parent))) from error
     return content

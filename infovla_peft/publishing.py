@@ -348,7 +348,7 @@ def check_base_files(folder: Path) -> None:
         sums = read_sealed(folder / BASE_SUMS, newest=BASE_FORMAT, sealed_since=BASE_FORMAT)[SUMS]
         check_files(folder, sums)
     except DamagedFileError as error:
-        raise AdapterError(f"{error}; {cure}") from error
+        raise AdapterError(error.with_cure(cure)) from error
     strange = [file for file in _checkpoint_files(folder) if file.relative_to(folder).as_posix() not in sums]
     if strange:
         raise AdapterError(f"{strange[0]} was not published with the others; {cure}")

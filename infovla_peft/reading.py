@@ -237,9 +237,11 @@ class Checker(Generic[Error]):
         """The content is an object whose `format_version` is `newest`."""
         found = self.typed(content, dict, "the content").get("format_version")
         if type(found) is not int or found != newest:
+            # With a later version nothing is wrong with the file.
+            cure = "" if type(found) is int and found > newest else f", or {self.cure}"
             raise self.error(
                 f"{self.source} has format {found!r:.80}, this version of infovla-peft reads {newest}; "
-                f"update infovla-peft, or {self.cure}"
+                f"update infovla-peft{cure}"
             )
 
     def typed(self, value: Any, kind: type, where: str, *, optional: bool = False) -> Any:

@@ -241,7 +241,7 @@ class RunFolder:
         except KeyError as error:
             raise RunError(f"{self / STATE} is damaged (it lacks {error}); {RESTORE}") from error
         except DamagedFileError as error:
-            raise RunError(f"{error}; {RESTORE}") from error
+            raise RunError(error.with_cure(RESTORE)) from error
         return {SUMS: {}, _UNFINISHED: {}, **content}
 
     def _write_state(self, content: Mapping[str, Any]) -> None:
@@ -302,7 +302,7 @@ class RunFolder:
         try:
             check_files(self.path, mine)
         except DamagedFileError as error:
-            raise RunError(f"{error}; {RESTORE}") from error
+            raise RunError(error.with_cure(RESTORE)) from error
 
     def once(
         self,

@@ -83,10 +83,15 @@ def test_formats_before_and_after(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     file.write_text('{"steps": 1}')  # before there was a format
     assert read_sealed(file, newest=2) == {"steps": 1}
-    for text in ('{"format_version": 3}', '{"format_version": "2"}', '{"format_version": 0}'):
+    for text, later in (
+        ('{"format_version": 3}', True),
+        ('{"format_version": "2"}', False),
+        ('{"format_version": 0}', False),
+    ):
         file.write_text(text)
-        with pytest.raises(DamagedFileError, match=r"x\.json has format .*update the package"):
+        with pytest.raises(DamagedFileError, match=r"x\.json has format .*update the package") as raised:
             read_sealed(file, newest=2)
+        assert raised.value.with_cure("delete it").endswith("update the package" if later else "; delete it")
     file.write_text('{"format_version": 2, "steps": 1}')
     with pytest.raises(DamagedFileError, match="lost its checksums"):
         read_sealed(file, newest=2)

@@ -162,7 +162,7 @@ class DemonstrationManifest:
                 for name, task in content["tasks"].items()
             }
         except DamagedFileError as error:
-            raise DemonstrationError(f"{error}: delete the folder and record the set again") from error
+            raise DemonstrationError(error.with_cure("delete the folder and record the set again")) from error
         except (KeyError, TypeError, AttributeError) as error:
             raise DemonstrationError(
                 f"{path} is damaged ({type(error).__name__}: {error!s:.300}): delete the folder and record the set "
