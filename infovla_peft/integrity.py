@@ -122,11 +122,11 @@ def read_sealed(path: str | os.PathLike[str], *, newest: int, sealed_since: int 
     except (ValueError, AttributeError, RecursionError) as error:
         raise DamagedFileError(f"{file} is damaged ({error})") from error
     if type(version) is not int or not 1 <= version <= newest:
-        error = DamagedFileError(
+        unread = DamagedFileError(
             f"{file} has format {version!r:.40}, this version of infovla-peft reads up to {newest}; update the package"
         )
-        error.later_format = type(version) is int and version > newest
-        raise error
+        unread.later_format = type(version) is int and version > newest
+        raise unread
     sums = content.get(SUMS)
     if sums is None and version < sealed_since:
         return dict(content)
