@@ -316,11 +316,10 @@ def save_adapter(
         FileExistsError: the folder holds something else than an adapter.
     """
     path = Path(folder)
-    if write:
-        check_replaceable(path, (WEIGHTS, PEFT_CONFIG, INFO, STATISTICS, "README.md"), "an adapter")
     weights = adapter_weights(model, name)
     if not write:
         return path
+    check_replaceable(path, (WEIGHTS, PEFT_CONFIG, INFO, STATISTICS, "README.md"), "an adapter")
     with atomic_folder(path) as temporary:
         save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
         lora = model.peft_config[name]

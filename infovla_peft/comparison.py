@@ -4,7 +4,7 @@ An aggregate is strict JSON with these keys and no others::
 
     format_version  1
     protocol        what all runs have in common, as an object, of each suite `options` with the defaults of the
-                    version that wrote it (what is off is left out); shown, not computed with
+                    version that wrote it (what is off is left out); `aggregation.load_held` compares it
     runs            [{
         suite, method, seed, order, memory    names and numbers of the benchmark; no two runs agree in all five
         tasks, learned_at                     names in the order of learning, and the stage of each, 0 = base

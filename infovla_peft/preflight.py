@@ -20,6 +20,7 @@ from .methods import METHODS
 from .models.openvla import OpenVLAForActionPrediction, build_tiny_openvla
 from .models.openvla.quantization import quantization_config
 from .plan import tiny_shape
+from .publishing import check_publishable_base
 from .reading import read_json
 from .run_folder import RunError
 from .trackers import check_tracker_names, check_trackers
@@ -84,6 +85,8 @@ def _check_checkpoint(stream: Stream, config: Any) -> None:
     from .models.openvla.checkpoint import read_statistics
 
     folder, key = Path(stream.config.base_model), stream.config.unnorm_key
+    if stream.training.push_to_hub and folder.is_dir():
+        check_publishable_base(folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         content = read_json(index, error=RunError, cure="copy the base again")

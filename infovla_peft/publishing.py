@@ -192,19 +192,19 @@ def check_run(run_folder: str | Path) -> list[StoredAdapter]:
                 "without it; put it back, then push"
             )
     if (folder := _local_base(adapters[-1])) is not None:
-        _check_base_can_be_loaded(folder)
+        check_publishable_base(folder)
     return adapters
 
 
-def _check_base_can_be_loaded(folder: Path) -> None:
+def check_publishable_base(folder: Path) -> None:
     """Raise a ValueError for a base with weights that are no safetensors: a push takes no others, nor does a load."""
     parts = sorted(file.name for file in folder.glob("*--*.pt"))
     if parts or not any(folder.glob("*.safetensors")):
-        what = f"in {', '.join(parts)}" if parts else "in no *.safetensors"
+        what = f"weights in {', '.join(parts)}" if parts else "no *.safetensors"
         raise ValueError(
-            f"the base {folder} has weights {what}, which are not published, as they may hold code. Write it anew "
-            "(`model, processor = load_openvla(...)`, then `save_pretrained` of both) and train on that, or name a "
-            "base on the Hub"
+            f"the base {folder} has {what}, and only safetensors are published, as others may hold code. Train on one "
+            "in safetensors alone (of OpenVLA-OFT: `model, processor = load_openvla(...)`, then `save_pretrained` of "
+            "both), or on one that is on the Hub"
         )
 
 

@@ -9,7 +9,7 @@ python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' ||
     { echo "infovla: Python 3.10 to 3.13 is needed; set PYTHON to one, as PYTHON=python3.13" >&2; exit 1; }
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then  # none, or one that was begun and not finished
-    "$python" -m venv --clear .venv ||
+    "$python" -m venv .venv ||
         { echo "infovla: could not make .venv; on Debian: apt-get install python3-venv" >&2; exit 1; }
 fi
 

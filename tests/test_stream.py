@@ -258,6 +258,8 @@ def test_parts_of_a_checkpoint_are_known_before_it_is_loaded(make: Callable[...,
     with pytest.raises(RunError, match=r"lacks model-00001-of-00002\.safetensors, which its index"):
         make({"base_model": str(tmp_path / "run/base"), "stream": "B0-1N1"}).__enter__()
     index.unlink()
+    with pytest.raises(ValueError, match=r"has no \*\.safetensors, .*Train on one in safetensors"):
+        make({"base_model": str(tmp_path / "run/base"), "stream": "B0-1N1"}, push_to_hub=True).__enter__()
     two = ["agentview", "robot0_eye_in_hand"]
     with pytest.raises(RunError, match=r"sees 1 image\(s\), but `cameras` is .*; name as many"):
         make({"base_model": str(tmp_path / "run/base"), "stream": "B0-1N1", "cameras": two}).__enter__()

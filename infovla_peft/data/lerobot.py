@@ -294,8 +294,8 @@ def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
     return matrix[:, None] if matrix.ndim == 1 else matrix
 
 
-_SEEK_BACK = 4.0
-"""Seconds; more than a group of pictures takes in nearly all videos."""
+_LONGEST_GROUP = 250
+"""Frames from one key frame to the next, at most, by x264's and x265's default (`keyint`)."""
 
 
 def read_frames(path: Path, times: NDArray[np.float64], frames_per_second: float) -> list[NDArray[np.uint8]]:
@@ -321,7 +321,7 @@ def read_frames(path: Path, times: NDArray[np.float64], frames_per_second: float
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             # Where frames are stored in another order than shown, a seek may land behind the place.
-            for start in (times[0] - half, times[0] - half - _SEEK_BACK, 0.0):
+            for start in (times[0] - half, times[0] - half - _LONGEST_GROUP / frames_per_second, 0.0):
                 found = []
                 container.seek(max(0, int(start / stream.time_base)), stream=stream)
                 for frame in container.decode(stream):

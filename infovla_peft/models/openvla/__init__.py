@@ -68,7 +68,7 @@ def load_openvla(
         path_or_id, **{"dtype": dtype} if dtype else {}, images=images, **kwargs
     )
     hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in kwargs}
-    hub |= {"revision": commit} if (commit := model.config._commit_hash) else {}
+    hub |= {"revision": commit} if (commit := getattr(model.config, "_commit_hash", None)) else {}
     try:
         processor = OpenVLAProcessor.from_pretrained(path_or_id, **hub)
     except (OSError, ValueError) as error:
