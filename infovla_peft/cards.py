@@ -273,7 +273,10 @@ def _measured(results: Results, last: int) -> str:
     reached = [f"{_plain(task.instruction)} {100 * low[row, last]:.0f} to {100 * high[row, last]:.0f} %"
                for row, task in enumerate(results.tasks) if not math.isnan(low[row, last])]  # fmt: skip
     scripted = not results.config.get("demonstrations_source")
-    stand_in = " (stand-ins built from primitives, not LIBERO's own: not comparable with published numbers)"
+    stand_in = (
+        " (stand-ins built from primitives, not LIBERO's own: not comparable with published numbers, and so without "
+        "an entry for leaderboards in `.eval_results/`)"
+    )
     episodes = count_span([count for row in results.episodes for count in row if count is not None])
     return "\n".join(
         [

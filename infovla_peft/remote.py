@@ -66,18 +66,31 @@ class Snapshot:
     access: Access = Access()
 
     def fetch(self, *patterns: str) -> Path:
-        """Download the files that match, unless they are there; returns `folder`."""
+        """Download the files that match, unless they are there; returns `folder`.
+
+        Raises:
+            FileNotFoundError: they are not in the cache, and the Hub cannot be reached.
+            HubError: the Hub refuses, or fails again and again.
+        """
         from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
 
         with explained(self.repo_id):
-            snapshot_download(
-                self.repo_id,
-                revision=self.commit,
-                allow_patterns=list(patterns),
-                token=self.access.token,
-                cache_dir=self.access.cache_dir,
-                local_files_only=self.files is None,
-            )
+            try:
+                snapshot_download(
+                    self.repo_id,
+                    revision=self.commit,
+                    allow_patterns=list(patterns),
+                    token=self.access.token,
+                    cache_dir=self.access.cache_dir,
+                    local_files_only=self.files is None,
+                )
+            except LocalEntryNotFoundError as error:
+                raise FileNotFoundError(
+                    f"of {self.repo_id} not all that is needed is in the cache ({patterns[0]} and what belongs to it), "
+                    "and the Hub cannot be reached; give the command once with a network, and without HF_HUB_OFFLINE "
+                    "and local_files_only"
+                ) from error
         return self.folder
 
     def __repr__(self) -> str:
