@@ -199,7 +199,7 @@ def test_bench_s_is_what_it_says() -> None:
         "infovla_output_only",
     ):
         assert {key.seed for key in keys if key.method == method} == {0, 1, 2}
-    assert len(keys) == len(set(keys)) == 12 + 12 + 27 + 10 + 8 + 6 + 6 + 11 + 3 + 9 + 1
+    assert len(keys) == len(set(keys)) == 12 + 12 + 27 + 10 + 8 + 6 + 4 + 6 + 11 + 3 + 9 + 1
 
 
 def test_runs_are_ordered_named_and_not_doubled(benchmark: Benchmark) -> None:
