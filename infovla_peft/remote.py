@@ -87,9 +87,9 @@ class Snapshot:
                 )
             except LocalEntryNotFoundError as error:
                 raise FileNotFoundError(
-                    f"of {self.repo_id} not all that is needed is in the cache ({patterns[0]} and what belongs to it), "
-                    "and the Hub cannot be reached; give the command once with a network, and without HF_HUB_OFFLINE "
-                    "and local_files_only"
+                    f"of {self.repo_id} not all that is needed is in the cache ({patterns[0]} and what belongs to "
+                    "it), and the Hub cannot be reached; give the command once with a network, and without "
+                    "HF_HUB_OFFLINE and local_files_only"
                 ) from error
         return self.folder
 
