@@ -744,13 +744,15 @@ def test_eval_results_are_in_the_hubs_format(hub: LocalHub, run: Path) -> None:
     add_results(run, stages=2)
     push(hub, run)
     assert ".eval_results/libero.yaml" not in hub.files(REPO)  # of stand-in assets nothing stands on a leaderboard
+    assert b"without an entry for leaderboards" in hub.file(REPO, "README.md")
     results = add_results(run, stages=2, assets="official")
     push(hub, run)
     (entry,) = parse_eval_result_entries(yaml.safe_load(hub.file(REPO, ".eval_results/libero.yaml")))
     assert (entry.dataset_id, entry.task_id) == ("HuggingFaceVLA/libero", "libero_10")
     assert entry.value == round(100 * results.metrics()["final_average"], 2)
-    data = ModelCard(hub.file(REPO, "README.md").decode()).data
-    assert entry.value == data.eval_results[0].metric_value
+    card = hub.file(REPO, "README.md").decode()
+    assert "without an entry for leaderboards" not in card
+    assert entry.value == ModelCard(card).data.eval_results[0].metric_value
     assert "official" in entry.notes
 
 
