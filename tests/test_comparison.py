@@ -250,12 +250,12 @@ def test_a_pair_starts_from_the_same_weights_or_from_bases_that_do_the_same() ->
 
 
 def test_students_interval_by_hand() -> None:
-    """n = 3: mean 4, s = 2, half width 4.303 · 2 / √3."""
+    """n = 3: mean 4, s = 2, half width 4.3027 · 2 / √3."""
     low, high = bootstrap_mean([2.0, 4.0, 6.0]).student()
-    assert (low, high) == (pytest.approx(4 - 4.303 * 2 / 3**0.5), pytest.approx(4 + 4.303 * 2 / 3**0.5))
+    assert (low, high) == (pytest.approx(4 - 4.3027 * 2 / 3**0.5), pytest.approx(4 + 4.3027 * 2 / 3**0.5))
     assert math.isnan(bootstrap_mean([1.0]).student()[0])
     many = bootstrap_mean(np.arange(50.0))
-    assert many.student()[1] == pytest.approx(24.5 + 2.042 * many.error)
+    assert many.student()[1] == pytest.approx(24.5 + 2.0423 * many.error)
 
 
 def test_means_over_other_orders_do_not_stand_in_one_table(tmp_path: Path) -> None:
