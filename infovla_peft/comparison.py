@@ -121,19 +121,31 @@ class ComparedRun:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All runs of an aggregate."""
+    """All runs of an aggregate, or some.
+
+    Attributes:
+        methods: of the whole aggregate, by which each has its look in figures, whichever are drawn.
+    """
 
     protocol: dict[str, Any]
     runs: list[ComparedRun]
+    methods: tuple[str, ...] = ()
 
-    def only(self, methods: Iterable[str] | None) -> Comparison:
-        """The runs of these methods alone; None for all. A ValueError names a method without a run."""
-        if methods is None:
+    def only(self, methods: Iterable[str] | None = None, seeds: Iterable[int] | None = None) -> Comparison:
+        """The runs of these methods and seeds alone; None for all. A ValueError names what has no run."""
+        runs = self.runs
+        choices: dict[str, Iterable[Any] | None] = {"method": methods, "seed": seeds}
+        for name, chosen in choices.items():
+            if chosen is None:
+                continue
+            wanted, there = set(chosen), list(dict.fromkeys(getattr(run, name) for run in runs))
+            if strange := ", ".join(map(str, sorted(wanted - set(there)))):
+                of = "" if name == "method" else "seed "
+                raise ValueError(f"no run of {of}{strange}; there are runs of {of}{', '.join(map(str, there))}")
+            runs = [run for run in runs if getattr(run, name) in wanted]
+        if runs is self.runs:
             return self
-        wanted, there = set(methods), method_names(self.runs)
-        if strange := sorted(wanted - set(there)):
-            raise ValueError(f"no run of {', '.join(strange)}; there are runs of {', '.join(there)}")
-        return Comparison(self.protocol, [run for run in self.runs if run.method in wanted])
+        return Comparison(self.protocol, runs, self.methods or tuple(method_names(self.runs)))
 
     def groups(self) -> dict[tuple[str, int], list[ComparedRun]]:
         """(suite, memory size) -> its runs, in the order of the file: what may be compared with each other."""
@@ -200,14 +212,27 @@ def same_ranking(by_order: Mapping[str, Ranking]) -> bool | None:
 
 
 def comparable(runs: Sequence[ComparedRun]) -> dict[str | None, list[ComparedRun]]:
-    """The runs whose means may stand beside each other: all of them (under None), or those of each order of tasks.
+    """The runs whose means may stand in one table: all of them (under None), or those of each order of tasks.
 
     Apart where not every method was run under all orders: a mean over both and a mean over one differ by the tasks.
+    They may still be over different seeds, which `Comparison.only` makes the same, and which `differences` are not.
     """
     orders = [{run.order for run in own} for own in by_method(runs).values()]
     if all(one == orders[0] for one in orders):
         return {None: list(runs)}
     return {order: [run for run in runs if run.order == order] for order in sorted(set().union(*orders))}
+
+
+def seeds_text(runs: Iterable[ComparedRun]) -> str:
+    """Their seeds, three or more that follow each other as a span: "0–2, 6"."""
+    seeds = sorted({run.seed for run in runs})
+    spans: list[list[int]] = []
+    for seed in seeds:
+        if spans and seed == spans[-1][-1] + 1:
+            spans[-1].append(seed)
+        else:
+            spans.append([seed])
+    return ", ".join(f"{span[0]}–{span[-1]}" if len(span) > 2 else ", ".join(map(str, span)) for span in spans)
 
 
 def method_names(runs: Iterable[ComparedRun]) -> list[str]:

@@ -10,9 +10,9 @@ A block of Markdown says what stands in it; the lines up to its end are written 
 final average Student's interval too), `last` (successes per task after the last stage, each seed by itself), `each`
 (the same with the base's tasks summed, and with the errors of the actions then, a mean over tasks, where runs were
 analysed), `gradients` (of each part of the loss, the mean over a stage and over the runs that logged them) or
-`agreement` (how far a seed's two orders keep the same of the base's tasks, see `agreement_of_orders`). `order`
-and `methods` (separated by commas) leave the others out. A text may hold tables of several benchmarks: a block with
-`of=NAME` is that benchmark's alone.
+`agreement` (how far a seed's two orders keep the same of the base's tasks, see `agreement_of_orders`). `order`,
+`methods` and `seeds` (separated by commas) leave the others out. A text may hold tables of several benchmarks: a block
+with `of=NAME` is that benchmark's alone.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _PARTS: Mapping[str, str] = {
     "current": "new task", "replay": "replay", "rac": "RAC", "cmi": "CMI", "output": "output", "ewc": "EWC"
 }  # fmt: skip
 _BLOCK = re.compile(r"(<!-- table (?P<words>[^\n]*?) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
-_WORDS = frozenset({"of", "show", "suite", "memory", "order", "methods", "against"})
+_WORDS = frozenset({"of", "show", "suite", "memory", "order", "methods", "seeds", "against"})
 
 
 def refresh_tables(text: str, comparison: Comparison) -> str:
@@ -80,12 +80,14 @@ def _table(words: str, comparison: Comparison) -> str:
             "what is wanted, each as name=value"
         )
     methods = options["methods"].split(",") if "methods" in options else None
+    seeds = options["seeds"].split(",") if "seeds" in options else None
     runs = [
         run
         for run in comparison.runs
         if run.suite == options.get("suite", run.suite)
         and str(run.memory) == options.get("memory", str(run.memory))
         and run.order == options.get("order", run.order)
+        and (seeds is None or str(run.seed) in seeds)
         and (methods is None or run.method in {*methods, options.get("against")})
     ]
     missing = sorted(set(methods or []) - {run.method for run in runs})

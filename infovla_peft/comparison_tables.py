@@ -25,6 +25,7 @@ from .comparison import (
     method_names,
     rankings,
     same_ranking,
+    seeds_text,
 )
 from .files import write_text
 from .intervals import Estimate
@@ -77,16 +78,16 @@ def markdown(comparison: Comparison, against: Sequence[str]) -> str:
 
 
 def latex(comparison: Comparison, against: Sequence[str]) -> str:
-    """All tables as LaTeX (`booktabs`), one `table` each."""
-    parts = ["% \\usepackage{booktabs}"]
+    """The tables as LaTeX, one `table` each, with the metrics that a page is wide enough for."""
+    parts = ["% \\usepackage{booktabs,graphicx}"]
     for (suite, memory), runs in comparison.groups().items():
         where = f"{suite}, {_trajectories(memory)} per past task"
         caption = f"{where}. Mean over runs in per cent, bootstrap 95 % interval over seeds in brackets."
         for order, some in comparable(runs).items():
             which = "" if order is None else f", order {order}"
-            parts.append(_latex_table(caption.replace(". Mean", f"{which}. Mean"), *_metric_rows(some)))
+            parts.append(_latex_table(caption.replace(". Mean", f"{which}. Mean"), *_metric_rows(some, _IN_LATEX)))
         for reference in against:
-            table = _difference_rows(runs, reference)
+            table = _difference_rows(runs, reference, _IN_LATEX)
             if table is not None:
                 caption = f"{where}. Difference to {reference} in percentage points, paired by seed and order."
                 parts.append(_latex_table(caption, *table))
@@ -131,30 +132,35 @@ _INTRODUCTION = (
     "seed is drawn with all its orders, which share its stored trajectories. An interval over few seeds is narrower "
     "than it ought to be; with one there is none. Beside the difference of FAA stands Student's interval, over seeds "
     "too, which is not. Both are about other seeds on the same bases, demonstrations and start states. Where not all "
-    "methods were run under all orders, each order has a table."
+    "methods were run under all orders, each order has a table. Means over different seeds do not compare methods: "
+    "the paired differences do, over the seeds and orders that both have."
 )
 
 
-def _metric_rows(runs: Sequence[ComparedRun]) -> tuple[list[str], list[list[str]]]:
+def _metric_rows(
+    runs: Sequence[ComparedRun], names: Sequence[str] = tuple(METRICS)
+) -> tuple[list[str], list[list[str]]]:
     own = by_method(runs)
-    header = ["method", "runs", "orders", *(column.label for column in METRICS.values())]
+    header = ["method", "runs", "orders", "seeds", *(METRICS[name].label for name in names)]
     rows = []
     for method, found in estimates(runs).items():
         orders = ", ".join(sorted({run.order for run in own[method]}))
-        cells = [percent_text(found[name]) for name in METRICS]
-        rows.append([method, str(len(own[method])), orders, *cells])
+        cells = [percent_text(found[name]) for name in names]
+        rows.append([method, str(len(own[method])), orders, seeds_text(own[method]), *cells])
     return header, rows
 
 
-def _difference_rows(runs: Sequence[ComparedRun], against: str) -> tuple[list[str], list[list[str]]] | None:
+def _difference_rows(
+    runs: Sequence[ComparedRun], against: str, names: Sequence[str] = tuple(METRICS)
+) -> tuple[list[str], list[list[str]]] | None:
     found = differences(runs, against)
     if not found:
         return None
-    first, *others = METRICS
+    first, *others = names
     header = ["method", "pairs", METRICS[first].label, "Student's", *(METRICS[name].label for name in others)]
     rows = []
     for method, values in found.items():
-        cells = [percent_text(values[name], signed=True) for name in METRICS]
+        cells = [percent_text(values[name], signed=True) for name in names]
         student = interval_text(*values[first].student(), signed=True)
         rows.append([method, str(values[first].n), cells[0], student or NOT_MEASURED, *cells[1:]])
     return header, rows
@@ -227,7 +233,8 @@ def _numbers(values: Sequence[float]) -> list[str]:
     return ["" if math.isnan(number) else f"{number:.4f}" for number in values[:3]]
 
 
-_LATEX = {"\\": r"\textbackslash{}", "−": "$-$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
+_IN_LATEX = ("final_average", "auc", "forward_transfer", "negative_backward_transfer", "adaptation")
+_LATEX = {"–": "--", "\\": r"\textbackslash{}", "−": "$-$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
     character: "\\" + character for character in "&%$#_{}"
 }
 
@@ -243,13 +250,14 @@ def _latex_table(caption: str, header: Sequence[str], rows: Sequence[Sequence[st
         [
             r"\begin{table}",
             rf"\caption{{{text(caption)}}}",
+            r"\resizebox{\linewidth}{!}{%",
             rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
             r"\toprule",
             line(header),
             r"\midrule",
             *map(line, rows),
             r"\bottomrule",
-            r"\end{tabular}",
+            r"\end{tabular}}",
             r"\end{table}",
         ]
     )

@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from numpy.typing import NDArray
 
 from .files import atomic_file
+from .methods import METHODS
 from .metrics import average_by_stage
 from .results import Results
 
@@ -229,13 +230,19 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
         figure.savefig(temporary, format="png", dpi=resolution, metadata={"Software": None})
 
 
-def method_looks(methods: Sequence[str]) -> list[tuple[str, str]]:
-    """A colour and a marker for each method: the accents for the two that are compared most, and no pair twice."""
+def method_looks(methods: Sequence[str], among: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """A colour and a marker for each method: the accents for the two that are compared most, and no pair twice.
+
+    A method of the package has the same ones in every figure; another has those of its place in `among`, the names of
+    the whole comparison that the figure is of (by default, in `methods`).
+    """
     fixed = {"infovla": ACCENT, "er": SECOND}
-    palette = colormaps["tab20"]
-    others = [method for method in methods if method not in fixed]
+    # tab20's orange and cyan are too near the accents.
+    palette = [to_hex(colormaps["tab20"](shade)) for shade in range(20)]
+    palette[2:4], palette[18:20] = ["#2b3a8c", "#a3acd9"], ["#d9a400", "#efd98a"]
+    others = [method for method in dict.fromkeys((*METHODS, *among, *methods)) if method not in fixed]
     looks = {name: (colour, "o") for name, colour in fixed.items()}
     for index, method in enumerate(others):
         shade = (2 * index) % 20 + (index // 10) % 2  # the strong ones first
-        looks[method] = (to_hex(palette(shade)), MARKERS[1 + index % (len(MARKERS) - 1)])
+        looks[method] = (palette[shade], MARKERS[1 + index % (len(MARKERS) - 1)])
     return [looks[method] for method in methods]

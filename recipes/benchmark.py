@@ -3,7 +3,7 @@
     python recipes/benchmark.py run recipes/configs/bench/bench_s.yaml [--workers N] [--only METHOD ...] [--dry-run]
     python recipes/benchmark.py status recipes/configs/bench/bench_s.yaml
     python recipes/benchmark.py aggregate recipes/configs/bench/bench_s.yaml [--output recipes/results/bench_s.json]
-    python recipes/benchmark.py tables recipes/results/bench_s.json [--output FOLDER] [--methods METHOD ...]
+    python recipes/benchmark.py tables recipes/results/bench_s.json [--methods METHOD ...] [--seeds SEED ...]
     python recipes/benchmark.py refresh recipes/results/bench_s.json recipes/README.md recipes/EXPLORED.md
 
 The YAML says which methods, seeds, task orders and memory sizes (see `infovla_peft.benchmark`). Each run is
@@ -67,6 +67,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     tables.add_argument("--output", type=Path, help="folder; default: <name of the JSON>_tables beside it")
     tables.add_argument("--against", nargs="+", metavar="METHOD", help="differences to these; default: er")
     tables.add_argument("--methods", nargs="+", metavar="METHOD", help="of these alone; default: all")
+    tables.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="of these alone; default: all")
     tables.set_defaults(handler=make_tables)
 
     refresh = commands.add_parser("refresh", help="write the tables in a Markdown file anew, `<!-- table ... -->`")
@@ -151,7 +152,7 @@ def write_aggregate(options: argparse.Namespace) -> None:
 
 def make_tables(options: argparse.Namespace) -> None:
     """Tables and figures, from the aggregate alone."""
-    comparison = load_comparison(options.aggregate).only(options.methods)
+    comparison = load_comparison(options.aggregate).only(options.methods, options.seeds)
     output = options.output or options.aggregate.with_name(f"{options.aggregate.stem}_tables")
     against = options.against or [method for method in ("er",) if any(run.method == method for run in comparison.runs)]
     for path in [*write_tables(comparison, output, against), *draw_comparison(comparison, output)]:

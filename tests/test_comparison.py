@@ -33,6 +33,7 @@ from infovla_peft.comparison import (
 from infovla_peft.comparison_blocks import refresh_tables
 from infovla_peft.comparison_figures import draw_comparison
 from infovla_peft.comparison_tables import write_tables
+from infovla_peft.figures import method_looks
 from infovla_peft.intervals import bootstrap_mean, paired_difference
 
 REPOSITORY = Path(__file__).parents[1]
@@ -204,6 +205,31 @@ def test_a_comparison_of_some_methods() -> None:
         found.only(["ewc", "er"])
 
 
+def test_a_comparison_of_some_seeds(tmp_path: Path) -> None:
+    """`er` has a seed more, in which it does worse: of the seeds that both have, neither is ahead."""
+    runs = [run(method, seed) for method in ("er", "infovla") for seed in (0, 1, 2)]
+    found = compare(*runs, run("er", 6, last=[0.0, 0.0, 0.0, 0.0]))
+    means = {method: values["final_average"].mean for method, values in estimates(found.runs).items()}
+    assert means["er"] < means["infovla"]
+    shared = found.only(seeds=[0, 1, 2])
+    means = {method: values["final_average"].mean for method, values in estimates(shared.runs).items()}
+    assert means["er"] == means["infovla"]
+    with pytest.raises(ValueError, match="no run of seed 9; there are runs of seed 0, 1, 2, 6"):
+        found.only(["er"], [0, 9])
+    write_tables(found, tmp_path, ["er"])
+    text = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert "| er | 4 | A | 0–2, 6 |" in text
+    assert "| infovla | 3 | A | 0–2 |" in text
+
+
+def test_a_method_looks_the_same_in_every_figure() -> None:
+    names = ["er", "infovla", "multitask", "one", "two"]
+    looks = dict(zip(names, method_looks(names), strict=True))
+    assert len(set(looks.values())) == len(names)
+    assert method_looks(["two", "multitask"], among=names) == [looks["two"], looks["multitask"]]
+    assert compare(*map(run, names)).only(["two"]).methods == tuple(names)
+
+
 def test_how_far_the_orders_of_a_seed_agree() -> None:
     def kept(seed: int, order: str, first: float, second: float) -> dict[str, Any]:
         rows = [[0.8, first, first], [0.9, second, second], [None, 0.7, 0.8], [None, None, 0.6]]
@@ -299,17 +325,18 @@ def test_tables_hold_what_the_file_holds(tmp_path: Path) -> None:
     paths = write_tables(load_comparison(file), tmp_path / "tables", ["er"])
     assert [path.name for path in paths] == ["tables.md", "tables.tex", "metrics.csv", "differences.csv"]
     text = paths[0].read_text(encoding="utf-8")
-    assert "| er | 4 | A, B | 65.0 [65.0, 65.0] |" in text
+    assert "| er | 4 | A, B | 0, 1 | 65.0 [65.0, 65.0] |" in text
     assert "| infovla_rac_only | 4 | +0.0 [+0.0, +0.0] | [+0.0, +0.0] |" in text
-    assert "| er | 1 | A | 65.0 |" in text  # the section of memory 0: one run, no interval
+    assert "| er | 1 | A | 0 | 65.0 |" in text  # the section of memory 0: one run, no interval
     assert "- order A, seeds 0, 1: er = infovla_rac_only" in text
     assert "The ranking is the same under all orders. Ranked are the methods" in text
     assert "libero_goal, 0 trajectories per past task" in text
     assert "8 runs, seeds 0, 1; official assets, fast renderer, step cap 300; rollouts per cell 10 to 20" in text
     assert "0123abc" in text
     tex = paths[1].read_text(encoding="utf-8")
-    assert r"infovla\_rac\_only & 4 & A, B & 65.0 [65.0, 65.0]" in tex
+    assert r"infovla\_rac\_only & 4 & A, B & 0, 1 & 65.0 [65.0, 65.0]" in tex
     assert tex.count(r"\begin{tabular}{") == tex.count(r"\end{tabular}") == 4
+    assert tex.count(r"\resizebox{\linewidth}{!}{%") == 4  # a page is narrower than they are
     rows = read_csv(paths[3])
     assert {row["method"] for row in rows} == {"infovla_rac_only"}
     assert {(row["pairs"], row["seeds"]) for row in rows if row["memory"] == "1"} == {("4", "2")}
@@ -354,6 +381,12 @@ def test_tables_inside_a_text() -> None:
     fresh = refresh_tables(block(f"show=last {where} order=A"), found)
     assert "| `er` | 10 14 16 12 | 10 14 16 12 |" in fresh
     assert "| `mir` |  | 10 14 16 16 |" in fresh
+
+
+def test_a_table_of_some_seeds() -> None:
+    found = compare(*(run(method, seed) for method in ("er", "infovla") for seed in (0, 1)), run("er", 6))
+    assert "| `er` | 3 | 0, 1, 6 |" in refresh_tables(block("show=means"), found)
+    assert "| `er` | 2 | 0, 1 |" in refresh_tables(block("show=means seeds=0,1"), found)
 
 
 def test_a_table_of_each_seed_with_the_errors_of_analysed_runs() -> None:
@@ -481,6 +514,12 @@ def test_the_first_page_says_what_the_aggregate_says() -> None:
 def test_figures_are_drawn(tmp_path: Path) -> None:
     methods = ["er", "infovla", *(f"method_{index}" for index in range(11))]
     paths = draw_comparison(compare(*(run(method, seed) for method in methods for seed in (0, 1))), tmp_path)
+    old, others = tmp_path / "matrices_libero_goal_m9_B.png", tmp_path / "matrices_mine.png"
+    for path in (old, others):
+        path.touch()
+    draw_comparison(compare(run("er")), tmp_path)
+    assert not old.exists()  # of runs that are not in the tables beside it
+    assert others.exists()
     paths += draw_comparison(compare(run("er")), tmp_path / "one")
     assert {path.name for path in paths} == {
         "success_over_stages_libero_goal_m1.png",
