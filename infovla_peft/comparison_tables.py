@@ -250,7 +250,8 @@ def _latex_table(caption: str, header: Sequence[str], rows: Sequence[Sequence[st
         [
             r"\begin{table}",
             rf"\caption{{{text(caption)}}}",
-            r"\resizebox{\linewidth}{!}{%",
+            r"\centering",
+            r"\resizebox{\ifdim\width>\linewidth \linewidth\else\width\fi}{!}{%",  # smaller only if it has to be
             rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
             r"\toprule",
             line(header),

@@ -336,7 +336,7 @@ def test_tables_hold_what_the_file_holds(tmp_path: Path) -> None:
     tex = paths[1].read_text(encoding="utf-8")
     assert r"infovla\_rac\_only & 4 & A, B & 0, 1 & 65.0 [65.0, 65.0]" in tex
     assert tex.count(r"\begin{tabular}{") == tex.count(r"\end{tabular}") == 4
-    assert tex.count(r"\resizebox{\linewidth}{!}{%") == 4  # a page is narrower than they are
+    assert tex.count(r"\resizebox{") == 4  # a page may be narrower than they are
     rows = read_csv(paths[3])
     assert {row["method"] for row in rows} == {"infovla_rac_only"}
     assert {(row["pairs"], row["seeds"]) for row in rows if row["memory"] == "1"} == {("4", "2")}
