@@ -57,6 +57,10 @@ class Outcome:
 class RunQueue:
     """Works jobs off in their order, several at once; a base alone, with all cores, before the runs that need it.
 
+    A base starts as soon as its turn has come, nothing is running, and no other process is at a base of its suite.
+    Until then the later runs whose own base is finished overtake it, in their order, so that no core is idle. There
+    are only so many of them, and no result depends on the order.
+
     What is finished is not repeated, and a run that was stopped continues. A failed run does not stop the others.
     On Ctrl-C or SIGTERM the running ones are ended, and `KeyboardInterrupt` is raised.
 
@@ -85,25 +89,15 @@ class RunQueue:
         self._say, self._poll = say, poll
         self._running: list[_Child] = []
         self._outcome = Outcome([], [], [])
+        self._told: set[str] = set()  # bases of which it was said that another process is running them
 
     def run(self) -> Outcome:
         """Work everything off."""
         waiting = list(self._jobs)
-        told: set[str] = set()
         with _terminate_as_interrupt():
             try:
                 while waiting or self._running:
-                    while waiting and self._has_room(waiting[0]):
-                        if self._start(waiting[0]):
-                            waiting.pop(0)
-                            continue
-                        if not waiting[0].is_base:
-                            self._outcome.elsewhere.append(waiting.pop(0))
-                            continue
-                        if waiting[0].name not in told:  # the next runs need it
-                            told.add(waiting[0].name)
-                            self._say(f"waiting for {waiting[0].name}, which another process is running")
-                        break
+                    self._start_ready(waiting)
                     self._reap()
                     if waiting or self._running:
                         time.sleep(self._poll)
@@ -111,10 +105,40 @@ class RunQueue:
                 self._end_children()
         return self._outcome
 
-    def _has_room(self, job: Job) -> bool:
-        if any(child.job.is_base for child in self._running):
+    def _start_ready(self, waiting: list[Job]) -> None:
+        """Start what can start now, and take it off the list."""
+        missing: set[str] = set()  # bases that are not there yet; each comes before its runs
+        taken: set[Path] = set()  # suites of which another process is running a base
+        for job in list(waiting):
+            if not self._has_room():
+                return
+            if job.is_base:
+                if not self._start_base(job, taken):
+                    missing.add(job.name)
+                    continue
+            elif job.base is not None and job.base.name in missing:
+                continue
+            elif not self._start(job):
+                self._outcome.elsewhere.append(job)
+            waiting.remove(job)
+
+    def _start_base(self, job: Job, taken: set[Path]) -> bool:
+        """Start a base, or enter it as done or failed; False if it has to wait."""
+        if progress(job).done:
+            self._outcome.done.append(job)
+            return True
+        if self._running or job.folder.parent in taken:
             return False
-        return not self._running if job.is_base else len(self._running) < self._workers
+        if self._start(job):
+            return True
+        taken.add(job.folder.parent)
+        if job.name not in self._told:
+            self._told.add(job.name)
+            self._say(f"waiting for {job.name}, which another process is running")
+        return False
+
+    def _has_room(self) -> bool:
+        return len(self._running) < self._workers and not any(child.job.is_base for child in self._running)
 
     def _start(self, job: Job) -> bool:
         """Start a job, or enter it as done or failed; False if another process is running it."""

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,8 @@ CONFIG: dict[str, Any] = {
     ],
 }
 
-# What a run leaves behind, without a run. In its folder, `crash`, `hang` and `early` decide how it ends.
+# What a run leaves behind, without a run. In its folder, `crash`, `hang` and `early` decide how it ends, and `until`
+# names the file that it waits for.
 FAKE_RUN = """
 import json, os, sys, time
 from pathlib import Path
@@ -67,6 +69,12 @@ if (folder / "crash").exists():
     sys.exit(3)
 if (folder / "hang").exists():
     time.sleep(600)
+if (folder / "until").exists():
+    awaited, deadline = Path((folder / "until").read_text()), time.monotonic() + 10
+    while not awaited.exists():
+        if time.monotonic() > deadline:
+            sys.exit(f"no {awaited}")
+        time.sleep(0.02)
 time.sleep(0.2)
 if not (folder / "early").exists():
     for source in Path(sys.argv[2]).iterdir():
@@ -488,6 +496,57 @@ def test_a_run_of_another_queue_is_left_alone(benchmark: Benchmark, tmp_path: Pa
         assert [job.name for job in outcome.elsewhere] == [benchmark.jobs[3].name]
         assert len(outcome.done) == 9
     assert len(queue(benchmark, tmp_path).run().done) == 10
+
+
+def two_bases(tmp_path: Path) -> Benchmark:
+    """A base, a run of it, another base with a run, and another run of the first."""
+    runs: list[dict[str, Any]] = [
+        {"suite": "libero_goal", "methods": ["er"], "seeds": [0], "orders": ["A"]},
+        {"suite": "libero_goal", "methods": ["er"], "seeds": [0], "orders": ["C"]},
+        {"suite": "libero_goal", "methods": ["er"], "seeds": [1], "orders": ["A"]},
+    ]
+    benchmark = load_benchmark(write_config(tmp_path, runs=runs))
+    assert [job.is_base for job in benchmark.jobs] == [True, False, True, False, False]
+    return benchmark
+
+
+def test_a_base_that_has_to_wait_keeps_no_worker_idle(tmp_path: Path) -> None:
+    benchmark = two_bases(tmp_path)
+    first_base, first, second_base, second, last = benchmark.jobs
+    first.folder.mkdir(parents=True)
+    (first.folder / "until").write_text(str(last.folder / "started"))
+    outcome = queue(benchmark, tmp_path).run()
+    assert (len(outcome.done), outcome.failed) == (5, [])
+    assert [line.split()[0] for line in starts(benchmark)] == [
+        job.folder.name for job in (first_base, first, last, second_base, second)
+    ]
+
+    (tmp_path / "again").mkdir()
+    again = two_bases(tmp_path / "again")  # one at a time, no core is idle: all in their order
+    assert len(queue(again, tmp_path / "again", workers=1).run().done) == 5
+    assert [line.split()[0] for line in starts(again)] == [job.folder.name for job in again.jobs]
+
+
+def test_a_base_of_another_queue_holds_up_only_what_needs_it(tmp_path: Path) -> None:
+    benchmark = two_bases(tmp_path)
+    first_base, first, second_base, second, last = benchmark.jobs
+    run_products(first_base, first_base.folder)
+    lock = claim(second_base)
+    assert lock is not None
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if line.startswith("waiting"):
+            threading.Timer(1.5, lock.close).start()  # it looks again until then
+
+    outcome = queue(benchmark, tmp_path, say=say).run()
+    assert (len(outcome.done), outcome.failed, outcome.elsewhere) == (5, [], [])
+    order = [line.split()[0] for line in starts(benchmark)]
+    assert order == [job.folder.name for job in (first, last, second_base, second)]
+    assert [line for line in lines if "another process" in line] == [
+        f"waiting for {second_base.name}, which another process is running"
+    ]
 
 
 def test_two_queues_at_once_run_nothing_twice(tmp_path: Path) -> None:
