@@ -12,6 +12,7 @@ A YAML file describes it::
         image_size: 128                      options of this suite
     methods:                                 rows of the tables that are more than the name of a method
       infovla_rac_only: {method: infovla, lambda_cmi: 0}
+      multitask: {analyse: false}            if `recipe` says analyse: it has no demonstrations left for that
     runs:                                    the most informative first; seeds change slowest within an entry
       - {suite: libero_goal, methods: [er, infovla_rac_only], seeds: [0, 1], orders: [A], memory: [1]}
       - {suite: libero_goal, methods: [er], seeds: [2], orders: [A], base_seed: 1}
@@ -39,6 +40,7 @@ from typing import Any, NamedTuple
 from .config import InfoVLAConfig, StreamConfig, load_recipe, parse_stream, resolved_config
 from .measurement import read_cell, write_cell
 from .methods import METHODS, unread_options, without_memory
+from .preflight import check_batches, check_recipe
 from .reading import read_yaml
 from .results import Results, ResultsError
 from .run_folder import HARMLESS, RunError, RunFolder, changed_keys
@@ -90,6 +92,8 @@ BOOKKEEPING = HARMLESS | {
     "demonstrations_folder",
 }
 """What may differ between the machine that ran and the one that reads, or is no choice of the method."""
+_OF_A_METHOD = frozenset({"stage_steps", "analyse"})
+"""Options of the stream that methods may differ in: how long they train, and what is looked at afterwards."""
 _ENTRY_KEYS = ("suite", "methods", "seeds", "orders", "memory", "base_seed")
 
 
@@ -204,15 +208,23 @@ class Benchmark:
         return [job for job in self.jobs if job.name in chosen]
 
     def check(self, jobs: Iterable[Job] | None = None) -> None:
-        """Parse the recipe of every run, or of some, so that a wrong option is found before the first one starts.
+        """See that the recipe of every run, or of some, fits together, before the first one starts.
+
+        What `infovla train --dry-run` checks: all but what a base must have, which may not be there yet.
 
         Raises:
-            ValueError: which run has which unusable option.
+            ValueError: which run has which unusable option, or cannot go through all its stages.
+            SimulatorNotFoundError: LIBERO, which names the tasks, is not installed.
         """
         for job in self.jobs if jobs is None else jobs:
+            recipe = dict(job.recipe)
+            if job.base and recipe["base_model"] == _tiny_base(job.base):  # it may have to be trained first
+                recipe["base_model"] = "tiny"
             try:
-                resolved_recipe(job.recipe)
-            except ValueError as error:
+                stream = Stream(*_parsed(json.dumps(recipe)))
+                check_recipe(stream)
+                check_batches(stream)
+            except (ValueError, RunError) as error:
                 raise ValueError(f"{job.name}: {error}") from error
 
 
@@ -261,7 +273,7 @@ def _plan(name: str, content: Mapping[str, Any]) -> Benchmark:
             raise ValueError(f"suites.{suite}: say `stream`, for example B5-5N1, here or in `recipe`")
     for method, own in methods.items():
         # Another suite, model or number of rollouts would be another benchmark, and the base would not fit.
-        protocol = (OWN_OPTIONS - {"method"}) | ({item.name for item in fields(StreamConfig)} - {"stage_steps"})
+        protocol = (OWN_OPTIONS - {"method"}) | ({item.name for item in fields(StreamConfig)} - _OF_A_METHOD)
         changed = protocol & set(_mapping(own, f"methods.{method}"))
         if changed:
             raise ValueError(f"methods.{method}: {', '.join(sorted(changed))} must be the same for all methods")
@@ -278,7 +290,7 @@ def _plan(name: str, content: Mapping[str, Any]) -> Benchmark:
             own = {"method": key.method, **methods.get(key.method, {})}
             options = {**options, **own, "eval_workers": cores}
             if options.get("base_model", "tiny") == "tiny":
-                options["base_model"] = str(base.folder / "base")
+                options["base_model"] = _tiny_base(base)
             options |= {"tasks": _names(tasks), "seed": key.seed, "memory_trajectories": key.memory}
             options["output_dir"] = str(output_dir / run_name)
             job = jobs.setdefault(run_name, Job(run_name, output_dir / run_name, options, key, base))
@@ -351,6 +363,11 @@ def _base_job(output_dir: Path, suite: str, options: Mapping[str, Any], tasks: S
     return Job(f"{suite}/base_{digest}", folder, recipe)
 
 
+def _tiny_base(base: Job) -> str:
+    """Where a base that is trained here lies."""
+    return str(base.folder / "base")
+
+
 def learn_base(config: StreamConfig, training: InfoVLAConfig) -> None:
     """What all runs on one base share: demonstrations, the base, its column of rollouts."""
     with Stream(config, training) as stream:
@@ -417,8 +434,12 @@ def resolved_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def _resolved(recipe: str) -> dict[str, Any]:
+    return resolved_config(*_parsed(recipe))
+
+
+def _parsed(recipe: str) -> tuple[StreamConfig, InfoVLAConfig]:
     # The queue itself needs no GPU: what a recipe wants of one is checked by the run.
-    return resolved_config(*load_recipe(json.loads(recipe), ["--use_cpu=true", "--bf16=false", "--fp16=false"]))
+    return load_recipe(json.loads(recipe), ["--use_cpu=true", "--bf16=false", "--fp16=false"])
 
 
 # --- checks ------------------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def check_recipe(stream: Stream) -> None:
     if config.analyse and method.keeps_all:
         raise RunError(
             f"analyse looks at demonstrations that are not trained on, and {stream.training.method} trains on all; "
-            "leave analyse out"
+            "leave analyse out (in a benchmark: `analyse: false` below this method's name in `methods`)"
         )
     unknown = set(config.cameras) - set(CAMERA_COLUMNS)
     if unknown or not config.cameras:

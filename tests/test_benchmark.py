@@ -162,6 +162,7 @@ def names(benchmark: Benchmark) -> list[str]:
 # --- the matrix --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.libero
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_benchmark_and_every_recipe_in_it_parses(path: Path) -> None:
     first = path.read_text(encoding="utf-8").splitlines()[0]
@@ -319,6 +320,45 @@ def test_wrong_options_are_found_before_the_first_run(tmp_path: Path) -> None:
         load_benchmark(path).check()
     with pytest.raises(FileNotFoundError, match="no benchmark at"):
         load_benchmark(tmp_path / "none.yaml")
+
+
+@pytest.mark.libero
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "infovla", "counterfactual_frames": 1}, r"libero_goal/row_A_m1_s0: counterfactual_frames must be"),
+        ({"report_to": "no_such_tracker"}, r"row_A_m1_s0: report_to names 'no_such_tracker'"),
+        ({"method": "multitask", "analyse": True}, r"row_A_m1_s0: .* trains on all; .*below this method's name in"),
+    ],
+)
+def test_what_a_run_would_stumble_over_is_found_before_its_base_is_trained(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    runs = [{"suite": "libero_goal", "methods": ["er", "row"], "seeds": [0], "orders": ["A"]}]
+    found = load_benchmark(write_config(tmp_path, runs=runs, methods={"row": {"method": "er", **options}}))
+    assert not found.jobs[0].folder.exists()
+    found.check(found.jobs[:2])
+    with pytest.raises(ValueError, match=message):
+        found.check()
+
+
+@pytest.mark.libero
+def test_a_method_that_cannot_be_analysed_may_leave_it_out(tmp_path: Path) -> None:
+    runs = [{"suite": "libero_goal", "methods": ["er", "multitask"], "seeds": [0], "orders": ["A"]}]
+    recipe = {**CONFIG["recipe"], "analyse": True}
+    base, er, _ = load_benchmark(write_config(tmp_path, runs=runs, recipe=recipe)).jobs
+    found = load_benchmark(write_config(tmp_path, runs=runs, recipe=recipe, methods={"multitask": {"analyse": False}}))
+    assert found.jobs[:2] == (base, er)
+    found.check()
+    for job in found.jobs:
+        finish(job)
+    er, multitask = found.jobs[1:]
+    assert (progress(er).pending, progress(multitask).done) == (("analyse",), True)
+    RunFolder(er.folder).mark("analyse", 1.0)
+    content, missing = aggregate(found)
+    assert (missing, [run["config"] for run in content["runs"]]) == ([], [{"method": "er"}, {"method": "multitask"}])
+    write_json(tmp_path / "held.json", content)
+    assert len(load_held(found, [tmp_path / "held.json"])) == 2
 
 
 def test_a_run_without_memory_that_only_replays_is_the_sequential_one(tmp_path: Path) -> None:
@@ -812,6 +852,7 @@ def test_the_script_is_short_and_explains_itself(capsys: pytest.CaptureFixture[s
     assert all(word in text for word in ("run", "status", "aggregate", "tables", "bench_s.yaml"))
 
 
+@pytest.mark.libero
 def test_the_script_from_the_queue_to_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = script("benchmark")
     config = write_config(tmp_path)
