@@ -512,15 +512,18 @@ class Stream:
         """Push what is finished to the Hub as one commit, if the recipe says `push_to_hub`.
 
         A push that fails stops no training: the next stage's push carries everything, and so does the same command
-        later. After the last stage it is an error.
+        later. After the last stage it is an error. That push comes after `analyse`, whose figures it carries; where
+        the analysis was asked for later, the same command pushes again.
 
         Raises:
             HubError: the last push failed.
         """
         if not self.training.push_to_hub or stage.index == 0:
             return
+        step, last = step_name("push", stage), stage is self.stages[-1]
 
-        def push() -> dict[str, str]:
+        def push() -> dict[str, Any]:
+            analysed = {"analysed": self.run_folder.done("analyse")} if last else {}
             try:
                 done = push_to_hub(
                     self.run_folder.path,
@@ -530,14 +533,18 @@ class Stream:
                     token=self.training.hub_token,
                 )
             except (HubError, FileNotFoundError) as error:
-                if stage is self.stages[-1]:
+                if last:
                     raise
                 print(f"stage {stage.index} is not pushed yet ({error}); the next stage's push carries it", flush=True)
                 return {"failed": str(error)}
             print(f"pushed: {done.url}", flush=True)
-            return {"commit": done.commit}
+            return {"commit": done.commit, **analysed}
 
-        self.run_folder.once(step_name("push", stage), push)
+        def lacks_figures() -> bool:
+            steps = self.run_folder.state()
+            return "analyse" in steps and steps.get(step, {}).get("analysed") is False
+
+        self.run_folder.once(step, push, gone=lacks_figures)
 
     def analyse(self) -> None:
         """Look at what every stage has kept of every task (`analysis.analyse_run`), if the recipe asks for it."""
@@ -572,8 +579,9 @@ class Stream:
                 self.learn(stage)
             self.remember(stage)
             self.measure(stage)
+            if stage is self.stages[-1]:
+                self.analyse()
             self.publish(stage)
-        self.analyse()
 
     def summary(self) -> str:
         """The success matrix and the metrics of what is measured, as text, and where the report is."""

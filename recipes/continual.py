@@ -45,11 +45,12 @@ def main(argv: Sequence[str]) -> None:
             stream.remember(stage)
             # Roll out every task seen so far: one column of the success matrix, videos, and the report.
             stream.measure(stage)
+            # With --analyse: what each stage has kept of the tasks before, as figures in the report; else nothing.
+            if stage is stream.stages[-1]:
+                stream.analyse()
             # With --push_to_hub: one commit with everything so far; nothing without it.
             stream.publish(stage)
 
-        # With --analyse: what each stage has kept of the tasks before, as figures in the report; nothing without it.
-        stream.analyse()
         say(stream, stream.summary)
 
 

@@ -88,6 +88,28 @@ def test_the_spelled_out_loop_does_what_the_package_does(
 
 
 @pytest.mark.libero
+def test_the_spelled_out_loop_has_the_package_s_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int | None]] = []
+    for name in ("record", "learn_base", "learn", "remember", "measure", "publish", "analyse"):
+
+        def called(_: Stream, stage: Any = None, *_more: object, name: str = name) -> None:
+            calls.append((name, stage and stage.index))
+
+        monkeypatch.setattr(Stream, name, called)
+    for name in ("plan", "summary"):
+        monkeypatch.setattr(Stream, name, lambda _: "")
+    monkeypatch.setattr(Stream, "__enter__", lambda stream: stream)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("stream: B1-2N1\n")
+    script("continual").main([str(recipe), "--use_cpu", "true", "--output_dir", str(tmp_path / "run")])
+    spelled_out = list(calls)
+    calls.clear()
+    Stream(StreamConfig(stream="B1-2N1"), InfoVLAConfig(**TRAINING, output_dir=str(tmp_path / "run"))).run()
+    assert spelled_out == calls
+    assert calls[-3:] == [("measure", 2), ("analyse", None), ("publish", 2)]  # its figures go along
+
+
+@pytest.mark.libero
 def test_merge_weights_are_tried_on_validation_states(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

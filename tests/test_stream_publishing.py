@@ -13,6 +13,7 @@ from stream_fakes import STREAM, TRAINING, FakePool, install_fakes
 from infovla_peft.config import InfoVLAConfig, StreamConfig
 from infovla_peft.hub import list_adapters, load_policy
 from infovla_peft.remote import HubError
+from infovla_peft.run_folder import RunFolder
 from infovla_peft.stream import Stream
 
 pytestmark = [
@@ -21,8 +22,8 @@ pytestmark = [
 ]
 
 
-def stream(folder: Path, **training: Any) -> Stream:
-    config = StreamConfig(**{**STREAM, "stream": "B1-3N1", "base_steps": 1, "stage_steps": 1})
+def stream(folder: Path, *, options: dict[str, Any] | None = None, **training: Any) -> Stream:
+    config = StreamConfig(**{**STREAM, "stream": "B1-3N1", "base_steps": 1, "stage_steps": 1, **(options or {})})
     options = {**TRAINING, "output_dir": str(folder), "push_to_hub": True, "hub_model_id": "me/goal", **training}
     return Stream(config, InfoVLAConfig(**options))
 
@@ -79,6 +80,55 @@ def test_a_stream_pushes_after_every_stage(
         running.run()
     assert FakePool.calls == []
     assert hub.asked("POST", "/commit/") == commits
+
+
+def test_the_last_push_carries_the_figures_of_the_analysis(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_fakes(monkeypatch, tmp_path)
+    monkeypatch.setattr("infovla_peft.measurement.write_report_apart", lambda _folder: None)  # figures take seconds
+    token = hub.token("me")
+
+    def run() -> list[str]:
+        with stream(tmp_path / "run", hub_token=token, options={"stream": "B1-1N1", "analyse": True}) as running:
+            running.run()
+        return [commit.title.split(": ")[-1] for commit in hub.repositories["me/goal"].log()]
+
+    def stopped(_: Stream) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stop:
+        stop.setattr(Stream, "_analyse", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert not [name for name in hub.files("me/goal") if name.startswith("stage_")]
+    assert run() == ["stage 1 of 1", "initial commit"]
+    assert {"figures/affinity.png", "figures/cka.png"} < set(hub.files("me/goal"))
+    assert len(run()) == 2
+
+
+def test_an_analysis_that_is_asked_for_later_is_pushed_too(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_fakes(monkeypatch, tmp_path)
+    monkeypatch.setattr("infovla_peft.measurement.write_report_apart", lambda _folder: None)
+    token = hub.token("me")
+
+    def run(*, analyse: bool) -> int:
+        options = {"stream": "B1-1N1", "analyse": analyse}
+        with stream(tmp_path / "run", hub_token=token, options=options) as running:
+            running.run()
+        return len(hub.repositories["me/goal"].log()) - 1
+
+    assert [run(analyse=False), run(analyse=False)] == [1, 1]
+    assert "figures/cka.png" not in hub.files("me/goal")
+    assert [run(analyse=True), run(analyse=True), run(analyse=False)] == [2, 2, 2]
+    assert "figures/cka.png" in hub.files("me/goal")
+
+    with RunFolder(tmp_path / "run") as folder:  # of a version that analysed after its last push: left as it is
+        note = folder.state()["push_01"]
+        folder.mark("push_01", note["seconds"], commit=note["commit"])
+    assert run(analyse=True) == 2
 
 
 def test_a_token_that_may_not_push_is_named_before_anything_is_trained(
