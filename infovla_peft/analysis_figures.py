@@ -186,7 +186,7 @@ def draw_analysis_comparison(comparison: AnalysisComparison, path: str | os.Path
     """
     columns = [name for name in COMPARED_LABELS if name in comparison.values]
     with rc_context(STYLE):
-        figure, grid = panels(len(columns), 2, height=2.7, bottom=0.62)
+        figure, grid = panels(len(columns), 2, height=2.36, bottom=0.28)
         for name, axes in zip(columns, grid, strict=True):
             stages = 1
             lines = comparison.values[name]
@@ -200,9 +200,27 @@ def draw_analysis_comparison(comparison: AnalysisComparison, path: str | os.Path
             axes.set_title(COMPARED_LABELS[name], weight="bold")
             _stage_axis(axes, stages)
             axes.yaxis.set_major_locator(MaxNLocator(5))
-        handles, labels = grid[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="lower center", ncols=min(len(labels), 5), frameon=False, fontsize=8)
+        _legend_below(figure, grid)
         save_figure(figure, path)
+
+
+def _legend_below(figure: Figure, grid: list[Axes]) -> None:
+    """What the lines of all panels are, in as few rows as the width allows, in a strip that the figure grows by."""
+    handles, labels = grid[0].get_legend_handles_labels()
+    width, height = figure.get_size_inches()
+    for columns in range(min(len(labels), 5), 0, -1):
+        legend = figure.legend(
+            handles, labels, loc="lower center", ncols=columns, frameon=False, fontsize=8, borderaxespad=0.2
+        )
+        size = legend.get_window_extent()
+        if size.width <= width * figure.dpi or columns == 1:
+            break
+        legend.remove()
+    strip = size.height / figure.dpi + 0.1
+    figure.set_size_inches(width, height + strip)
+    for axes in grid:
+        x, y, wide, high = axes.get_position().bounds
+        axes.set_position((x, (y * height + strip) / (height + strip), wide, high * height / (height + strip)))
 
 
 def _stage_axis(axes: Axes, stages: int) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from stream_fakes import STREAM, TRAINING, install_fakes
 from test_report import Page, write_run
 from tiny_policy import TinyPolicy, tiny_policy
 from torch.nn import functional as F
 
+from infovla_peft import analysis_figures
 from infovla_peft.analysis import AFFINITY_TEMPERATURE, analyse_run, compare_analyses, is_analysed
 from infovla_peft.analysis_results import Analysis, AnalysisError, ProbedTask, compare
 from infovla_peft.cli import main
@@ -381,6 +383,29 @@ def test_a_comparison_gathers_runs_by_method(tmp_path: Path) -> None:
         small(name).save(tmp_path / name)
     assert compare_analyses([tmp_path / "one", tmp_path / "two"], tmp_path / "figure.png").runs == {"one": 1, "two": 1}
     assert (tmp_path / "figure.png").stat().st_size > 10000
+
+
+@pytest.mark.parametrize("methods", [1, 3, 5, 11, 25])
+def test_a_comparison_s_legend_has_its_own_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, methods: int
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(analysis_figures, "save_figure", lambda figure, _: drawn.append(figure))
+    names = [
+        f"{'er' if methods == 11 and index % 2 else 'infovla_with_a_long_name'}{index}" for index in range(methods)
+    ]
+    analysis_figures.draw_analysis_comparison(compare([small()] * methods, names), tmp_path / "figure.png")
+    (figure,) = drawn
+    (legend,) = figure.legends
+    place = legend.get_window_extent()
+    assert [text.get_text() for text in legend.get_texts()] == names
+    assert figure.bbox.x0 <= place.x0 < place.x1 <= figure.bbox.x1
+    assert figure.bbox.y0 <= place.y0
+    for axes in figure.axes:
+        bounds = axes.get_tightbbox()
+        assert bounds is not None
+        assert place.y1 < bounds.y0
+        assert bounds.y1 <= figure.bbox.y1
 
 
 @pytest.mark.parametrize(
