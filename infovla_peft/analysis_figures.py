@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -18,6 +20,7 @@ from .analysis_results import Analysis, AnalysisComparison, AnalysisError, mean_
 from .figures import ACCENT, GRID, MUTED, SECOND, STYLE, method_looks, panels, save_figure, stage_name
 
 WHEN = "when learned", "after the last stage"
+MAP_COLOURS, MAP_ALPHA = "inferno", 0.62
 
 
 class Quantity(NamedTuple):
@@ -71,7 +74,8 @@ def draw_analysis(analysis: Analysis, run: Path, folder: Path) -> dict[str, bool
 def draw_affinity(analysis: Analysis, run: Path, path: str | os.PathLike[str]) -> None:
     """A row per task: its frame, and over it the affinity map right after learning and after the last stage.
 
-    One colour scale for all maps, from 0 to the largest affinity; 1 is a patch's share if all had the same.
+    One colour scale for all maps, from 0 to the largest affinity; 1 is a patch's share if all had the same. The bar's
+    colours are those of a map over the mean grey of the pictures.
 
     Raises:
         AnalysisError: a frame is missing or no picture.
@@ -80,10 +84,10 @@ def draw_affinity(analysis: Analysis, run: Path, path: str | os.PathLike[str]) -
     rows, side, gap, top, bar = len(analysis.affinity), 2.3, 0.15, 0.62, 0.85
     width, height = 3 * side + 2 * gap + bar, rows * (side + top)
     highest = max(max(max(row) for row in grid) for pair in analysis.affinity for grid in pair.maps)
+    images = [_read_image(run / pair.image) for pair in analysis.affinity]
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height))
-        for number, pair in enumerate(analysis.affinity):
-            image = _read_image(run / pair.image)
+        for number, (pair, image) in enumerate(zip(analysis.affinity, images, strict=True)):
             bottom = height - (number + 1) * (side + top)
             figure.text(
                 0.06 / width,
@@ -104,17 +108,20 @@ def draw_affinity(analysis: Analysis, run: Path, path: str | os.PathLike[str]) -
                 axes.set_axis_off()
                 axes.set_title(title, size=8, color=MUTED, pad=3)
                 if column:
-                    drawn = axes.imshow(
+                    axes.imshow(
                         pair.maps[column - 1],
                         extent=(0, 1, 0, 1),
-                        cmap="inferno",
-                        alpha=0.62,
+                        cmap=MAP_COLOURS,
+                        alpha=MAP_ALPHA,
                         vmin=0.0,
                         vmax=highest,
                         interpolation="nearest",
                     )
         scale = figure.add_axes((1 - (bar - 0.2) / width, 0.08 / height, 0.12 / width, (side - 0.16) / height))
-        figure.colorbar(drawn, cax=scale).set_label("affinity (1 = the even share)", size=7.5)
+        grey = float(np.mean([_grey(image).mean() for image in images])) / 255
+        colours = MAP_ALPHA * colormaps[MAP_COLOURS](np.linspace(0, 1, 256))[:, :3] + (1 - MAP_ALPHA) * grey
+        seen = ScalarMappable(Normalize(0.0, highest), ListedColormap(colours))
+        figure.colorbar(seen, cax=scale).set_label("affinity (1 = the even share)", size=7.5)
         scale.tick_params(length=0, labelsize=7)
         save_figure(figure, path)
 

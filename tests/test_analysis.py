@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from stream_fakes import STREAM, TRAINING, install_fakes
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from infovla_peft import analysis_figures
 from infovla_peft.analysis import AFFINITY_TEMPERATURE, analyse_run, compare_analyses, is_analysed
-from infovla_peft.analysis_results import Analysis, AnalysisError, ProbedTask, compare
+from infovla_peft.analysis_results import AffinityPair, Analysis, AnalysisError, ProbedTask, compare
 from infovla_peft.cli import main
 from infovla_peft.config import InfoVLAConfig, StreamConfig
 from infovla_peft.features import Features, FeatureTap, extract_features
@@ -383,6 +384,30 @@ def test_a_comparison_gathers_runs_by_method(tmp_path: Path) -> None:
         small(name).save(tmp_path / name)
     assert compare_analyses([tmp_path / "one", tmp_path / "two"], tmp_path / "figure.png").runs == {"one": 1, "two": 1}
     assert (tmp_path / "figure.png").stat().st_size > 10000
+
+
+def test_a_value_has_one_colour_in_the_map_and_in_its_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    save = analysis_figures.save_figure
+    monkeypatch.setattr(
+        analysis_figures, "save_figure", lambda figure, path: (drawn.append(figure), save(figure, path))
+    )
+    Image.new("RGB", (24, 24), (70, 70, 70)).save(tmp_path / "a.png")
+    pair = AffinityPair("a", "a.png", [0, 2], [0.5, 0.5], [[[0.0, 4.0]], [[1.0, 2.0]]])
+    analysis_figures.draw_affinity(small(affinity=[pair]), tmp_path, tmp_path / "affinity.png")
+    with Image.open(tmp_path / "affinity.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+
+    def colour(axes: Axes, x: float, y: float) -> Any:
+        """In the picture, at a place in axes given as parts of their width and height from below."""
+        left, bottom, width, height = axes.get_position().bounds
+        rows, columns, _ = pixels.shape
+        return pixels[int((1 - bottom - y * height) * rows), int((left + x * width) * columns)]
+
+    _, learned, last, bar = drawn[0].axes
+    for axes, x, value in ((learned, 0.25, 0.0), (learned, 0.75, 4.0), (last, 0.25, 1.0), (last, 0.75, 2.0)):
+        there = colour(bar, 0.5, np.clip(value / 4.0, 0.01, 0.99))
+        np.testing.assert_allclose(colour(axes, x, 0.5), there, atol=6)
 
 
 @pytest.mark.parametrize("methods", [1, 3, 5, 11, 25])
