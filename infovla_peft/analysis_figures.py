@@ -36,6 +36,7 @@ QUANTITIES = {
     "diffusion": Quantity("diffusion", "diffusion (1 = even)"),
     "cka": Quantity("cka", "CKA (when learned = 1)", None, 1.0),
     "listening": Quantity("listening", "listening (when learned = 1)", 0.0),
+    "swap_change": Quantity("swap_change", "change when told otherwise", 0.0),
     "action_error": Quantity("action_error", "error of the actions", 0.0),
 }
 COMPARED_LABELS = {

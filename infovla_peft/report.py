@@ -125,6 +125,11 @@ ANALYSIS_TEXTS = {
         "How much another instruction changes the action on the same frame, relative to right after learning (the "
         "open dot): a line that falls to the bottom is a policy that does the same whatever it is told.",
     ),
+    "swap_change": (
+        "How much the instruction decides",
+        "The same change as it is, in normalised actions: where it is small at the open dot already, there was little "
+        "listening to lose, and its relative line above says little.",
+    ),
     "action_error": (
         "Error of the actions",
         "Mean absolute difference to the recorded, normalised actions: it says whether what is still listened to is "

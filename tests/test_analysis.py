@@ -35,7 +35,9 @@ from infovla_peft.run_folder import RunError
 from infovla_peft.stream import Stream
 
 FIGURES = {"affinity.png", "similarity.png"} | {
-    f"{name}{narrow}.png" for name in ("diffusion", "cka", "listening", "action_error") for narrow in ("", "_narrow")
+    f"{name}{narrow}.png"
+    for name in ("diffusion", "cka", "listening", "swap_change", "action_error")
+    for narrow in ("", "_narrow")
 }
 
 
@@ -488,3 +490,6 @@ def test_a_report_with_a_damaged_or_incomplete_analysis_stays_as_it_was(tmp_path
     small().save(tmp_path)
     write_report(tmp_path)
     assert {file.name for file in page.parent.iterdir()} & FIGURES == FIGURES - {"affinity.png", "similarity.png"}
+    assert {f"{quantity.figure}.png" for quantity in analysis_figures.QUANTITIES.values()} <= set(
+        Page(page.read_text()).links
+    )
