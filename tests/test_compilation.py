@@ -64,6 +64,14 @@ def test_compiled_blocks_give_the_same_output_and_gradients(tmp_path: Path, back
     assert all(module._compiled_call_impl is None for module in model.modules())
 
 
+def test_a_compiled_vision_backbone_reads_images_of_its_own_size_alone() -> None:
+    vision = tiny_policy().model.vision_backbone.eval().requires_grad_(False)
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(torch.compile(vision, backend="eager", fullgraph=True)(images), vision(images))
+    with pytest.raises(ValueError, match=r"shape \(batch, 3, 32, 32\)"):
+        torch.compile(vision, backend="eager")(torch.rand(2, 3, 40, 40))
+
+
 @pytest.mark.slow
 def test_training_is_the_same(tmp_path: Path) -> None:
     curves = []

@@ -433,6 +433,9 @@ def test_bad_inputs_name_the_problem() -> None:
         model(**inputs | {"proprio": torch.zeros(3, 3)})
     with pytest.raises(ValueError, match="6 channels, but 1 image"):
         model(**inputs | {"pixel_values": torch.zeros(3, 6, 32, 32)})
+    for size in ((20, 20), (40, 40), (64, 64), (32, 40), (32,)):
+        with pytest.raises(ValueError, match=r"shape \(batch, 3, 32, 32\), got .*let the model's processor resize"):
+            model(**inputs | {"pixel_values": torch.zeros(3, 3, *size)})
     with pytest.raises(ValueError, match="got 2 and 3"):
         model(**inputs | {"pixel_values": torch.zeros(2, 3, 32, 32)})
     with pytest.raises(ValueError, match="padding on the right"):

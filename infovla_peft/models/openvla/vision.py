@@ -269,12 +269,18 @@ class VisionBackbone(nn.Module):
         """Patch features (batch, images * patches, dim) of `pixels` (batch, images * channels, height, width).
 
         Raises:
-            ValueError: the number of channels does not fit the number of images.
+            ValueError: the number of channels does not fit the number of images, or the images are of another size.
         """
         if pixels.shape[1] != self.num_images * self.num_channels:
             raise ValueError(
                 f"`pixel_values` has {pixels.shape[1]} channels, but {self.num_images} image(s) of "
                 f"{self.num_channels} channels each are expected; set `num_images_in_input` of the configuration."
+            )
+        side = self.featurizer.shape.img_size
+        if pixels.shape[2:] != (side, side):  # cut off or repeated by the patches, they would give other actions
+            raise ValueError(
+                f"`pixel_values` must be of shape (batch, {pixels.shape[1]}, {side}, {side}), got "
+                f"{tuple(pixels.shape)}; let the model's processor resize the images."
             )
         pixels = pixels.to(self.featurizer.pos_embed.dtype)
         # One image after the other, as in the original: one large batch would round differently.
