@@ -422,6 +422,10 @@ def test_sampling_follows_the_distribution() -> None:
     cold = model.predict_action(**inputs, do_sample=True, temperature=1e-4)
     np.testing.assert_array_equal(cold, model.predict_action(**inputs))
     assert (model.predict_action(**inputs, do_sample=True, temperature=5.0) != cold).any()
+    np.testing.assert_array_equal(cold, model.predict_action(**inputs, do_sample=True, temperature=0))
+    for temperature in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="`temperature` must be at least 0, and finite"):
+            model.predict_action(**inputs, do_sample=True, temperature=temperature)
 
 
 def test_bad_inputs_name_the_problem() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -45,13 +46,19 @@ class ActingModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             unnorm_key: data set whose statistics un-normalise; may be left out if there is one alone.
             do_sample: draw action tokens at `temperature` instead of taking the likeliest (autoregressive).
             proprio: (batch, proprio_dim), **normalised**, as in OpenVLA-OFT.
+            temperature: of `do_sample`, from 0 (the likeliest).
 
         Returns:
             Autoregressive: (dim,) for a batch of one, as the original, else (batch, dim). Parallel: (chunk, dim) or
             (batch, chunk, dim). Only action tokens are chosen from, and always `dim` of them. The original
             chooses from the whole vocabulary: where another token is the likeliest it gives the outermost bin, and
             after an early end-of-sequence token it reads prompt ids as actions.
+
+        Raises:
+            ValueError: an unknown data set, a temperature that is none, or inputs that `forward` refuses.
         """
+        if do_sample and not 0 <= temperature < math.inf:
+            raise ValueError(f"`temperature` must be at least 0, and finite, got {temperature}.")
         statistics = self.get_action_stats(unnorm_key)
         if self.config.decoding == "parallel":
             if proprio is not None and not isinstance(proprio, Tensor):
