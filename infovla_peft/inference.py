@@ -10,18 +10,19 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
+from torch import Tensor
 
 from .adapters import base_model, mixed_adapters
 from .data.images import central_crop
 from .data.normalisation import Normaliser
 from .models.openvla import build_prompt
+from .models.openvla.processing_openvla import ImageLike, rgb_pixels
 from .policy import chunk_length
 
 if TYPE_CHECKING:
     from .library import AdapterLibrary
 
-Picture = NDArray[np.uint8] | Image.Image
-Images = Picture | Sequence[Picture] | Mapping[str, Picture]
+Images = ImageLike | Sequence[ImageLike] | Mapping[str, ImageLike]
 
 
 class Policy:
@@ -106,9 +107,10 @@ class Policy:
         """The next actions.
 
         Args:
-            images: upright uint8 RGB (H, W, 3), or a PIL image: one, or one per camera, in a sequence or by camera
-                name.
-            instruction: e.g. "turn on the stove"; may be left out if the policy was loaded for one task.
+            images: upright uint8 RGB (H, W, 3), an array or a tensor, or a PIL image: one, or one per camera, in a
+                sequence or by camera name.
+            instruction: e.g. "turn on the stove"; may be left out if the policy was loaded for one task. With several
+                tasks it is that of all of them; `act_batch` takes one for each.
             proprio: raw state, (8,) in LIBERO: hand position (m), axis-angle (rad), finger positions (m). Needed
                 where the model has proprioception, not used elsewhere.
             task: name or instruction of a task: act with the adapter that learned it, whatever is in use. A sequence:
@@ -129,23 +131,21 @@ class Policy:
             ...            task=["turn on the stove", "open the top drawer"]).shape
             (2, 8, 7)
         """
+        if not isinstance(instruction, str | None):
+            raise ValueError(f"`instruction` must be one text, got {instruction!r:.80}; act_batch takes several")
         if task is not None and not isinstance(task, str):
-            rows, states = list(images), None if proprio is None else list(proprio)
-            return self.act_batch(rows, [instruction] * len(task) if instruction else None, states, tasks=task)
-        if task is not None:
-            given = [instruction] if instruction else None
-            alone: NDArray[Any] = self.act_batch(
-                [images],
-                given,
-                None if proprio is None else [proprio],
-                tasks=[task],
-            )[0]
-            return alone
-        instruction = self.instruction if instruction is None else instruction
-        if instruction is None:
+            tasks = _listed(task, "tasks")
+            texts = None if instruction is None else [instruction] * len(tasks)
+            return self.act_batch(images, texts, None if proprio is None else _listed(proprio, "proprio"), tasks=tasks)
+        instruction = self.instruction if instruction is None and task is None else instruction
+        if instruction is None and task is None:
             raise ValueError("the policy was loaded for no single task: say which by act(images, instruction, ...)")
-        state = None if proprio is None else [proprio]
-        chunk: NDArray[Any] = self.act_batch([images], [instruction], state)[0]
+        chunk: NDArray[Any] = self.act_batch(
+            [images],
+            None if instruction is None else [instruction],
+            None if proprio is None else [proprio],
+            tasks=None if task is None else [task],
+        )[0]
         return chunk
 
     def act_batch(
@@ -161,7 +161,13 @@ class Policy:
         Args:
             instructions: one per observation; None for those of `tasks`.
             tasks: one per observation: each is acted on by the adapter that learned its task.
+
+        Raises:
+            As `act`.
         """
+        images = _listed(images, "images")
+        instructions = None if instructions is None else _listed(instructions, "instructions")
+        tasks = None if tasks is None else _listed(tasks, "tasks")
         adapters: Any = nullcontext()
         if tasks is not None:
             library = self._need_library()
@@ -174,6 +180,8 @@ class Policy:
         if instructions is None or not len(images) == len(instructions) == len(tasks or images):
             given = f"{len(images)} observations, {len(instructions or ())} instructions, {len(tasks or ())} tasks"
             raise ValueError(f"a batch needs one instruction or one task per observation, got {given}")
+        if empty := [text for text in instructions if not isinstance(text, str) or not text.strip()]:
+            raise ValueError(f"an instruction must be a text that says what to do, got {empty[0]!r:.80}")
         rows = [self._in_order(row) for row in images]
         if self.crop:
             side = self.processor.image_processor.input_sizes[0][-1]
@@ -215,12 +223,12 @@ class Policy:
         if isinstance(images, Mapping):
             if missing := [camera for camera in self.cameras if camera not in images]:
                 raise ValueError(f"the policy sees {list(self.cameras)}, but there is no image of {missing}")
-            return [_pixels(images[camera]) for camera in self.cameras]
-        one = isinstance(images, np.ndarray) and images.ndim < 4
-        row: list[Any] = [images] if one or isinstance(images, Image.Image) else list(images)
+            return [rgb_pixels(images[camera]) for camera in self.cameras]
+        one = isinstance(images, Image.Image) or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4)
+        row: list[Any] = [images] if one else _listed(images, f"the images of {list(self.cameras)}")
         if len(row) != len(self.cameras):
             raise ValueError(f"the policy sees {list(self.cameras)}: give {len(self.cameras)} images, not {len(row)}")
-        return [_pixels(image) for image in row]
+        return [rgb_pixels(image) for image in row]
 
     def _normalised_state(self, proprio: Sequence[ArrayLike] | None, batch: int) -> torch.Tensor:
         expected = (batch, self._config.proprio_dim)
@@ -238,11 +246,11 @@ class Policy:
         return torch.from_numpy(self.normaliser.normalise_proprio(state))
 
 
-def _pixels(image: Any) -> NDArray[np.uint8]:
-    """An image as uint8 RGB (H, W, 3)."""
-    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise ValueError(
-            f"an image must be a PIL image or a uint8 array (height, width, 3), got {pixels.dtype} {pixels.shape}"
-        )
-    return pixels
+def _listed(values: Any, what: str) -> list[Any]:
+    """The entries of a sequence; a text is none, whose letters would be taken for them."""
+    try:
+        if isinstance(values, str | Mapping):
+            raise TypeError
+        return list(values)
+    except TypeError:
+        raise ValueError(f"{what} must be given in a sequence, one each, got {values!r:.80}") from None

@@ -192,6 +192,20 @@ def test_act_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "no revisions" in one_error(capsys)
     assert main([*arguments, *state]) == 1
     assert "say what to do: --instruction TEXT, or --task" in one_error(capsys)
+    assert main([*arguments, "--instruction", "", *state]) == 1
+    assert "must be a text that says what to do, got ''" in one_error(capsys)
+    view = tmp_path / "view.png"
+    for name, content in (("bad.png", b"no picture"), ("cut.png", view.read_bytes()[:60])):
+        (tmp_path / name).write_bytes(content)
+        assert main([*arguments[:-1], str(tmp_path / name), "--instruction", "open it", *state]) == 1
+        error = one_error(capsys)
+        assert f"{name} cannot be read as an image (" in error
+        assert "give a PNG or JPEG file" in error
+    Image.new("I;16", (30, 30), 40000).save(tmp_path / "deep.png")
+    messages = {"deep.png": "holds no bytes; scale it", "absent.png": "there is no image file", ".": "no image file"}
+    for name, message in messages.items():
+        assert main([*arguments[:-1], str(tmp_path / name), "--instruction", "open it", *state]) == 1
+        assert message in one_error(capsys)
     assert main([*arguments, "--instruction", "open it", *state, "--device", "meta:x"]) == 1
     assert "cannot be used here" in one_error(capsys)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from infovla_peft.data.normalisation import Normaliser
@@ -81,8 +82,6 @@ def test_a_policy_gives_a_chunk_of_unnormalised_actions(policy: Policy) -> None:
     inputs = policy.processor(
         ["In: What action should the robot take to turn on the stove?\nOut:"], [[seen.images["agentview"]]]
     )
-    import torch
-
     state = torch.from_numpy(policy.normaliser.normalise_proprio(seen.state[None]))
     with torch.no_grad():
         expected = policy.model(**inputs, proprio=state).predicted_actions[0].numpy()
@@ -119,6 +118,12 @@ def test_a_policy_of_one_task_needs_no_instruction(policy: Policy) -> None:
         (np.zeros((8, 8, 3), np.float32), np.zeros(8), "uint8"),
         (np.zeros((3, 8, 8), np.uint8), np.zeros(8), r"uint8 array .*, got uint8 \(3, 8, 8\)"),
         (np.zeros((8, 8), np.uint8), np.zeros(8), r"uint8 array .*, got uint8 \(8, 8\)"),
+        (np.zeros((0, 0, 3), np.uint8), np.zeros(8), r"at least one pixel, got uint8 \(0, 0, 3\)"),
+        (torch.zeros(8, 8, 3), np.zeros(8), r"uint8 array .*, got torch\.float32 \(8, 8, 3\)"),
+        (Image.new("F", (8, 8), 200), np.zeros(8), "mode 'F' holds no bytes"),
+        (Image.new("I;16", (8, 8), 40000), np.zeros(8), "mode 'I;16' holds no bytes"),
+        (None, np.zeros(8), r"images of \['agentview'\] must be given in a sequence, .* got None"),
+        ({"agentview": None}, np.zeros(8), r"PIL image or a uint8 array .*, got object"),
     ],
 )
 @pytest.mark.parametrize("crop", [False, True])
@@ -130,15 +135,48 @@ def test_unusable_observations_are_explained(
         policy.act(images, "turn on the stove", proprio)
 
 
+@pytest.mark.parametrize(
+    ("instruction", "message"),
+    [
+        ("", "must be a text that says what to do, got ''"),
+        ("  \n", "must be a text that says what to do"),
+        (["turn on the stove"], r"must be one text, got \['turn on the stove'\]; act_batch takes several"),
+    ],
+)
+def test_an_instruction_says_what_to_do(policy: Policy, instruction: Any, message: str) -> None:
+    seen = observation(1)
+    with pytest.raises(ValueError, match=message):
+        policy.act(seen.images, instruction, seen.state)
+    with pytest.raises(ValueError, match=message):
+        Policy(policy.model, policy.processor, policy.normaliser, instruction="turn on the stove").act(
+            seen.images, instruction, seen.state
+        )
+
+
+def test_a_batch_has_one_entry_per_observation(policy: Policy) -> None:
+    seen = observation(1)
+    images, states = [seen.images] * 2, [seen.state] * 2
+    for wrong, message in (
+        ((images, "ab", states), "instructions must be given in a sequence, one each, got 'ab'"),
+        ((images, ["turn on the stove", " "], states), "must be a text that says what to do, got ' '"),
+        ((images, ["turn on the stove", 7], states), "must be a text that says what to do, got 7"),
+        ((None, ["turn on the stove"], states), "images must be given in a sequence, one each, got None"),
+        ((seen.images, ["turn on the stove"], states), "images must be given in a sequence"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            policy.act_batch(*wrong)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("crop", [False, True])
-def test_a_pil_image_is_an_image(policy: Policy, crop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pil_image_and_a_tensor_are_images(policy: Policy, crop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy, "crop", crop)
     seen = observation(3)
     (camera,) = policy.cameras
     pixels = seen.images[camera]
     picture = Image.fromarray(pixels)
     expected = policy.act(pixels, "turn on the stove", seen.state)
-    for images in (picture, [picture], {camera: picture}, picture.convert("RGBA")):
+    tensor = torch.from_numpy(pixels)
+    for images in (picture, [picture], {camera: picture}, picture.convert("RGBA"), tensor, [tensor], tensor[None]):
         np.testing.assert_array_equal(policy.act(images, "turn on the stove", seen.state), expected)
 
 

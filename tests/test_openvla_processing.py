@@ -94,12 +94,18 @@ def test_arrays_pil_images_and_several_cameras() -> None:
     single = run(images[0], return_tensors="pt")["pixel_values"]
     assert torch.equal(single, run(Image.fromarray(images[0]), return_tensors="pt")["pixel_values"])
     assert torch.equal(single[0], run.apply_transform(images[0]))
+    assert torch.equal(single[0], run.apply_transform(torch.from_numpy(images[0])))
     assert isinstance(run(images[0])["pixel_values"], np.ndarray)
     batch = run(list(images), return_tensors="pt")["pixel_values"]
     cameras = run([[images[0], images[1]], [images[2], images[3]]], return_tensors="pt")["pixel_values"]
     assert torch.equal(cameras, torch.stack([torch.cat([batch[0], batch[1]]), torch.cat([batch[2], batch[3]])]))
     for wrong, message in (
         (images[0].astype(np.float32), "uint8 array"),
+        (torch.zeros(28, 28, 3, dtype=torch.bfloat16), r"uint8 array .*, got torch\.bfloat16 \(28, 28, 3\)"),
+        (np.zeros((0, 0, 3), np.uint8), r"at least one pixel, got uint8 \(0, 0, 3\)"),
+        (Image.new("RGB", (0, 0)), "at least one pixel"),
+        (Image.new("F", (28, 28)), "mode 'F' holds no bytes"),
+        (Image.new("I;16", (28, 28)), "mode 'I;16' holds no bytes; scale it"),
         ([[images[0]], [images[1], images[2]]], "same number"),
     ):
         with pytest.raises(ValueError, match=message):

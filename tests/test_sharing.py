@@ -102,8 +102,21 @@ def test_one_forward_serves_a_batch_of_several_tasks(run: Path) -> None:
     policy.use(stage=0)  # adapters off: they serve a mixed batch all the same, and are off again afterwards
     assert np.array_equal(policy.act(images, proprio=states, task=tasks), mixed)
     assert active_adapter(policy.model) is None
+    told = [KNOWN[1]] * 5
+    assert np.array_equal(
+        policy.act(images, KNOWN[1], states, task=tasks), policy.act_batch(images, told, states, tasks=tasks)
+    )
     with pytest.raises(ValueError, match="one task per observation, got 5 observations"):
         policy.act(images, proprio=states, task=tasks[:3])
+    for instruction, message in ((told, "must be one text, got .*; act_batch takes several"), ("", "says what to do")):
+        with pytest.raises(ValueError, match=message):
+            policy.act(images, instruction, states, task=tasks)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="says what to do, got ''"):
+        policy.act(images[0], "", states[0], task=tasks[0])
+    with pytest.raises(ValueError, match="images must be given in a sequence, one each, got None"):
+        policy.act(None, proprio=states, task=tasks)
+    with pytest.raises(ValueError, match="tasks must be given in a sequence, one each, got 'ab'"):
+        policy.act_batch(images[:2], None, states[:2], tasks="ab")
 
 
 @pytest.mark.parametrize("stage", [0, 1])

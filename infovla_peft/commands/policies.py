@@ -138,18 +138,36 @@ def _by_policy(policy: Any, tasks: Sequence[Any], stage: int | None) -> Iterator
 
 
 def _act(options: argparse.Namespace) -> None:
-    import numpy as np
-    from PIL import Image
-
     from ..progress import quiet_libraries
 
     quiet_libraries(loading_bars=False)
     policy = _policy(options, task=options.task)
-    images = [np.asarray(Image.open(path).convert("RGB")) for path in options.images]
+    images = [_read_image(path) for path in options.images]
     if options.instruction is None and policy.instruction is None:
         raise ValueError(f"say what to do: --instruction TEXT, or --task, one of {', '.join(policy.tasks) or 'none'}")
     actions = policy.act(images, options.instruction, options.proprio)
     print(json.dumps([[round(float(value), 6) for value in action] for action in actions]))
+
+
+def _read_image(path: str) -> Any:
+    """RGB (height, width, 3) of an image file."""
+    from PIL import Image
+
+    from ..models.openvla.processing_openvla import rgb_pixels
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no image file {path}; name one upright image per camera")
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+    except PermissionError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL raises each of bad bytes
+        raise ValueError(f"{path} cannot be read as an image ({error!s:.200}); give a PNG or JPEG file") from error
+    try:
+        return rgb_pixels(picture)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _policy(options: argparse.Namespace, task: str | None = None) -> Any:

@@ -106,7 +106,7 @@ class PrismaticImageProcessor(BaseImageProcessor):
         """Pixel values of one image, of a batch of images, or of a batch of lists of images (several cameras).
 
         Args:
-            images: PIL images or uint8 arrays (height, width, 3) in RGB.
+            images: PIL images, or uint8 arrays or tensors (height, width, 3) in RGB.
             return_tensors: "pt" for torch; None gives NumPy.
 
         Returns:
@@ -194,15 +194,31 @@ def _as_float32(values: Sequence[float]) -> list[float]:
     return [float(np.float32(value)) for value in values]
 
 
-def _as_pil(image: ImageLike) -> Image.Image:
+def rgb_pixels(image: Any) -> NDArray[np.uint8]:
+    """An image (see `ImageLike`) as RGB (height, width, 3).
+
+    Raises:
+        ValueError: it is no image, is empty, or holds something else than bytes, whose range would be a guess.
+    """
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    array = np.asarray(image)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        if image.mode.startswith(("F", "I")):  # PIL would cut these off at 255
+            raise ValueError(
+                f"A PIL image of mode {image.mode!r} holds no bytes; scale it to 0 … 255 and convert it to 'RGB'."
+            )
+        image = image.convert("RGB")
+    elif isinstance(image, Tensor) and image.dtype == torch.uint8:
+        image = image.numpy(force=True)
+    pixels = image if isinstance(image, Tensor) else np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
         raise ValueError(
-            f"An image must be a PIL image or a uint8 array (height, width, 3), got {array.dtype} {array.shape}."
+            "An image must be a PIL image or a uint8 array (height, width, 3) of at least one pixel, got "
+            f"{pixels.dtype} {tuple(pixels.shape)}."
         )
-    return Image.fromarray(array)
+    return pixels
+
+
+def _as_pil(image: ImageLike) -> Image.Image:
+    return Image.fromarray(rgb_pixels(image))
 
 
 def _letterbox(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
