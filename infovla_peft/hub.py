@@ -134,8 +134,9 @@ def load_policy(
     # In 4 bits or float16 it no longer shows the bfloat16 values of its files, in which a fingerprint is taken.
     changed = quantization_config is not None or model.dtype == torch.float16
     of_files = changed and reference.quantization == "none"
-    found = fingerprint_of_files(location, model.config, options) if of_files else fingerprint(model)
-    library = AdapterLibrary(adapters, place.folder, os.fspath(repo_or_path), place.fetch, found)
+    held = fingerprint(model)
+    found = fingerprint_of_files(location, model.config, options) if of_files else held
+    library = AdapterLibrary(adapters, place.folder, os.fspath(repo_or_path), place.fetch, found, held)
     for adapter, _ in reversed(chosen):
         model = library.switch(model, adapter)
     key, config = unnorm_key or reference.unnorm_key or None, base_model(model).config

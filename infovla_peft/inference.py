@@ -87,6 +87,7 @@ class Policy:
 
         Raises:
             ValueError: no such task or stage, or the policy was loaded without adapters.
+            AdapterError: an adapter was merged into the base that it needs; see `AdapterLibrary.check_model`.
         """
         if task is None and stage is None:
             raise ValueError("say which: use(task) or use(stage=...)")
@@ -125,6 +126,7 @@ class Policy:
         Raises:
             ValueError: an image, the instruction or the proprioception is missing or of another shape; an unknown
                 task.
+            AdapterError: an adapter was merged into the base that `task` needs; see `AdapterLibrary.check_model`.
 
         Example:
             >>> policy.act([image, image], proprio=[state, state],  # doctest: +SKIP
@@ -171,6 +173,7 @@ class Policy:
         adapters: Any = nullcontext()
         if tasks is not None:
             library = self._need_library()
+            library.check_model(self.model)
             needed, names, known = library.mixed(tasks)
             for adapter in needed:
                 self.model = library.load_inactive(self.model, adapter)

@@ -8,8 +8,12 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
 from .adapter_files import INFO, PEFT_CONFIG, STATISTICS, WEIGHTS, AdapterError, AdapterInfo, check_adapter, read_info
-from .adapters import BASE, active_adapter, deactivate, load_adapter, switch
+from .adapters import BASE, active_adapter, deactivate, fingerprint, load_adapter, switch
 from .foreign import load_reference_adapter, read_reference_info
 from .methods import METHODS
 from .task_names import instruction_of, same_task
@@ -189,6 +193,7 @@ class AdapterLibrary:
         folder, where: the place, and its name, for messages.
         fetch: makes sure that the files of one are on this machine.
         base_fingerprint: of the base that they go onto, see `adapters.fingerprint`.
+        held: of the model that it was loaded as, where that shows other values than its files.
     """
 
     def __init__(
@@ -198,9 +203,11 @@ class AdapterLibrary:
         where: str,
         fetch: Callable[[StoredAdapter], Any],
         base_fingerprint: dict[str, str],
+        held: dict[str, str] | None = None,
     ) -> None:
         self.adapters, self.folder, self.where = list(adapters), folder, where
-        self._fetch, self._fingerprint = fetch, base_fingerprint
+        self._fetch, self._fingerprint, self._held = fetch, base_fingerprint, held or base_fingerprint
+        self._has_loaded = False
 
     @property
     def tasks(self) -> list[str]:
@@ -215,13 +222,32 @@ class AdapterLibrary:
         """See `choose`."""
         return choose(self.adapters, self.folder, self.where, task, stage)
 
+    def check_model(self, model: nn.Module) -> None:
+        """See that a model is still what its adapters go onto, and its base still the base.
+
+        PEFT's `merge_and_unload` leaves one adapter in the weights of the base, and says so nowhere.
+
+        Raises:
+            AdapterError: it was called on this model, or its `unload` without taking what that returns.
+        """
+        if isinstance(model, PeftModel):
+            merged = not any(isinstance(module, LoraLayer) for module in model.modules())
+        else:  # never adapted, or no more
+            merged = self._has_loaded and fingerprint(model) != self._held
+        if merged:
+            raise AdapterError(
+                f"the model no longer holds the base of {self.where}, or no adapters: one was merged into its weights,"
+                " or PEFT has unloaded them; load the policy again (load_policy) to use another, or the base alone"
+            )
+
     def load(self, model: Any, adapter: StoredAdapter) -> Any:
         """`model` with this adapter among its own, which keep their state.
 
         Raises:
             AdapterError: it does not fit the base, was damaged, or was trained with other statistics, cameras or
-                prompt than the first one.
+                prompt than the first one; see `check_model`.
         """
+        self.check_model(model)
         if adapter.name in getattr(model, "peft_config", {}):
             return model
         first = next((each.info for each in self.adapters if each.name in getattr(model, "peft_config", {})), None)
@@ -244,12 +270,16 @@ class AdapterLibrary:
         if adapter.twin is not None:
             _check_twin(adapter.folder, adapter.twin)
         if adapter.reference:
-            return load_reference_adapter(model, adapter.folder, adapter.name)
-        return load_adapter(model, adapter.folder, adapter.name, base_fingerprint=self._fingerprint)[0]
+            loaded = load_reference_adapter(model, adapter.folder, adapter.name)
+        else:
+            loaded, _ = load_adapter(model, adapter.folder, adapter.name, base_fingerprint=self._fingerprint)
+        self._has_loaded = True
+        return loaded
 
     def switch(self, model: Any, adapter: StoredAdapter | None) -> Any:
         """`model`, running with this adapter, or as the base alone."""
         if adapter is None:
+            self.check_model(model)
             deactivate(model)
             return model
         model = self.load(model, adapter)

@@ -289,6 +289,38 @@ def test_an_adapter_with_dropout_is_merged_in_training_mode_too(run: Path) -> No
     np.testing.assert_allclose(act(policy), before, atol=1e-4)
 
 
+@pytest.mark.parametrize("assigned", [True, False])
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_no_adapter_goes_onto_a_base_that_has_another_in_its_weights(
+    run: Path, assigned: bool, dtype: str | None
+) -> None:
+    images, states = observations(2)
+    policy = load_policy(run, task=KNOWN[1], dtype=dtype)
+    expected = policy.act(images[0], proprio=states[0])
+    merged = policy.model.merge_and_unload()
+    if assigned:
+        policy.model = merged
+    for use in (
+        lambda: policy.use(KNOWN[2]),
+        lambda: policy.use(KNOWN[1]),
+        lambda: policy.use(stage=0),
+        lambda: policy.act(images, proprio=states, task=[KNOWN[1], KNOWN[2]]),
+        lambda: policy.act(images[0], proprio=states[0], task=KNOWN[0]),
+    ):
+        with pytest.raises(AdapterError, match=r"one was merged into its weights.*load the policy again"):
+            use()
+    np.testing.assert_allclose(policy.act(images[0], proprio=states[0]), expected, atol=1e-4 if dtype is None else 0.1)
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_an_unloaded_base_takes_adapters_again(run: Path, dtype: str | None) -> None:
+    expected = {task: act(load_policy(run, task=task, dtype=dtype), None) for task in KNOWN}
+    for task in KNOWN:
+        policy = load_policy(run, task=KNOWN[1], dtype=dtype)
+        policy.model = policy.model.unload()
+        assert act(policy.use(task), None) == expected[task]
+
+
 def test_a_merge_that_goes_wrong_is_named_and_undone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = load_policy(run, stage=1)
     before = np.array(act(policy))
