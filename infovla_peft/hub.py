@@ -399,10 +399,6 @@ def _base_policy(
     check_base_files(Path(location))
     images = None if cameras is None else len(cameras)
     model, processor = load_openvla(location, images=images, **options)
-    if images not in (None, model.config.num_images_in_input):
-        raise ValueError(
-            f"{location} reads {model.config.num_images_in_input} image(s), and cameras={cameras!r} names {images}"
-        )
     if images is None and not says_images(model.config, os.fspath(location), dict(options)):
         warnings.warn(
             f"{location} is of the original OpenVLA-OFT and does not say how many images it reads: it is given the "

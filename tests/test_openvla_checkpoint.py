@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfApi
+from local_hub import LocalHub
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
@@ -272,9 +274,39 @@ def test_how_many_images_an_oft_folder_reads_is_said_from_outside(saved: Path, t
     model.save_pretrained(tmp_path / "anew")
     processor.save_pretrained(tmp_path / "anew")
     assert load_policy(tmp_path / "anew").cameras == ("agentview", "robot0_eye_in_hand")  # now it says so
-    assert load_openvla(tmp_path / "anew", images=1)[0].config.num_images_in_input == 2
-    with pytest.raises(ValueError, match=r"reads 2 image\(s\), and cameras=.* names 1"):
+    for folder, says, given in ((tmp_path / "anew", 2, 1), (saved, 1, 2)):
+        with pytest.raises(ValueError, match=rf"reads {says} image\(s\), not {given}: leave `images` out"):
+            load_openvla(folder, images=given)
+        assert load_openvla(folder, images=says)[0].config.num_images_in_input == says
+    with pytest.raises(ValueError, match=r"reads 2 image\(s\), not 1: leave .*`cameras`"):
         load_policy(tmp_path / "anew", cameras="agentview")
+
+
+@pytest.mark.parametrize("oft", [False, True])
+@pytest.mark.parametrize("published", [False, True])
+def test_a_checkpoint_may_lie_in_a_subfolder(
+    saved: Path, tmp_path: Path, hub: LocalHub, oft: bool, published: bool
+) -> None:
+    """Weights, processor, statistics and the files of OpenVLA-OFT, of which the root has none."""
+    folder = shutil.copytree(saved, tmp_path / "run" / "models" / "base")
+    model = load_openvla(saved)[0]
+    if oft:
+        split_into_oft_files(model, folder)
+    (folder / "dataset_statistics.json").write_text(json.dumps({"here": model.norm_stats["tiny"]}))
+    (tmp_path / "run" / "dataset_statistics.json").write_text("{}")
+    place, options = str(tmp_path / "run"), dict[str, str]()
+    if published:
+        place, options = "me/run", {"token": hub.token("me")}
+        HfApi(**options).create_repo(place)
+        files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+        hub.put(place, {file.relative_to(tmp_path / "run").as_posix(): file.read_bytes() for file in files})
+    found, processor = load_openvla(place, subfolder="models/base", **options)
+    assert_same_weights(found, model)
+    assert list(found.norm_stats) == ["here"]
+    assert processor.image_processor.input_sizes == [[3, 32, 32]]
+    assert processor.tokenizer("open the drawer").input_ids
+    with pytest.raises((FileNotFoundError, ValueError), match=r"run/models' .* no OpenVLA checkpoint"):
+        load_openvla(place, subfolder="models", **options)
 
 
 @pytest.mark.parametrize("rank", [0, 4, 32])

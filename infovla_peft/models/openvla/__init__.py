@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
 from .action_tokenizer import ActionTokenizer
+from .checkpoint import hub_arguments
 from .configuration_openvla import OpenVLAConfig
 from .modeling_openvla import OpenVLAForActionPrediction, OpenVLAOutput
 from .processing_openvla import PROMPT, OpenVLAImageProcessor, OpenVLAProcessor, build_prompt
@@ -55,11 +56,14 @@ def load_openvla(
         device: where the model goes, None for the CPU (quantised, for the GPU if there is one).
         quantization: nf4 = hold the weights in 4 bits (see `quantization_config`), for QLoRA.
         images: number of images that the model reads, where the checkpoint does not say it: a folder of the original
-            OpenVLA-OFT, whose code is told at run time (2 for its LIBERO checkpoints). None is one.
-        kwargs: fields of the configuration to change, and `revision`, `cache_dir`, `token` … of the hub.
+            OpenVLA-OFT, whose code is told at run time (2 for its LIBERO checkpoints). None is one, or what the
+            checkpoint says.
+        kwargs: fields of the configuration to change, and `subfolder`, and `revision`, `cache_dir`, `token` … of the
+            hub.
 
     Raises:
-        ValueError, FileNotFoundError: see `OpenVLAForActionPrediction.from_pretrained`.
+        ValueError, FileNotFoundError: see `OpenVLAForActionPrediction.from_pretrained`; the checkpoint says that it
+            reads another number of images.
         ImportError: bitsandbytes is needed and not installed.
     """
     if (held := quantization_config(quantization)) is not None:
@@ -67,7 +71,7 @@ def load_openvla(
     model = OpenVLAForActionPrediction.from_pretrained(
         path_or_id, **{"dtype": dtype} if dtype else {}, images=images, **kwargs
     )
-    hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in kwargs}
+    hub = hub_arguments(kwargs)
     hub |= {"revision": commit} if (commit := getattr(model.config, "_commit_hash", None)) else {}
     try:
         processor = OpenVLAProcessor.from_pretrained(path_or_id, **hub)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ _IMAGES = "num_images_in_input"
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that say where the files of a checkpoint lie."""
     return {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
 
 
@@ -41,8 +43,9 @@ def read_config(path: str, kwargs: dict[str, Any]) -> tuple[OpenVLAConfig, dict[
         ValueError: the checkpoint is of another model type.
     """
     folder = Path(path)
-    if folder.is_dir() and not (folder / kwargs.get("subfolder", "") / "config.json").is_file():
-        raise FileNotFoundError(f"'{path}' holds no config.json, so it is no OpenVLA checkpoint folder.")
+    where = os.path.join(path, inside) if (inside := kwargs.get("subfolder")) else path
+    if folder.is_dir() and not (Path(where) / "config.json").is_file():
+        raise FileNotFoundError(f"'{where}' holds no config.json, so it is no OpenVLA checkpoint folder.")
     if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise FileNotFoundError(f"There is no folder '{path}'; give a checkpoint folder or a hub id like 'user/name'.")
     images = kwargs.get("images")
@@ -51,7 +54,7 @@ def read_config(path: str, kwargs: dict[str, Any]) -> tuple[OpenVLAConfig, dict[
     if commit is not None:
         kwargs["revision"] = commit
     try:
-        raw, _ = OpenVLAConfig.get_config_dict(path, **_hub_arguments(kwargs))
+        raw, _ = OpenVLAConfig.get_config_dict(path, **hub_arguments(kwargs))
         broken = None if isinstance(raw, dict) else "it holds no object"
     except (AttributeError, TypeError, ValueError) as error:
         raw, broken = {}, str(error)
@@ -60,10 +63,10 @@ def read_config(path: str, kwargs: dict[str, Any]) -> tuple[OpenVLAConfig, dict[
             raise
         raw, broken = {}, str(error)
     if broken is not None:
-        raise ValueError(f"the config.json of '{path}' is damaged ({broken:.300}); copy it again.")
+        raise ValueError(f"the config.json of '{where}' is damaged ({broken:.300}); copy it again.")
     if raw.get("model_type") != "openvla":
         raise ValueError(
-            f"'{path}' is no OpenVLA checkpoint: the model_type of its config.json is {raw.get('model_type')!r}, not "
+            f"'{where}' is no OpenVLA checkpoint: the model_type of its config.json is {raw.get('model_type')!r}, not "
             "'openvla'."
         )
     if "decoding" not in raw and "decoding" not in kwargs:
@@ -77,20 +80,20 @@ def read_config(path: str, kwargs: dict[str, Any]) -> tuple[OpenVLAConfig, dict[
     config, unused = OpenVLAConfig.from_pretrained(path, return_unused_kwargs=True, **fields)
     config.check()
     config._commit_hash = commit
-    return config, {**_hub_arguments(kwargs), **unused, **own}
+    return config, {**hub_arguments(kwargs), **unused, **own}
 
 
 def _commit_of(path: str, kwargs: dict[str, Any]) -> str | None:
     """The commit that a Hub id means now, or what the cache knows of it; None if that cannot be told."""
     try:
-        return extract_commit_hash(cached_file(path, "config.json", **_hub_arguments(kwargs)), None)
+        return extract_commit_hash(cached_file(path, "config.json", **hub_arguments(kwargs)), None)
     except OSError:  # what is read next says it in its own words
         return None
 
 
 def says_images(config: OpenVLAConfig, path: str, kwargs: dict[str, Any]) -> bool:
     """Whether a checkpoint tells how many images it reads: plain OpenVLA one, and what this package has saved."""
-    return config.decoding != "parallel" or _IMAGES in OpenVLAConfig.get_config_dict(path, **_hub_arguments(kwargs))[0]
+    return config.decoding != "parallel" or _IMAGES in OpenVLAConfig.get_config_dict(path, **hub_arguments(kwargs))[0]
 
 
 def _fields_of_components(files: dict[str, Path]) -> dict[str, Any]:
@@ -118,17 +121,17 @@ def find_components(path: str, kwargs: dict[str, Any]) -> dict[str, Path]:
     Raises:
         ValueError: several files of one component.
     """
-    folder = Path(path)
+    folder, hub = Path(path), hub_arguments(kwargs)
+    inside = hub.pop("subfolder", "")
     if not folder.is_dir():
-        hub = _hub_arguments(kwargs)
-        hub.pop("subfolder", None)
-        folder = Path(snapshot_download(path, allow_patterns=["*--*.pt"], **hub))
+        folder = Path(snapshot_download(path, allow_patterns=[(PurePosixPath(inside) / "*--*.pt").as_posix()], **hub))
+    folder = folder / inside
     found: dict[str, Path] = {}
     for component in COMPONENTS:
         files = sorted(folder.glob(f"{component}--*.pt"))
         if len(files) > 1:
             raise ValueError(
-                f"'{path}' holds several {component} files ({', '.join(file.name for file in files)}); keep one."
+                f"'{folder}' holds several {component} files ({', '.join(file.name for file in files)}); keep one."
             )
         if files:
             found[component] = files[0]
@@ -245,7 +248,7 @@ def read_statistics(path: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         "dataset_statistics.json",
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
-        **_hub_arguments(kwargs),
+        **hub_arguments(kwargs),
     )
     if file is None:
         return None

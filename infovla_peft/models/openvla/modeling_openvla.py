@@ -153,10 +153,15 @@ class OpenVLAForActionPrediction(ActingModel):
                 the message names them.
             FileNotFoundError: the folder has no `config.json`.
         """
-        path = os.fspath(pretrained_model_name_or_path)
+        path, images = os.fspath(pretrained_model_name_or_path), kwargs.get("images")
         if config is None:
             config, kwargs = read_config(path, kwargs)
         kwargs.pop("images", None)
+        if images not in (None, config.num_images_in_input):
+            raise ValueError(
+                f"'{path}' reads {config.num_images_in_input} image(s), not {images}: leave `images` out (of a "
+                "policy, `cameras`), or name as many."
+            )
         kwargs.setdefault("use_safetensors", True)  # other formats may hold code
         statistics = read_statistics(path, kwargs)
         if statistics is not None:
