@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 
 from .adapter_files import INFO, PEFT_CONFIG, STATISTICS, WEIGHTS, AdapterError, AdapterInfo, read_statistics
 from .adapters import base_model, fingerprint
-from .data.normalisation import Normaliser
+from .data.normalisation import Normaliser, find_key
 from .foreign import fingerprint_of_files
 from .inference import Policy
 from .library import AdapterLibrary, StoredAdapter, choose, find_adapters, tasks_after
@@ -46,10 +46,9 @@ class Place:
     folder: Path
     snapshot: Snapshot | None = None
 
-    def fetch(self, adapter: StoredAdapter) -> None:
+    def fetch(self, adapter: StoredAdapter, names: Sequence[str] = (WEIGHTS, PEFT_CONFIG, INFO, STATISTICS)) -> None:
         """Have the files of an adapter on this machine."""
         if self.snapshot is not None:
-            names = (WEIGHTS, PEFT_CONFIG, INFO, STATISTICS)
             folders = [each.relative_to(self.folder) for each in (adapter.folder, adapter.twin) if each is not None]
             self.snapshot.fetch(*((folder / name).as_posix() for folder in folders for name in names))
 
@@ -162,24 +161,23 @@ class DescribedPolicy:
     """What is known of a policy without its weights.
 
     Attributes:
-        recipe: how it was trained (the resolved configuration); empty for a checkpoint alone.
+        recipe: `Policy.recipe`.
         tasks: names of those that it has learned, in that order.
-        data_sets: of a checkpoint without adapter, those whose statistics it has.
+        key: of the statistics that un-normalise. Those of a base that is not on this machine are not looked at.
     """
 
     recipe: dict[str, Any]
     tasks: list[str]
-    data_sets: list[str] = field(default_factory=list)
+    key: str | None
 
 
-def _data_sets(checkpoint: Path) -> list[str]:
-    """Names of the data sets whose statistics a checkpoint has, as far as it is on this machine."""
-    found: dict[str, Any] = {}
-    for name in ("config.json", STATISTICS):
+def _statistics_of(checkpoint: Path) -> dict[str, Any]:
+    """What will be the model's `norm_stats`: those of a file of their own come before those of the configuration."""
+    for name in (STATISTICS, "config.json"):
         if (checkpoint / name).is_file():
             content = read_json(checkpoint / name, error=ValueError, cure="copy it again")
-            found |= (content.get("norm_stats") or {}) if name == "config.json" else content
-    return list(found)
+            return (content if name == STATISTICS else content.get("norm_stats")) or {}
+    return {}
 
 
 def describe_policy(
@@ -188,6 +186,7 @@ def describe_policy(
     stage: int | None = None,
     revision: str | None = None,
     base: str | os.PathLike[str] | None = None,
+    unnorm_key: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -202,13 +201,27 @@ def describe_policy(
     chosen, _ = choose(adapters, place.folder, os.fspath(repo_or_path), None, stage)
     if not adapters:
         folder = place.folder if (place.folder / "config.json").is_file() else place.folder / "base"
-        return DescribedPolicy({}, [], _data_sets(folder))
+        if place.snapshot is not None:
+            place.snapshot.fetch(STATISTICS)
+        return DescribedPolicy({}, [], find_key(_statistics_of(folder), unnorm_key))
     reference = chosen or adapters[0]
     if chosen is not None and place.snapshot is None and not (chosen.folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"no adapter weights at {chosen.folder / WEIGHTS}; copy the whole folder again")
     if base is None and place.snapshot is None:
         _base_location(place, reference)
-    return DescribedPolicy(reference.info.training, tasks_after(adapters, stage))
+    key = unnorm_key or reference.info.unnorm_key or None
+    location = Path(base or reference.folder / reference.info.base_model)
+    of_base = _statistics_of(location) if (location / "config.json").is_file() else None
+    if of_base is not None or (chosen is not None and not chosen.reference):
+        if chosen is not None:
+            place.fetch(chosen, (STATISTICS,))
+        key = find_key(_statistics(place, chosen, adapters, of_base or {}, key), key)
+    return DescribedPolicy(_recipe(reference.info), tasks_after(adapters, stage), key)
+
+
+def _recipe(info: AdapterInfo) -> dict[str, Any]:
+    """How an adapter was trained, as far as it says so; the suite, also where it says nothing else."""
+    return {**({"suite": info.suite} if info.suite else {}), **info.training}
 
 
 def _adapters_in(
@@ -384,7 +397,7 @@ def _statistics(
     """The adapter's statistics; for the base alone its own, or those that the run computed if it has none."""
     if chosen is None and not {key, f"{key}_no_noops"} & set(base):
         chosen = adapters[0]
-        place.fetch(chosen)
+        place.fetch(chosen, (STATISTICS,))
     if chosen is None or (chosen.reference and not (chosen.folder / STATISTICS).is_file()):
         return dict(base)
     return read_statistics(chosen.folder)
@@ -430,7 +443,7 @@ def _policy(
         normaliser,
         cameras=cameras,
         instruction=instruction,
-        recipe=info.training if info else None,
+        recipe=_recipe(info) if info else None,
         crop=acting.get("center_crop"),
         prompt=acting.get("prompt") or "",
         library=library,

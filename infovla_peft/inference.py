@@ -34,7 +34,8 @@ class Policy:
         normaliser: the statistics it was trained with.
         cameras: names of the images the model reads, in its order.
         instruction: used where `act` is given none.
-        recipe: how it was trained and evaluated (the resolved configuration); empty for a plain checkpoint.
+        recipe: how it was trained and evaluated (the resolved configuration); of an adapter that does not say so, its
+            suite alone; empty for a plain checkpoint.
         crop: show the model the central crop of each image, see `data.images.central_crop`; None = as the recipe says.
         prompt: what the model reads, with {instruction} in it; "" for the package's own.
         library: the adapters that `use` and `task=` choose from.

@@ -18,6 +18,7 @@ from infovla_peft.adapter_files import write_info
 from infovla_peft.adapters import active_adapter
 from infovla_peft.cli import explain, main, run_command
 from infovla_peft.evaluation import TaskResult
+from infovla_peft.hub import load_policy
 from infovla_peft.library import find_adapters
 
 COMMANDS = [
@@ -241,3 +242,53 @@ def test_a_run_of_single_tasks_is_evaluated_as_it_was_measured(
     monkeypatch.setattr("infovla_peft.simulation.workers.EnvironmentPool", lambda *_, **__: nullcontext())
     assert main(["evaluate", str(run), "--suite", "libero_goal", "--tasks", *expected, *options]) == 0
     assert used == {find_task("libero_goal", int(number)).name: name for number, name in expected.items()}
+
+
+@pytest.mark.libero
+@pytest.mark.parametrize("suite", ["libero_10", ""])
+def test_an_adapter_without_a_recipe_is_evaluated_on_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], suite: str
+) -> None:
+    """By the plan of `--dry-run` and by the rollouts alike, and what one refuses, the other does too."""
+    from infovla_peft.simulation import find_task, suite_tasks
+
+    run = build_run(tmp_path / "run")
+    names = [find_task("libero_10", number).name for number in (3, 7, 4)]
+    for stage, adapter in enumerate(find_adapters(run), start=1):
+        info = replace(adapter.info, task=names[stage], seen=names[: stage + 1], suite=suite, training={})
+        write_info(adapter.folder, info)
+    rolled_out: list[str] = []
+
+    def rollouts(_policy: Any, tasks: Any, _pool: Any, **_options: Any) -> Any:
+        for task in tasks:
+            rolled_out.append(task.name)
+            yield TaskResult(task.suite, task.name, [True], [1], 0.0, [])
+
+    monkeypatch.setattr("infovla_peft.evaluation.evaluate", rollouts)
+    monkeypatch.setattr("infovla_peft.simulation.workers.EnvironmentPool", lambda *_, **__: nullcontext())
+    alone = find_adapters(run)[0].folder
+    everything = {name: [task.name for task in suite_tasks(name)] for name in ("libero_10", "libero_goal")}
+    for policy, options, of, expected in (
+        (run, [], "libero_10", names),
+        (run, ["--stage", "1"], "libero_10", names[:2]),
+        (run, ["--stage", "0"], "libero_10", names[:1]),
+        (alone, [], "libero_10", names[:2]),
+        (run, ["--suite", "libero_goal"], "libero_goal", everything["libero_goal"]),
+        (run / "base", [], "libero_10", everything["libero_10"]),
+    ):
+        arguments = ["evaluate", str(policy), "--assets", "primitive", *options]
+        rolled_out.clear()
+        assert main(arguments) == 0
+        assert f" on {of}: " in capsys.readouterr().out
+        assert main([*arguments, "--dry-run"]) == 0
+        planned = capsys.readouterr().out
+        assert f" on {of}: {len(expected)} task" in planned
+        assert planned.split()[-len(expected) :] == rolled_out == expected
+    assert load_policy(run / "base").recipe == {}
+    for policy, options in ((run / "base", []), (run, []), (run, ["--stage", "0"]), (alone, [])):
+        errors = []
+        for more in ([], ["--dry-run"]):
+            assert main(["evaluate", str(policy), *options, "--unnorm_key", "nope", *more]) == 1
+            errors.append(one_error(capsys))
+        assert errors[0] == errors[1]
+        assert "no statistics for 'nope'; set unnorm_key to one of: libero_10" in errors[0]

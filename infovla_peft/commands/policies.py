@@ -26,11 +26,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.dry_run:
         from ..hub import describe_policy
 
-        where = {name: getattr(options, name) for name in ("stage", "revision", "base", "token")}
+        where = {name: getattr(options, name) for name in ("stage", "revision", "base", "unnorm_key", "token")}
         described = describe_policy(options.policy, **where)
-        key = options.unnorm_key or (described.data_sets[0] if len(described.data_sets) == 1 else None)
-        suite = _suite(options, described.recipe, key)
-        planned = _tasks_to_evaluate(options, suite, described.recipe, described.tasks)
+        suite, planned = _tasks_to_evaluate(options, described.recipe, described.key, described.tasks)
         plural = "s" * (len(planned) != 1)
         print(f"{options.policy} on {suite}: {len(planned)} task{plural} x {options.episodes} rollouts")
         print("\n".join(f"  {task.name}" for task in planned))
@@ -43,8 +41,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         **{key: policy.recipe[key] for key in EVALUATION_DEFAULTS if key in policy.recipe},
     }
     chosen |= {key: value for key, value in vars(options).items() if key in chosen and value is not None}
-    chosen["suite"] = _suite(options, policy.recipe, policy.normaliser.key)
-    tasks = _tasks_to_evaluate(options, chosen["suite"], policy.recipe, policy.tasks_after(options.stage))
+    learned = policy.tasks_after(options.stage)
+    chosen["suite"], tasks = _tasks_to_evaluate(options, policy.recipe, policy.normaliser.key, learned)
     known = policy.recipe.get("assets_folder")
     # Of a published run the name of the folder is left, which says nothing about one that is called the same here.
     place_is_known = known and (Path(known).is_absolute() or Path(options.policy).is_dir()) and Path(known).is_dir()
@@ -99,23 +97,21 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(f"{sum(rates) / len(rates):6.1%}  mean of {len(rates)} tasks")
 
 
-def _suite(options: argparse.Namespace, recipe: Mapping[str, Any], key: str | None) -> str:
-    """The suite that was named, or that of the training; a checkpoint says it by its statistics, or not at all."""
-    from ..simulation import SUITES
-
-    trained_on = (key or "").removesuffix("_no_noops")
-    known = trained_on if trained_on in SUITES else EVALUATION_DEFAULTS["suite"]
-    return str(options.suite or recipe.get("suite") or known)
-
-
 def _tasks_to_evaluate(
-    options: argparse.Namespace, suite: str, recipe: Mapping[str, Any], learned: Sequence[str]
-) -> list[Any]:
-    """Those that were named, or that the policy has learned; all of a suite of which it has learned nothing."""
-    from ..simulation import find_task, suite_tasks
+    options: argparse.Namespace, recipe: Mapping[str, Any], key: str | None, learned: Sequence[str]
+) -> tuple[str, list[Any]]:
+    """The suite and the tasks that were named, or those that the policy has learned.
 
-    known = learned if recipe.get("suite") == suite else ()
-    return [find_task(suite, name) for name in options.tasks or known or range(len(suite_tasks(suite)))]
+    A policy that does not name its suite says it by the key of its statistics, or not at all. Of a suite of which it
+    has learned nothing these are all tasks.
+    """
+    from ..simulation import SUITES, find_task, suite_tasks
+
+    data_set = (key or "").removesuffix("_no_noops")
+    trained_on = recipe.get("suite") or (data_set if data_set in SUITES else None)
+    suite = str(options.suite or trained_on or EVALUATION_DEFAULTS["suite"])
+    known = learned if suite == trained_on else ()
+    return suite, [find_task(suite, name) for name in options.tasks or known or range(len(suite_tasks(suite)))]
 
 
 def _by_policy(policy: Any, tasks: Sequence[Any], stage: int | None) -> Iterator[Sequence[Any]]:

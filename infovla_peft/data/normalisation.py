@@ -105,7 +105,7 @@ class Normaliser:
     """
 
     def __init__(self, statistics: Statistics, key: str | None = None, *, bounds: str = "bounds_q99") -> None:
-        self.key = _find_key(statistics, key)
+        self.key = find_key(statistics, key)
         self.statistics: dict[str, Any] = dict(statistics[self.key])
         action, proprio = self.statistics.get("action") or {}, self.statistics.get("proprio")
         self._action = _bounds(action, bounds)
@@ -155,7 +155,8 @@ class Normaliser:
         return self._proprio
 
 
-def _find_key(statistics: Statistics, key: str | None) -> str:
+def find_key(statistics: Statistics, key: str | None) -> str:
+    """The name under which `Normaliser` finds the statistics of a data set; the same arguments and errors."""
     if not statistics:
         raise KeyError("the base model has no action statistics (norm_stats, dataset_statistics.json)")
     if key is None and len(statistics) == 1:
