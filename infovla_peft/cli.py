@@ -31,6 +31,8 @@ def explain(error: BaseException) -> str:
             "What was finished before is kept"
         )
     number = getattr(error, "errno", None)
+    if number in (errno.ENOTDIR, errno.EEXIST):
+        return f"{getattr(error, 'filename', None) or text} is, or lies below, a file; name another folder"
     if number == errno.EIO:
         return (
             f"the disk fails ({text.splitlines()[0]}); check it. What was finished before is kept: "

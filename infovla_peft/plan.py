@@ -81,7 +81,12 @@ def worker_count(wanted: int, *, shared: bool = False) -> int:
 
     Args:
         shared: all processes of a launch on this machine do so at once, and these are divided among them.
+
+    Raises:
+        ValueError: `wanted` is negative.
     """
+    if wanted < 0:
+        raise ValueError(f"workers must be at least 0 (one per core), got {wanted}")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if shared else 1
     return max(1, (wanted or len(os.sched_getaffinity(0))) // processes)
 

@@ -41,8 +41,14 @@ def read_json(path: Path, *, error: type[Error], cure: str) -> Any:
         return parse_json(read_text(path, LARGEST_JSON))
     except FileNotFoundError:
         raise
+    except NotADirectoryError as reason:
+        raise FileNotFoundError(_below_a_file(path)) from reason
     except (ValueError, RecursionError, OSError) as reason:
         raise error(f"{path} is no valid JSON ({reason}); {cure}") from reason
+
+
+def _below_a_file(path: Path) -> str:
+    return f"there is no {path}: what should be the folder around it is a file; name a folder"
 
 
 def parse_json(text: str) -> Any:
@@ -73,6 +79,8 @@ def read_yaml(path: Path, *, error: type[Error], cure: str) -> Any:
         return _BoundedLoader(read_text(path, LARGEST_YAML)).get_single_data()
     except FileNotFoundError:
         raise
+    except NotADirectoryError as reason:
+        raise FileNotFoundError(_below_a_file(path)) from reason
     # PyYAML lets through what its own conversions raise: a date that does not exist, an unhashable key.
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError, OSError) as reason:
         # Without what the chain of exceptions would show.

@@ -162,7 +162,7 @@ class RunFolder:
             make_folder(self.path)
             lock = (self / ".lock").open("a+", encoding="utf-8")
         except (NotADirectoryError, FileExistsError) as error:
-            raise RunError(f"{self.path} is, or lies below, a file; choose another --output_dir") from error
+            raise self._no_folder() from error
         except OSError as error:
             raise RunError(f"cannot write to {self.path} ({error.strerror}); choose another --output_dir") from error
         try:
@@ -183,6 +183,9 @@ class RunFolder:
             self.close()
             raise
         _held.add(self)
+
+    def _no_folder(self) -> RunError:
+        return RunError(f"{self.path} is, or lies below, a file; choose another --output_dir")
 
     def _settle(self, config: dict[str, Any], harmless: Iterable[str]) -> None:
         file = self / "config.yaml"
@@ -238,6 +241,8 @@ class RunFolder:
                 raise DamagedFileError(f"{self / STATE} is damaged (its steps are none)")
         except FileNotFoundError:
             return {"steps": {}, SUMS: {}, _UNFINISHED: {}}
+        except NotADirectoryError as error:
+            raise self._no_folder() from error
         except KeyError as error:
             raise RunError(f"{self / STATE} is damaged (it lacks {error}); {RESTORE}") from error
         except DamagedFileError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -84,6 +85,35 @@ def test_bad_input_gives_one_clear_line(
     assert message in one_error(capsys)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "file"], "file/results.json does not exist: give the folder of a run"),
+        (["docs", "file"], "file is, or lies below, a file; name another folder"),
+        (["cp", "continual", "file/below"], "file/below is, or lies below, a file; name another folder"),
+        (["demos", "file/below", "--dry-run"], "file is a file; name a folder for the demonstrations"),
+        (["evaluate", "absent", "--image_size", "0"], "image_size must be at least 1"),
+        (["evaluate", "absent", "--max_steps", "0"], "max_steps must be at least 1"),
+        (["evaluate", "absent", "--open_loop_steps", "0"], "open_loop_steps must be at least 1"),
+        (["evaluate", "absent", "--videos", "-1"], "videos must be at least 0"),
+        (["evaluate", "absent", "--workers", "-3"], "workers must be at least 0"),
+        (["demos", "new", "--image_size", "-1", "--dry-run"], "image_size must be at least 1"),
+        (["demos", "new", "--noise", "-1", "--dry-run"], "noise must be at least 0"),
+        (["demos", "new", "--noise", "nan", "--dry-run"], "noise must be at least 0, and finite"),
+        (["demos", "new", "--workers", "-3", "--dry-run"], "workers must be at least 0"),
+    ],
+)
+def test_what_cannot_be_is_named_before_anything_is_done(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    for more in ([], ["--dry-run"]) if arguments[0] == "evaluate" else ([],):
+        assert main([*arguments, *more]) == 1
+        assert message in one_error(capsys)
+    assert os.listdir() == ["file"]
+
+
 def test_errors_of_the_system_name_the_cure() -> None:
     assert "free some space" in explain(OSError(28, "No space left on device"))
     assert "free some space" in explain(RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0"))
@@ -144,9 +174,10 @@ def test_no_gl_library_is_named_before_anything_is_written(
 @pytest.mark.libero
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("in the way")
-    options = ["--stream", "B1-1N1", "--use_cpu", "true", "--output_dir", str(tmp_path / "file" / "run")]
-    assert main(["train", *options]) == 1
-    assert "choose another --output_dir" in one_error(capsys)
+    options = ["--stream", "B1-1N1", "--use_cpu", "true", "--output_dir"]
+    for folder, more in (("file", []), ("file/run", []), ("file", ["--dry-run"])):
+        assert main(["train", *options, str(tmp_path / folder), *more]) == 1
+        assert f"{folder} is, or lies below, a file; choose another --output_dir" in one_error(capsys)
     assert (tmp_path / "file").read_text() == "in the way"
 
 

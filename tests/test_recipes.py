@@ -17,7 +17,7 @@ from stream_fakes import STREAM, TRAINING, FakePool, install_fakes
 
 from infovla_peft.adapters import active_adapter, merge_adapters
 from infovla_peft.config import InfoVLAConfig, StreamConfig, load_recipe
-from infovla_peft.plan import plan_stages
+from infovla_peft.plan import plan_stages, worker_count
 from infovla_peft.stream import Stream
 
 RECIPES = REPOSITORY / "recipes"
@@ -150,3 +150,10 @@ def test_merge_weights_are_tried_on_validation_states(
     assert "w = 1.0" in capsys.readouterr().out
     with pytest.raises(ValueError, match="is a run of er; its adapters build on each other"):
         module.main(module.parse([str(tmp_path / "er"), *arguments]))
+
+
+def test_there_are_no_negative_workers() -> None:
+    assert worker_count(0) >= 1
+    assert worker_count(3) == 3
+    with pytest.raises(ValueError, match=r"workers must be at least 0 \(one per core\), got -3"):
+        worker_count(-3)

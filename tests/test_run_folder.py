@@ -156,6 +156,8 @@ def test_a_file_in_the_way_and_a_missing_permission_are_explained(
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="--output_dir"):
         RunFolder(tmp_path / "file" / "run").open(CONFIG)
+    with pytest.raises(RunError, match=r"file is, or lies below, a file; choose another --output_dir"):
+        RunFolder(tmp_path / "file").state()
 
     def refuse(*_args: object, **_options: object) -> None:
         raise PermissionError(13, "Permission denied")

@@ -12,6 +12,7 @@ import traceback
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -129,6 +130,13 @@ def test_json_is_strict_and_bounded(tmp_path: Path, text: str, message: str) -> 
 def test_a_folder_or_a_pipe_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no regular file"):
         read_json(tmp_path, error=RunError, cure="give a file")
+
+
+@pytest.mark.parametrize("read", [read_json, read_yaml])
+def test_nothing_lies_below_a_file(tmp_path: Path, read: Any) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match=r"there is no .*file/x: .* is a file; name a folder"):
+        read(tmp_path / "file" / "x", error=RunError, cure="restore it")
 
 
 def test_tokens_are_kept_nowhere(tmp_path: Path) -> None:

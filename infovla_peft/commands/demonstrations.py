@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import CAMERAS, AddCommand, add_simulation
+from .options import CAMERAS, AddCommand, add_simulation, check_simulation
 
 
 def _demos(options: argparse.Namespace) -> None:
@@ -17,8 +17,9 @@ def _demos(options: argparse.Namespace) -> None:
     from ..simulation import find_assets, find_task, suite_tasks
 
     quiet_libraries(loading_bars=False)
-    if Path(options.folder).is_file():
-        raise NotADirectoryError(f"{options.folder} is a file; name a folder for the demonstrations")
+    check_simulation(options)
+    if in_the_way := [place for place in (Path(options.folder), *Path(options.folder).parents) if place.is_file()]:
+        raise NotADirectoryError(f"{in_the_way[0]} is a file; name a folder for the demonstrations")
     names = options.tasks or [task.name for task in suite_tasks(options.suite)]
     tasks = [find_task(options.suite, name) for name in names]
     if options.lerobot:

@@ -6,11 +6,16 @@ import argparse
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from ..option_checks import check_at_least
+
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 EVALUATION_DEFAULTS = {
     "suite": "libero_goal", "assets": "auto", "renderer": "fast", "image_size": 128, "open_loop_steps": 8,
 }  # fmt: skip
 """Of a policy that does not say how it was trained."""
+
+
+_LOWEST = {"image_size": 1, "workers": 0, "open_loop_steps": 1, "max_steps": 1, "videos": 0, "noise": 0}
 
 
 class AddCommand(Protocol):
@@ -55,3 +60,10 @@ def add_simulation(parser: argparse.ArgumentParser, *, trained: bool = False) ->
         help=f"side of the rendered images in pixels{note('image_size')}",
     )
     parser.add_argument("--workers", type=int, default=0, help="simulation processes; 0 = one per core")
+
+
+def check_simulation(options: argparse.Namespace) -> None:
+    """Raise a ValueError that names an option below its lowest value, before a plan is printed or a policy loaded."""
+    for name, lowest in _LOWEST.items():
+        if getattr(options, name, None) is not None:
+            check_at_least(options, lowest, name)

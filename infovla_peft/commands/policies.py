@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .options import CAMERAS, EVALUATION_DEFAULTS, AddCommand, add_simulation, add_token
+from .options import CAMERAS, EVALUATION_DEFAULTS, AddCommand, add_simulation, add_token, check_simulation
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -23,6 +23,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from ..simulation.workers import EnvironmentPool
 
     check_initial_states(options.episodes)
+    check_simulation(options)
     if options.dry_run:
         from ..hub import describe_policy
 
