@@ -180,17 +180,14 @@ class Stream:
         """The base model, its processor and the frozen statistics.
 
         Raises:
-            RunError: a tiny base is not trained yet, or the base sees another number of images than `cameras` names.
+            RunError: a tiny base is not trained yet.
+            ValueError: the base reads another number of images than `cameras` names.
         """
         if self.is_tiny:
             self._need("base", self.run_folder.base)
         model, processor = load_openvla(
             self.base, quantization=self.config.quantization, images=len(self.config.cameras)
         )
-        if model.config.num_images_in_input != len(self.config.cameras):
-            raise RunError(
-                f"{self.base} sees {model.config.num_images_in_input} image(s), but `cameras` is {self.config.cameras}"
-            )
         key, bounds = self.config.unnorm_key or self.config.suite, model.config.action_normalization
         return model, processor, Normaliser(self._statistics(model), key, bounds=bounds)
 
