@@ -191,9 +191,21 @@ class ReplayMemory:
 
         The choice depends on the seed and the task's name alone. The anchors of earlier tasks stay.
 
+        Args:
+            demonstrations: rows, as of `load_demonstrations`.
+            trajectories: of each task, ≥ 0.
+
         Raises:
-            ValueError: a task is in the memory already.
+            TypeError: `demonstrations` is no table.
+            ValueError: a task is in the memory already, or `trajectories` is below 0.
         """
+        if not isinstance(demonstrations, datasets.Dataset):
+            raise TypeError(
+                f"a memory is made of the rows of a datasets.Dataset, as load_demonstrations gives them without "
+                f"streaming=True, got {type(demonstrations).__name__}"
+            )
+        if trajectories < 0:
+            raise ValueError(f"trajectories must be at least 0, got {trajectories}")
         task, episode = np.array(demonstrations["task"]), np.array(demonstrations["episode_index"])
         again = sorted(set(task) & set(self.tasks))
         if again:

@@ -69,6 +69,12 @@ def test_the_choice_depends_on_seed_and_task_alone() -> None:
 def test_nothing_may_be_kept_and_nothing_twice() -> None:
     demonstrations = toy_demonstrations([DRAWER])
     assert len(ReplayMemory().add(demonstrations, trajectories=0)) == 0
+    with pytest.raises(ValueError, match="trajectories must be at least 0, got -1"):
+        ReplayMemory().add(demonstrations, trajectories=-1)
+    others: list[Any] = [[{"task": BOWL}], demonstrations.to_iterable_dataset(), tiny_policy().dataset]
+    for other in others:
+        with pytest.raises(TypeError, match=r"rows of a datasets.Dataset, .* without streaming=True"):
+            ReplayMemory().add(other)
     with pytest.raises(ValueError, match=f"already holds {DRAWER}"):
         ReplayMemory().add(demonstrations).add(demonstrations)
 
