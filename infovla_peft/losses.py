@@ -28,6 +28,8 @@ JointNetwork = Callable[[Tensor, Tensor], Tensor]
 
 SMOOTH_L1_BETA = 1e-3
 """Below this distance, in normalised actions, the loss is quadratic instead of linear. Unverified."""
+LOWEST_TEMPERATURE = 1e-6
+"""Of a softmax over cosines, which is an argmax long before; divided by much less, they overflow."""
 _NO_DIRECTION = 1e-6
 _MASKED = -1e9  # finite: a row in which everything is masked must give neither NaN nor a NaN gradient
 
@@ -104,7 +106,7 @@ def replay_anchor_contrastive_loss(
     Args:
         student: (B, D), any floating dtype.
         anchors: (B, D), the teacher's embeddings of the same samples, in the same order.
-        temperature: τ > 0. Default: unverified (the paper does not state one).
+        temperature: τ ≥ 1e-6. Default: unverified (the paper does not state one).
         bank: (N, D), further anchors, used as negatives.
         exclude: (B, B + N) bool, True = this pair is no negative (columns: anchors, then bank). The pair (i, i) is the
             positive and always stays. See `near_duplicates`.
@@ -115,7 +117,7 @@ def replay_anchor_contrastive_loss(
         Scalar ≥ 0, the mean over B. An exact 0 where nothing can be contrasted: B = 0, or B = 1 without a bank.
 
     Raises:
-        ValueError: shapes that do not fit, a temperature that is not positive, or unknown targets.
+        ValueError: shapes that do not fit, a temperature below 1e-6, or unknown targets.
 
     Example:
         >>> import torch
@@ -148,14 +150,14 @@ def mutual_information_lower_bound(
     Args:
         x: (B, D).
         y: (B, D), y[i] drawn together with x[i]. Both receive gradient.
-        temperature: τ > 0.
+        temperature: τ ≥ 1e-6.
         normalize: compare by cosine instead of by inner product.
 
     Returns:
         Scalar, in nats; 0 for fewer than two samples.
 
     Raises:
-        ValueError: shapes that do not fit, a temperature that is not positive, or an unknown estimator.
+        ValueError: shapes that do not fit, a temperature below 1e-6, or an unknown estimator.
 
     Example, two independent directions that are always told apart:
         >>> import torch
@@ -194,13 +196,13 @@ def summarize_cross_modal(
         vision: (B, Nv, D).
         language: (B, Nl, D).
         vision_mask, language_mask: (B, Nv) and (B, Nl) bool, True = a token. None: all are.
-        temperature: τ > 0 of the attention that fuses. Default: unverified.
+        temperature: τ ≥ 1e-6 of the attention that fuses. Default: unverified.
 
     Returns:
         float32; `fused` (B, 2 D) is differentiable in both inputs.
 
     Raises:
-        ValueError: shapes or masks that do not fit, or a temperature that is not positive.
+        ValueError: shapes or masks that do not fit, or a temperature below 1e-6.
     """
     _check_temperature(temperature)
     if vision.ndim != 3 or language.ndim != 3 or vision.shape[::2] != language.shape[::2]:
@@ -253,7 +255,7 @@ def cross_modal_mi_from_summaries(
 
     Args:
         student, teacher: summaries of the same samples, with equal masks.
-        temperature: τ > 0. Default: unverified.
+        temperature: τ ≥ 1e-6. Default: unverified.
         bank: (N, 2 D), fused teacher latents of further samples; modes ``infonce`` and ``relational``.
         exclude: (B, B + N) bool, True = this pair does not take part (columns: batch, then bank). The pair (i, i)
             always does.
@@ -264,7 +266,7 @@ def cross_modal_mi_from_summaries(
         Scalar, the mean over B; ≥ 0 except in mode ``paper``.
 
     Raises:
-        ValueError: shapes that do not fit, a temperature that is not positive, an unknown mode, or no `joint_network`.
+        ValueError: shapes that do not fit, a temperature below 1e-6, an unknown mode, or no `joint_network`.
     """
     _check_temperature(temperature)
     for name, mine, theirs in zip(CrossModalSummary._fields, student, teacher, strict=True):
@@ -448,8 +450,8 @@ def _unit(tensor: Tensor) -> Tensor:
 
 
 def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
+    if not temperature >= LOWEST_TEMPERATURE:
+        raise ValueError(f"temperature must be at least {LOWEST_TEMPERATURE}, got {temperature}")
 
 
 def _tokens(tokens: Tensor, mask: Tensor | None, name: str) -> Tensor:

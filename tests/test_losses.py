@@ -690,6 +690,7 @@ def test_what_carries_information() -> None:
         (lambda x: replay_anchor_contrastive_loss(x, x[:2]), "student and anchors"),
         (lambda x: replay_anchor_contrastive_loss(x, x, temperature=0.0), "temperature"),
         (lambda x: replay_anchor_contrastive_loss(x, x, temperature=math.nan), "temperature"),
+        (lambda x: replay_anchor_contrastive_loss(x, x, temperature=1e-39), "temperature must be at least 1e-06"),
         (lambda x: replay_anchor_contrastive_loss(x, x, exclude=torch.zeros(3, 4, dtype=torch.bool)), "exclude"),
         (lambda x: replay_anchor_contrastive_loss(x, x, bank=torch.zeros(2, 9)), "bank must"),
         (lambda x: mutual_information_lower_bound(x, x, estimator="mine"), "estimator"),
