@@ -428,6 +428,16 @@ def test_sampling_follows_the_distribution() -> None:
             model.predict_action(**inputs, do_sample=True, temperature=temperature)
 
 
+@pytest.mark.parametrize("head", ["l1", "discrete"])
+def test_chunks_of_another_length_are_refused(head: str) -> None:
+    """One action would be broadcast over the chunk, and learned."""
+    model, processor = tiny(action_head=head)
+    inputs = batch(model, processor)
+    inputs["actions"] = inputs["actions"][:, :1]
+    with pytest.raises(ValueError, match=r"`actions` must be \(batch, 3, 7\), got \(\d, 1, 7\)"):
+        model(**inputs)
+
+
 def test_bad_inputs_name_the_problem() -> None:
     model, processor = tiny()
     inputs = batch(model, processor)

@@ -342,6 +342,9 @@ class OpenVLAForActionPrediction(ActingModel):
         config = self.config
         if pixel_values is None:
             raise ValueError("Parallel decoding needs `pixel_values`.")
+        chunk = (config.num_actions_chunk, config.action_dim)
+        if actions is not None and tuple(actions.shape[1:]) != chunk:  # one action would be broadcast
+            raise ValueError(f"`actions` must be (batch, {chunk[0]}, {chunk[1]}), got {tuple(actions.shape)}.")
         slots = config.num_actions_chunk * config.action_dim
         if labels is not None:
             sequence = locate_slots(input_ids, attention_mask, labels, config)
