@@ -10,12 +10,13 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, InitVar, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from .losses import LOWEST_TEMPERATURE
 from .option_checks import check_at_least, check_choices, settle_types
 from .reading import read_yaml
 
@@ -70,6 +71,20 @@ NOT_COMPILED = (
 )
 
 
+_SETS_OPTIONS: dict[str, dict[str, Any]] = {
+    "infovla_paper": {
+        "teacher": "previous", "cmi_mode": "paper", "anchor_bank": 0, "near_duplicate_window": 0,
+        "rac_targets": "hard", "rac_center": False,
+    },
+    "der++": {"teacher": "auto"},
+    "lwf": {"teacher": "previous"},
+    "ewc": {"adapter_init": "continue"},
+    "single_task": {"adapter_init": "fresh"},
+    "merge": {"adapter_init": "fresh"},
+}  # fmt: skip
+"""What a method has, whatever is given."""
+
+
 @dataclass(repr=False)  # TrainingArguments' own masks tokens
 class InfoVLAConfig(TrainingArguments):
     r"""Configuration of [`InfoVLATrainer`]: everything of `TrainingArguments`, and the following.
@@ -94,8 +109,8 @@ class InfoVLAConfig(TrainingArguments):
         rac_center: subtract the mean anchor of the negatives from all features of RAC, which otherwise lie in a narrow
             cone. Unverified default.
         cmi_mode: `infonce`, `relational` or `paper`; see `losses.cross_modal_mi_from_summaries`. Unverified default.
-        temperature: τ > 0 of both terms. The paper states none. Default: 0.5, which on a tiny base stands less in the
-            way of what is learned than 0.1 (recipes/EXPLORED.md). `infovla_paper`: 0.1, which is unverified.
+        temperature: τ ≥ 1e-6 of both terms. The paper states none. Default: 0.5, which on a tiny base stands less in
+            the way of what is learned than 0.1 (recipes/EXPLORED.md). `infovla_paper`: 0.1, which is unverified.
         teacher: `base` = the base model, adapters off: its features for all of the memory, its answers on the tasks
             that it has learned itself; `auto` = the base for its own tasks and, for a task learned later, the frozen
             adapter that learned it; `previous` = the adapter of stage k−1, frozen (the paper's). Default: auto, which
@@ -266,6 +281,9 @@ class InfoVLAConfig(TrainingArguments):
     )
     remove_unused_columns: bool = _option(False, "Must stay False: batches carry more than the model's arguments.")
 
+    _made_for: InitVar[str | None] = None
+    """The method for which the options above were resolved: `dataclasses.replace` passes it on with them."""
+
     @property
     def n_gpu(self) -> int:
         """At most one: several GPUs are several processes (`accelerate launch`), never `nn.DataParallel`."""
@@ -275,7 +293,13 @@ class InfoVLAConfig(TrainingArguments):
         # Trainer pickles its configuration beside what it saves, and pushes both.
         return {**self.__dict__, "hub_token": None}
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, _made_for: str | None) -> None:
+        if _made_for not in (None, self.method) and (_made_for in _SETS_OPTIONS or self.method == "infovla_paper"):
+            raise ValueError(
+                f"dataclasses.replace would keep what method={_made_for!r} has set (teacher, weights, ...); make a "
+                f"new InfoVLAConfig(method={self.method!r}, ...) of the options that you have chosen"
+            )
+        self.__dict__["_made_for"] = self.method
         for name in ("torch_compile_backend", "torch_compile_mode"):
             if getattr(self, name):
                 raise ValueError(NOT_COMPILED.format(name))  # before it is written into the environment
@@ -290,15 +314,8 @@ class InfoVLAConfig(TrainingArguments):
             if getattr(self, name) is None:
                 setattr(self, name, 0.1 if self.method == "infovla_paper" else default)
         settle_types(self)
-        if self.method == "infovla_paper":
-            self.teacher, self.cmi_mode, self.anchor_bank, self.near_duplicate_window = "previous", "paper", 0, 0
-            self.rac_targets, self.rac_center = "hard", False
-        elif self.method in ("der++", "lwf"):
-            self.teacher = "auto" if self.method == "der++" else "previous"
-        elif self.method == "ewc":
-            self.adapter_init = "continue"
-        elif self.method in ("single_task", "merge"):
-            self.adapter_init = "fresh"
+        for name, value in _SETS_OPTIONS.get(str(self.method), {}).items():
+            setattr(self, name, value)
         check_at_least(
             self, 0, "lambda_rac", "lambda_cmi", "lambda_output", "anchor_bank", "near_duplicate_window", "image_shift"
         )
@@ -310,8 +327,16 @@ class InfoVLAConfig(TrainingArguments):
         check_choices(self)
         if not math.isfinite(self.merge_weight):
             raise ValueError(f"merge_weight must be a finite number, got {self.merge_weight}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be > 0, got {self.temperature}")
+        check_at_least(self, LOWEST_TEMPERATURE, "temperature")
+        check_at_least(self, 1, "gradient_accumulation_steps")
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise ValueError(f"num_train_epochs must be above 0, or max_steps be set, got {self.num_train_epochs}")
+        for name in ("save", "eval", "logging"):
+            if getattr(self, f"{name}_strategy") == "epoch":
+                raise ValueError(
+                    f"{name}_strategy must not be epoch: Trainer's epoch is the whole of a training here, so it would "
+                    f"mean once, at its end; set {name}_strategy to steps, and {name}_steps"
+                )
         if self.log_gradients and self.torch_compile:
             raise ValueError("log_gradients goes through a graph several times, torch_compile once: leave one out")
         if self.rac_center and self.lambda_rac and self.method == "infovla" and not self.anchor_bank:

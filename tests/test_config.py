@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -31,7 +32,13 @@ def test_unknown_stream_notation_says_how_to_write_it(notation: str) -> None:
     ("change", "message"),
     [
         ({"lambda_rac": -0.1}, "lambda_rac must be at least 0"),
-        ({"temperature": 0.0}, "temperature must be > 0"),
+        ({"temperature": 0.0}, "temperature must be at least 1e-06"),
+        ({"temperature": 1e-39}, "temperature must be at least 1e-06"),
+        ({"num_train_epochs": 0}, "num_train_epochs must be above 0, or max_steps be set"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
+        ({"save_strategy": "epoch"}, "save_strategy must not be epoch: .* set save_strategy to steps, and save_steps"),
+        ({"eval_strategy": "epoch"}, "set eval_strategy to steps, and eval_steps"),
+        ({"logging_strategy": "epoch"}, "set logging_strategy to steps, and logging_steps"),
         ({"merge_weight": math.nan}, "merge_weight must be a finite number"),
         ({"replay_fraction": 1.0}, r"replay_fraction must be in \[0, 1\)"),
         ({"method": "magic"}, "method must be one of sequential, er"),
@@ -57,6 +64,20 @@ def test_unknown_stream_notation_says_how_to_write_it(notation: str) -> None:
 def test_training_options_are_checked(tmp_path: Path, change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         InfoVLAConfig(output_dir=str(tmp_path), **change)  # type: ignore[arg-type]
+
+
+def test_another_method_does_not_keep_what_one_has_set(tmp_path: Path) -> None:
+    plain = InfoVLAConfig(output_dir=str(tmp_path), max_steps=3)
+    paper = dataclasses.replace(InfoVLAConfig(output_dir=str(tmp_path), method="infovla_paper"), max_steps=3)
+    assert (paper.max_steps, paper.lambda_rac, paper.teacher) == (3, 0.1, "previous")
+    assert dataclasses.replace(plain, method="er").method == "er"
+    for config, method in (
+        (plain, "infovla_paper"),
+        (paper, "infovla"),
+        (dataclasses.replace(plain, method="ewc"), "er"),
+    ):
+        with pytest.raises(ValueError, match=rf"would keep .* make a new InfoVLAConfig\(method='{method}', ...\)"):
+            dataclasses.replace(config, method=method)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
