@@ -29,6 +29,7 @@ from .adapter_files import (
     AdapterError,
     AdapterInfo,
     check_adapter,
+    check_lora,
     read_lora,
     write_info,
 )
@@ -40,6 +41,8 @@ from .models.openvla.quantization import quantization_of
 
 BASE = "__base__"
 """In a list of adapters: the base alone (PEFT's own word)."""
+TERM_NETWORK = "infovla_{}_network"
+"""Under which a model has the network of a term of the loss, which is trained along and not saved with the adapter."""
 
 
 # --- what is adapted -------------------------------------------------------------------------------------------------
@@ -236,6 +239,39 @@ def adapter_parameters(model: PeftModel, name: str) -> Iterable[tuple[str, nn.Pa
     return [(key, parameter) for key, parameter in model.named_parameters() if f".{name}." in key and ".lora_" in key]
 
 
+def check_trained(model: PeftModel) -> None:
+    """Refuse a model of which more is trained than is saved: the LoRA matrices of its one active adapter.
+
+    Raises:
+        AdapterError: with names of what would be lost.
+    """
+    name = model.active_adapter
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if len(active := {each for layer in layers for each in layer.active_adapters}) > 1:
+        raise AdapterError(
+            f"the adapters {sorted(active)} are active at once, but only the LoRA matrices of one active adapter are "
+            f"trained and saved here; choose it by adapters.activate(model, {name!r}, trainable=True)"
+        )
+    _check_saved(model, name, list(model.named_parameters()))
+
+
+def _check_saved(model: PeftModel, name: str, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Refuse what an adapter's file leaves out of these parameters: those that are trained, and those of its name."""
+    saved = {key for key, _ in adapter_parameters(model, name)}
+    network = TERM_NETWORK.partition("{")[0]
+    lost = [
+        key
+        for key, parameter in parameters
+        if key not in saved and not key.startswith(network) and (parameter.requires_grad or name in key.split("."))
+    ]
+    if lost:
+        raise AdapterError(
+            f"{len(lost)} parameters would be lost ({', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}): only "
+            "the LoRA matrices of one active adapter are trained and saved here. Make the adapter by "
+            f"adapters.add_adapter, or freeze the rest by adapters.activate(model, {name!r}, trainable=True)"
+        )
+
+
 def attach(model: nn.Module, name: str, lora: LoraConfig, *, empty: bool = False) -> PeftModel:
     """`model` with a new, untrained adapter of this shape beside those that it has.
 
@@ -314,8 +350,10 @@ def save_adapter(
 
     Raises:
         FileExistsError: the folder holds something else than an adapter.
+        AdapterError: the adapter is more than `load_adapter` reads, or more was trained than its LoRA matrices.
     """
     path = Path(folder)
+    _check_readable(model, name)
     weights = adapter_weights(model, name)
     if not write:
         return path
@@ -328,6 +366,23 @@ def save_adapter(
         write_json(temporary / STATISTICS, dict(statistics))
         write_info(temporary, info)
     return path
+
+
+def _check_readable(model: PeftModel, name: str) -> None:
+    """Refuse to write an adapter that `load_adapter` would refuse, or that is not all of what was trained."""
+    lora: Any = model.peft_config[name]
+    try:
+        if lora.peft_type != "LORA":
+            raise ValueError(f"peft_type is {lora.peft_type.value}")
+        check_lora(lora)
+    except ValueError as error:
+        raise AdapterError(
+            f"adapter {name!r} could not be loaded again: {error}; make it by adapters.add_adapter, or save it as "
+            "PEFT's own (model.save_pretrained)"
+        ) from error
+    others = set(model.peft_config) - {name}  # which may be in training
+    mine = [(key, value) for key, value in model.named_parameters() if not others & set(key.split("."))]
+    _check_saved(model, name, mine)
 
 
 def adapter_weights(model: PeftModel, name: str) -> dict[str, Tensor]:

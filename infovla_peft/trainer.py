@@ -22,7 +22,14 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from .adapters import base_model, freeze_unused, read_adapter_weights, write_adapter_weights
+from .adapters import (
+    TERM_NETWORK,
+    base_model,
+    check_trained,
+    freeze_unused,
+    read_adapter_weights,
+    write_adapter_weights,
+)
 from .checkpoints import STAGING, check_continuable, keep_newest, last_checkpoint, publish_checkpoint
 from .compilation import compiled_blocks
 from .config import NOT_COMPILED, InfoVLAConfig
@@ -89,7 +96,8 @@ class InfoVLATrainer(Trainer):
     Raises:
         TypeError: `args` is no InfoVLAConfig, or data and collator are swapped.
         ValueError: `push_to_hub`, or an argument of Trainer that would have no effect.
-        ValueError: a teacher whose adapter is not loaded, a batch too small for replay, nothing to train.
+        ValueError: a teacher whose adapter is not loaded, a batch too small for replay.
+        ValueError: nothing to train, or more than is saved: of a `PeftModel`, one adapter's LoRA matrices.
 
     Example:
         >>> trainer = InfoVLATrainer(model, args, dataset, collator, memory=memory)  # doctest: +SKIP
@@ -124,6 +132,8 @@ class InfoVLATrainer(Trainer):
                 "push_to_hub: Trainer would push checkpoints, pickles included. Leave it out, and push what is "
                 "finished: a run by `infovla push` or `push_to_hub`, a single adapter by `model.push_to_hub` (PEFT)"
             )
+        if isinstance(model, PeftModel):
+            check_trained(model)
         args = copy.copy(args)
         self.rehearsal = Rehearsal(
             model, args, train_dataset, data_collator, memory=memory, previous_adapter=previous_adapter,
@@ -133,7 +143,7 @@ class InfoVLATrainer(Trainer):
             if term.network is not None:
                 if not isinstance(model, PeftModel):  # it would be saved among the model's own weights
                     raise ValueError("cmi_mode='paper' trains a network of its own; use it with an adapter")
-                model.add_module(f"infovla_{term.name}_network", term.network)  # the optimiser and DDP see it there
+                model.add_module(TERM_NETWORK.format(term.name), term.network)  # the optimiser and DDP see it there
         if not isinstance(model, PeftModel):
             freeze_unused(model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -436,7 +446,7 @@ class InfoVLATrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Parameters that weight decay is for: the adapter's (or the base's), not those of the terms' networks."""
         names: list[str] = super().get_decay_parameter_names(model)
-        return [name for name in names if not any(f"infovla_{term.name}_network." in name for term in self.terms)]
+        return [name for name in names if not any(f"{TERM_NETWORK.format(term.name)}." in name for term in self.terms)]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """0: Trainer's estimate counts text tokens alone, and walks through all modules in every step to do so."""

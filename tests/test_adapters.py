@@ -240,6 +240,62 @@ def test_an_adapter_reads_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is .* must be left empty"),
+        ({"target_modules": r".*q_proj"}, "target_modules is .* not a pattern"),
+        ({"bias": "lora_only"}, "bias is 'lora_only', which must be left empty"),
+        ({"modules_to_save": ["projector"]}, "modules_to_save is .* must be left empty"),
+        (
+            {"target_modules": ["embed_tokens", "q_proj"]},
+            r"2 parameters would be lost \(.*lora_embedding_A",
+        ),
+        (None, "peft_type is IA3"),
+    ],
+    ids=str,
+)
+def test_what_could_not_be_read_again_is_not_written(
+    tmp_path: Path, options: dict[str, Any] | None, message: str
+) -> None:
+    from peft import IA3Config, LoraConfig, get_peft_model
+
+    policy = tiny_policy()
+    base: Any = {"target_modules": ["q_proj"]}
+    shape = IA3Config(**base, feedforward_modules=[]) if options is None else LoraConfig(**{**base, "r": 4, **options})
+    model: Any = get_peft_model(policy.model, shape)
+    with pytest.raises(AdapterError, match=message):
+        save_adapter(model, "default", tmp_path / "adapter", info(policy), {})
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_what_was_trained_beside_an_adapter_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    model = add_adapter(policy.model, "one", config(tmp_path))
+    add_adapter(model, "two", config(tmp_path))
+    save_adapter(model, "one", tmp_path / "one", info(policy), {})  # that another is in training does not matter
+    base_model(model).projector.fc1.weight.requires_grad_(True)
+    with pytest.raises(AdapterError, match=r"parameters would be lost \(.*projector.*activate\(model, 'two'"):
+        save_adapter(model, "two", tmp_path / "two", info(policy), {})
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own
+@pytest.mark.filterwarnings("ignore:`lora_bias=True`")  # of layers without a bias
+@pytest.mark.filterwarnings("ignore:Adapter 'one'.* have invalid shape")  # of the bias, which has one dimension
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}, {"lora_bias": True}], ids=str)
+def test_other_kinds_of_lora_read_back_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    policy = tiny_policy()
+    model: Any = get_peft_model(policy.model, LoraConfig(r=4, target_modules=["fc1"], **options))
+    randomise(model, "default")
+    expected = predictions(policy, model)
+    folder = save_adapter(model, "default", tmp_path / "adapter", info(policy), {})
+    fresh = tiny_policy()
+    assert torch.equal(predictions(fresh, load_adapter(fresh.model, folder, "one")[0]), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own
 def test_peft_itself_reads_the_folder(tmp_path: Path) -> None:
     from peft import PeftModel
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from tiny_policy import TinyPolicy, tiny_policy
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -280,6 +280,42 @@ def test_what_would_be_ignored_is_refused(
     policy = tiny_policy()
     with pytest.raises(ValueError, match=message):
         InfoVLATrainer(policy.model, config(tmp_path, **options), policy.dataset, policy.collator, **arguments)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize(
+    ("options", "lost"),
+    [
+        ({"bias": "all"}, "bias"),
+        ({"target_modules": ["q_proj", "fc1"], "bias": "lora_only"}, "fc1.base_layer.bias"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens.lora_embedding_A"),
+        ({"modules_to_save": ["projector"]}, "projector.modules_to_save"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_tokens_delta"),
+        (None, "ia3_l"),
+    ],
+    ids=str,
+)
+def test_what_would_be_trained_and_lost_is_refused(tmp_path: Path, options: dict[str, Any] | None, lost: str) -> None:
+    policy = tiny_policy()
+    base: Any = {"target_modules": ["q_proj"]}
+    shape = IA3Config(**base, feedforward_modules=[]) if options is None else LoraConfig(**{**base, **options})
+    model: Any = get_peft_model(policy.model, shape)
+    with pytest.raises(ValueError, match=rf"\d+ parameters would be lost \(.*{lost}.*one active adapter"):
+        InfoVLATrainer(model, config(tmp_path), policy.dataset, policy.collator)
+
+
+def test_what_is_trained_beside_the_adapter_is_refused(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    model = add_adapter(policy.model, "one", config(tmp_path))
+    base_model(model).projector.fc1.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"would be lost \(.*projector.*activate\(model, 'one', trainable=True\)"):
+        InfoVLATrainer(model, config(tmp_path), policy.dataset, policy.collator)
+    activate(model, "one", trainable=True)
+    InfoVLATrainer(model, config(tmp_path), policy.dataset, policy.collator)
+    add_adapter(model, "two", config(tmp_path))
+    cast(Any, model.base_model).set_adapter(["one", "two"])
+    with pytest.raises(ValueError, match=r"the adapters \['one', 'two'\] are active at once"):
+        InfoVLATrainer(model, config(tmp_path), policy.dataset, policy.collator)
 
 
 def test_one_process_uses_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
