@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 
-from .adapters import base_model
+from .adapters import adapter_parameters, base_model
 from .config import InfoVLAConfig
 from .data.chunks import ChunkDataset, FrameTable
 from .data.collator import VLACollator
@@ -50,7 +50,7 @@ class Rehearsal:
         answers_all: whether each teacher has learned the tasks it is asked about; see `are_answered`.
 
     Raises:
-        ValueError: a teacher's adapter is not loaded.
+        ValueError: a teacher is in training, or its adapter is not loaded; a task in `learned_by` is unknown.
     """
 
     def __init__(
@@ -90,6 +90,8 @@ class Rehearsal:
                 current, answered, frames=config.counterfactual_frames, seed=self._seed
             )
         self.tables: list[FrameTable] = [each for each in (self.remembered, self.counterfactual) if each is not None]
+        if self.tables:
+            _check_tasks(learned_by, past_tasks, memory)
         self._answered = torch.ones(sum(map(len, self.tables)), dtype=torch.bool)
         if self.remembered is not None and unanswered:
             known = torch.tensor([task not in unanswered for task in self.remembered.tasks])
@@ -274,6 +276,18 @@ def _each_task(table: FrameTable, views: Views, work: Callable[..., Part], *extr
         yield work(table, rows, views.rows(rows), task, *extra)
 
 
+def _check_tasks(
+    learned_by: Mapping[str, str] | None, past_tasks: Mapping[str, str], memory: ReplayMemory | None
+) -> None:
+    """Refuse a task that nobody knows: it is misspelt, and the one that is meant would count as the base's."""
+    known = list(dict.fromkeys([*past_tasks, *(memory.tasks if memory is not None else ())]))
+    if unknown := [task for task in learned_by or {} if task not in known]:
+        raise ValueError(
+            f"learned_by names {', '.join(map(repr, unknown))}, which is neither in the memory nor in past_tasks; "
+            f"known are {', '.join(map(repr, known))}"
+        )
+
+
 def _teachers(
     model: nn.Module,
     config: InfoVLAConfig,
@@ -282,7 +296,12 @@ def _teachers(
     learned_by: Mapping[str, str] | None,
 ) -> dict[str, str | None]:
     """The adapter that is the teacher of each past task; None = the base."""
-    known = list(model.peft_config) if isinstance(model, PeftModel) else []
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            f"method={config.method!r} asks a frozen teacher, and this model, all of which is trained, would be its "
+            "own: use it with an adapter (adapters.add_adapter), or method='er'"
+        )
+    known = list(model.peft_config)
     if config.teacher == "auto" and learned_by is None and len(known) > 1:
         raise ValueError(
             f"teacher='auto': which of {known} learned which past task? Say it by learned_by={{task: adapter}}; "
@@ -303,5 +322,10 @@ def _teachers(
             raise ValueError(
                 f"teacher={config.teacher!r} needs the adapter {adapter!r}, found only {known}; "
                 "load it first (adapters.load_adapter), or use teacher='base'"
+            )
+        if any(value.requires_grad for _, value in adapter_parameters(model, adapter)):
+            raise ValueError(
+                f"teacher={config.teacher!r}: the adapter {adapter!r} is in training, and a teacher must be frozen; "
+                f"train a new one (adapters.add_adapter(..., start_from={adapter!r})), or use teacher='base'"
             )
     return teachers

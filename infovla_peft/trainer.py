@@ -72,8 +72,8 @@ class InfoVLATrainer(Trainer):
     `losses.output_distillation_loss`: their labels are actions that the student reproduces at the start
     (on the first view of a frame, whose label the other views have too).
 
-    Without a PEFT model, all parameters are trained that ever receive a gradient: that is the base stage. Without past
-    tasks there is no replay and no term.
+    Without a PEFT model, all parameters are trained that ever receive a gradient: that is the base stage. Such a model
+    can replay (`er`), but has no frozen teacher. Without past tasks there is no replay and no term.
 
     Two processes with batches of B give the loss and the gradient of one with 2B. A resumed run reproduces the
     uninterrupted one: batch k is a function of the seed and k. Trainer's "epoch" is the whole of this training.
@@ -96,7 +96,8 @@ class InfoVLATrainer(Trainer):
     Raises:
         TypeError: `args` is no InfoVLAConfig, or data and collator are swapped.
         ValueError: `push_to_hub`, or an argument of Trainer that would have no effect.
-        ValueError: a teacher whose adapter is not loaded, a batch too small for replay.
+        ValueError: a teacher that is in training or not loaded, or a task in `learned_by` that nobody knows.
+        ValueError: a batch too small for replay.
         ValueError: nothing to train, or more than is saved: of a `PeftModel`, one adapter's LoRA matrices.
 
     Example:

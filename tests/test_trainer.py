@@ -318,6 +318,36 @@ def test_what_is_trained_beside_the_adapter_is_refused(tmp_path: Path) -> None:
         InfoVLATrainer(model, config(tmp_path), policy.dataset, policy.collator)
 
 
+def test_a_teacher_is_never_in_training(tmp_path: Path) -> None:
+    """Asked when a training goes on, it would be the half-trained student."""
+    policy = tiny_policy()
+    model = add_adapter(policy.model, "one", config(tmp_path))
+    dataset, memory = policy.dataset.like(policy.task(BOWL)), old_tasks(policy)
+
+    def train(model: Any, options: dict[str, Any], **told: Any) -> InfoVLATrainer:
+        return InfoVLATrainer(model, config(tmp_path, **options), dataset, policy.collator, memory=memory, **told)
+
+    with pytest.raises(ValueError, match="teacher='previous': the adapter 'one' is in training"):
+        train(model, {"teacher": "previous"}, previous_adapter="one")
+    with pytest.raises(ValueError, match="teacher='auto': the adapter 'one' is in training"):
+        train(model, {"teacher": "auto"}, learned_by={STOVE: "one"})
+    whole = tiny_policy().model
+    with pytest.raises(ValueError, match="use it with an adapter"):
+        train(whole, {})
+    assert train(whole, {"method": "er"}).rehearsal.remembered is not None
+
+
+def test_a_task_that_nobody_knows_is_named(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    args = config(tmp_path, teacher="auto")
+    model = add_adapter(add_adapter(policy.model, "one", args), "two", args)
+    with pytest.raises(ValueError, match=r"learned_by names 'turn_on_the_stov', .* known are 'open_the_drawer'"):
+        InfoVLATrainer(
+            model, args, policy.dataset.like(policy.task(BOWL)), policy.collator, memory=old_tasks(policy),
+            learned_by={"turn_on_the_stov": "one"},
+        )  # fmt: skip
+
+
 def test_one_process_uses_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainer would wrap the model in `nn.DataParallel`, which cannot gather what it returns."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 4))
