@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from .files import fsync, fsync_tree, remove_folder
 from .integrity import DamagedFileError, check_files, checksums, files_below, read_sealed, write_sealed
@@ -42,17 +43,31 @@ def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Raise a DamagedFileError that names a file of a checkpoint which is not what was written."""
-    try:
-        content = read_sealed(folder / MANIFEST, newest=FORMAT_VERSION)
-    except FileNotFoundError as error:
-        raise DamagedFileError(f"{folder / MANIFEST} is missing") from error
+    """Raise a DamagedFileError that names a file of a checkpoint which is not what was written, or not of here."""
+    content = _manifest(folder)
     if content.get("checkpoint") != folder.name:
         raise DamagedFileError(f"{folder} holds another checkpoint ({content.get('checkpoint')})")
     stages = [str(content.get("training")), folder.resolve().parent.name]
     if all(name.startswith("stage_") for name in stages) and stages[0] != stages[1]:  # others may be renamed
         raise DamagedFileError(f"{folder} holds a checkpoint of another training ({stages[0]})")
     check_files(folder, content["sha256"])
+
+
+def check_whole(checkpoint: str | os.PathLike[str]) -> None:
+    """Raise a DamagedFileError if a file is not what was written; the checkpoint may have been moved and renamed."""
+    folder = Path(checkpoint)
+    try:
+        check_files(folder, _manifest(folder)["sha256"])
+    except DamagedFileError as error:
+        cure = "go on from another checkpoint, or from the last whole one by resume_from_checkpoint=True"
+        raise DamagedFileError(error.with_cure(cure)) from error
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        return read_sealed(folder / MANIFEST, newest=FORMAT_VERSION)
+    except FileNotFoundError as error:
+        raise DamagedFileError(f"{folder / MANIFEST} is missing") from error
 
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
@@ -73,8 +88,14 @@ def check_continuable(checkpoint: str | os.PathLike[str], *, sharded: bool) -> N
     Args:
         sharded: FSDP trains now. A checkpoint saved under FSDP is known by its optimiser's file, one of DeepSpeed's,
             which has optimiser and schedule in files of its own, by the folder that is named by the step.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
     """
     folder = Path(checkpoint)
+    if not folder.is_dir():
+        there = ", ".join(path.name for path in checkpoints(folder.parent)) or "none"
+        raise FileNotFoundError(f"there is no checkpoint at {folder}; there are in {folder.parent}: {there}")
     if sharded or (not (folder / "optimizer.pt").exists() and any(folder.glob("optimizer*"))):
         raise ValueError(
             f"{folder}: a stage under FSDP2 cannot be continued from a checkpoint; delete {folder.parent}/checkpoint-*"

@@ -30,7 +30,7 @@ from .adapters import (
     read_adapter_weights,
     write_adapter_weights,
 )
-from .checkpoints import STAGING, check_continuable, keep_newest, last_checkpoint, publish_checkpoint
+from .checkpoints import STAGING, check_continuable, check_whole, keep_newest, last_checkpoint, publish_checkpoint
 from .compilation import compiled_blocks
 from .config import NOT_COMPILED, InfoVLAConfig
 from .conflict import CURRENT, REPLAY, conflicts
@@ -238,14 +238,19 @@ class InfoVLATrainer(Trainer):
             resume_from_checkpoint: a checkpoint's folder; True = the last whole one in `output_dir`, if any.
 
         Raises:
+            FileNotFoundError: there is no such checkpoint.
+            DamagedFileError: a file of it is missing or was changed.
             ValueError: under FSDP2, or where it was saved under FSDP2, a checkpoint cannot be continued.
             DivergenceError: loss or gradient ran away. The weights are those before that step, the checkpoints stay.
             Stopped: a signal ended it (see `interruption`); a checkpoint is saved.
         """
+        last = resume_from_checkpoint is True
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
         if resume_from_checkpoint:
             check_continuable(resume_from_checkpoint, sharded=self.is_fsdp_enabled)
+            if not last:  # which is checked already
+                check_whole(resume_from_checkpoint)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             self._keep_vision()  # a sharded tower cannot be called by itself
         model = cast(nn.Module, self.model)

@@ -655,6 +655,21 @@ def test_the_same_command_goes_on_where_it_was(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path / "none") is None
 
 
+def test_a_checkpoint_that_is_named_is_checked_too(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    trainer = adapter_stage(tmp_path / "run", **options)
+    trainer.train()
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*-7; there are in .*: checkpoint-1, checkpoint-2"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-7"))
+    moved = (tmp_path / "run" / "checkpoint-1").rename(tmp_path / "kept")
+    adapter_stage(tmp_path / "again", **options).train(resume_from_checkpoint=str(moved))
+    with (moved / "adapter_model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors is damaged; go on from another checkpoint"):
+        adapter_stage(tmp_path / "again", **options).train(resume_from_checkpoint=str(moved))
+
+
 # --- the log, and refusals ---
 
 
