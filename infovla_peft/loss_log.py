@@ -17,7 +17,8 @@ from .files import atomic_file, fsync
 class LossLog(TrainerCallback):
     """Writes each log entry of a training as one line of JSON, for the report's curves.
 
-    A resumed training drops the lines beyond its checkpoint, so that every step appears once.
+    An evaluation (`eval_*`) has a line of its own. A resumed training drops the lines beyond its checkpoint, so that
+    every entry appears once.
 
     Args:
         path: the file.
@@ -45,7 +46,7 @@ class LossLog(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if state.is_world_process_zero and logs and "loss" in logs:
+        if state.is_world_process_zero and logs and any(key == "loss" or key.startswith("eval_") for key in logs):
             entry = {"stage": self._stage, "step": state.global_step, **logs}
             if "learning_rate" in entry:
                 entry["lr"] = entry.pop("learning_rate")

@@ -29,6 +29,7 @@ from infovla_peft.data.normalisation import Normaliser
 from infovla_peft.loss_log import LossLog
 from infovla_peft.memory import Anchors, ReplayMemory
 from infovla_peft.methods import METHODS, without_memory
+from infovla_peft.report import read_loss_curves
 from infovla_peft.teacher import compute_anchors, teacher_mode
 from infovla_peft.trainer import InfoVLATrainer
 
@@ -671,6 +672,20 @@ def test_a_checkpoint_that_is_named_is_checked_too(tmp_path: Path) -> None:
 
 
 # --- the log, and refusals ---
+
+
+def test_evaluations_are_in_the_log(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    folder = tmp_path / "stages" / "stage_00"
+    args = config(folder, report_to=["jsonl"], max_steps=2, eval_strategy="steps", eval_steps=1)
+    InfoVLATrainer(policy.model, args, policy.dataset, policy.collator, eval_dataset=policy.dataset).train()
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], "loss" in line, "eval_loss" in line) for line in lines] == [
+        (1, True, False), (1, False, True), (2, True, False), (2, False, True)
+    ]  # fmt: skip
+    curves, unreadable = read_loss_curves(tmp_path)
+    assert ([curve.term for curve in curves], unreadable) == (["policy_loss"], 0)
+    assert list(curves[0].steps) == [1, 2]
 
 
 def test_the_folder_of_a_training_is_entered_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
