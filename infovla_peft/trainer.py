@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
+import datasets
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -55,6 +56,10 @@ from .trackers import JSONL, trainer_report_to
 from .vision_cache import VisionCache, check_cacheable
 
 _TERM_WEIGHTS = "term_networks.safetensors"
+_NO_PUSH = (
+    "push_to_hub: Trainer would push checkpoints, pickles included. Leave it out, and push what is finished: a run by "
+    "`infovla push` or `push_to_hub`, a single adapter by `model.push_to_hub` (PEFT)"
+)
 
 
 class InfoVLATrainer(Trainer):
@@ -81,7 +86,7 @@ class InfoVLATrainer(Trainer):
     Args:
         model: an OpenVLA, or a `PeftModel` of one whose active adapter is trained (see `adapters.add_adapter`).
         args: the configuration.
-        train_dataset: the current task's samples.
+        train_dataset: the current task's samples, in chunks of the model's length.
         data_collator: with the frozen normalisation.
         memory: of past tasks. If it has a folder, anchors are stored there.
         previous_adapter: name of the adapter of the stage before; None where that stage is the base. Only used by
@@ -94,10 +99,10 @@ class InfoVLATrainer(Trainer):
         kwargs: further arguments of `Trainer`.
 
     Raises:
-        TypeError: `args` is no InfoVLAConfig, or data and collator are swapped.
+        TypeError: an argument is of another kind, or data and collator are swapped.
         ValueError: `push_to_hub`, or an argument of Trainer that would have no effect.
         ValueError: a teacher that is in training or not loaded, or a task in `learned_by` that nobody knows.
-        ValueError: a batch too small for replay.
+        ValueError: samples of another chunk length than the model's, a batch too small for replay.
         ValueError: nothing to train, or more than is saved: of a `PeftModel`, one adapter's LoRA matrices.
 
     Example:
@@ -121,18 +126,14 @@ class InfoVLATrainer(Trainer):
         consolidation: Consolidation | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(args, InfoVLAConfig):
-            raise TypeError(f"args must be an InfoVLAConfig, got {type(args).__name__}")
-        if isinstance(train_dataset, VLACollator):
-            raise TypeError("the data comes before the collator here: InfoVLATrainer(model, args, dataset, collator)")
+        _check_kinds(model, args, train_dataset, data_collator)
+        _check_samples(kwargs.get("eval_dataset"))
         unused = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
         if given := [name for name in unused if kwargs.get(name) is not None]:
             raise ValueError(f"{', '.join(given)}: the policy's loss is the model's own; subclass to change it")
         if args.push_to_hub:
-            raise ValueError(
-                "push_to_hub: Trainer would push checkpoints, pickles included. Leave it out, and push what is "
-                "finished: a run by `infovla push` or `push_to_hub`, a single adapter by `model.push_to_hub` (PEFT)"
-            )
+            raise ValueError(_NO_PUSH)
+        _check_chunk(model, train_dataset)
         if isinstance(model, PeftModel):
             check_trained(model)
         args = copy.copy(args)
@@ -178,7 +179,7 @@ class InfoVLATrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._consolidation = consolidation.to(args.device) if consolidation is not None else None
-        self._sampler()  # fails now, not after the anchors are computed
+        self._check_retrieval(self._sampler())  # fails now, not after the anchors are computed
         self._vision: VisionCache | None = None
         if args.cache_vision_features:
             check_cacheable(model, args, replayed_anew=bool(self.rehearsal) and self.rehearsal.views is None)
@@ -198,6 +199,21 @@ class InfoVLATrainer(Trainer):
     def _sampler(self) -> StratifiedBatchSampler:
         batches = self.args.max_steps * self.args.gradient_accumulation_steps
         return self.rehearsal.sampler(self._train_batch_size, batches)
+
+    def _check_retrieval(self, sampler: StratifiedBatchSampler) -> None:
+        batch, processes = self._train_batch_size * self.args.world_size, self.args.world_size
+        fewest = min(sampler.replay_size, batch - sampler.replay_size)
+        if METHODS[self.args.method].retrieves and self.rehearsal and fewest < processes:
+            raise ValueError(
+                f"method={self.args.method!r} chooses in each process what to replay beside the new task's samples: "
+                f"{sampler.replay_size} of the {batch} samples of a step are replayed, and each of {processes} "
+                "processes needs one of either kind; raise per_device_train_batch_size, or change replay_fraction"
+            )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Batches of held-out samples, for `evaluate`."""
+        _check_samples(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches for this process. Not prepared by Accelerate: the sampler knows the processes already."""
@@ -482,6 +498,14 @@ class InfoVLATrainer(Trainer):
             keep_newest(folder, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused, as the option of that name is.
+
+        Raises:
+            ValueError: always; it says what to use.
+        """
+        raise ValueError(_NO_PUSH)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model, or of a `PeftModel` the adapter in training. All processes call this together.
 
@@ -536,6 +560,51 @@ def _steps(config: InfoVLAConfig, samples: int, replayed: int) -> int:
     """Steps of `num_train_epochs` over the current task's samples, beside so many replayed ones in a batch of all."""
     per_step = (config.train_batch_size * config.world_size - replayed) * config.gradient_accumulation_steps
     return math.ceil(config.num_train_epochs * samples / float(per_step))
+
+
+def _check_kinds(model: Any, args: Any, train_dataset: Any, data_collator: Any) -> None:
+    """Name an argument of another kind, before something of it is missed deep inside."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be the model itself, with the adapter to train (adapters.add_adapter), not {_kind(model)}; "
+            "model_init is not supported"
+        )
+    if not isinstance(args, InfoVLAConfig):
+        raise TypeError(f"args must be an InfoVLAConfig, got {type(args).__name__}")
+    if isinstance(train_dataset, VLACollator):
+        raise TypeError("the data comes before the collator here: InfoVLATrainer(model, args, dataset, collator)")
+    if not isinstance(train_dataset, ChunkDataset):
+        raise TypeError(
+            f"train_dataset must be a ChunkDataset, got {_kind(train_dataset)}; "
+            "ChunkDataset(frames, collator.pipeline) makes one of the rows of demonstrations"
+        )
+    if not isinstance(data_collator, VLACollator):
+        raise TypeError(
+            f"data_collator must be a VLACollator, got {_kind(data_collator)}; "
+            "VLACollator(processor, normaliser, model.config) makes one, with the frozen normalisation"
+        )
+
+
+def _check_samples(eval_dataset: Any) -> None:
+    for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+        if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+            raise TypeError(
+                f"eval_dataset must hold samples, got the rows of {_kind(dataset)}; "
+                "train_dataset.like(frames) makes a ChunkDataset of them"
+            )
+
+
+def _check_chunk(model: nn.Module, data: ChunkDataset) -> None:
+    config = base_model(model).config
+    if config.decoding == "parallel" and data.chunk != config.num_actions_chunk:
+        raise ValueError(
+            f"train_dataset has chunks of {data.chunk} actions, the model makes chunks of {config.num_actions_chunk}; "
+            "make it by ChunkDataset(..., chunk=policy.chunk_length(model.config))"
+        )
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__module__.split('.')[0]}.{type(value).__name__}"
 
 
 class _StopOnSignal(TrainerCallback):

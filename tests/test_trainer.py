@@ -283,6 +283,42 @@ def test_what_would_be_ignored_is_refused(
         InfoVLATrainer(policy.model, config(tmp_path, **options), policy.dataset, policy.collator, **arguments)
 
 
+def test_pushing_by_hand_is_refused_like_the_option(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="push what is finished: a run by `infovla push`"):
+        adapter_stage(tmp_path).push_to_hub()
+
+
+def test_arguments_of_another_kind_are_named(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    args, frames, usual = config(tmp_path), policy.task(BOWL), (policy.dataset, policy.collator)
+    cases: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+        (
+            (policy.model, args, frames, policy.collator),
+            {},
+            "train_dataset must be a ChunkDataset, got a datasets.Data",
+        ),
+        ((policy.model, args, None, policy.collator), {}, "train_dataset must be a ChunkDataset, got None"),
+        ((policy.model, args, policy.dataset, None), {}, "data_collator must be a VLACollator, got None"),
+        ((None, args, *usual), {"model_init": tiny_policy}, "not None; model_init is not supported"),
+        ((policy.model, args, *usual), {"eval_dataset": frames}, r"train_dataset.like\(frames\)"),
+        ((policy.model, args, *usual), {"eval_dataset": {"one": frames}}, "eval_dataset must hold samples"),
+    ]
+    for arguments, more, message in cases:
+        with pytest.raises(TypeError, match=message):
+            InfoVLATrainer(*arguments, **more)
+    rows: Any = frames
+    with pytest.raises(TypeError, match=r"must hold samples, got the rows of a datasets\.Dataset"):
+        InfoVLATrainer(policy.model, args, *usual).evaluate(rows)
+
+
+@pytest.mark.parametrize("chunk", [1, 8])
+def test_chunks_of_another_length_than_the_model_s_are_refused(tmp_path: Path, chunk: int) -> None:
+    policy = tiny_policy()
+    other = ChunkDataset(policy.task(BOWL), policy.dataset.pipeline, chunk=chunk)
+    with pytest.raises(ValueError, match=f"chunks of {chunk} actions, the model makes chunks of 4"):
+        InfoVLATrainer(policy.model, config(tmp_path), other, policy.collator)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize(
     ("options", "lost"),
@@ -347,6 +383,13 @@ def test_a_task_that_nobody_knows_is_named(tmp_path: Path) -> None:
             model, args, policy.dataset.like(policy.task(BOWL)), policy.collator, memory=old_tasks(policy),
             learned_by={"turn_on_the_stov": "one"},
         )  # fmt: skip
+
+
+def test_each_process_needs_samples_of_both_kinds_for_mir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(InfoVLAConfig, "world_size", property(lambda _: 4))
+    adapter_stage(tmp_path, method="mir", per_device_train_batch_size=2)
+    with pytest.raises(ValueError, match="2 of the 8 samples of a step are replayed, and each of 4 processes"):
+        adapter_stage(tmp_path, method="mir", per_device_train_batch_size=2, replay_fraction=0.25)
 
 
 def test_one_process_uses_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
