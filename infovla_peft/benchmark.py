@@ -61,6 +61,7 @@ ADAPTER_OPTIONS = frozenset(
         "cmi_mode",
         "rac_targets",
         "rac_center",
+        "rac_pooling",
         "temperature",
         "teacher",
         "tap_layer",

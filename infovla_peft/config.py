@@ -108,6 +108,9 @@ class InfoVLAConfig(TrainingArguments):
             equals the teacher (Eq. 1 is not); see `losses.replay_anchor_contrastive_loss`.
         rac_center: subtract the mean anchor of the negatives from all features of RAC, which otherwise lie in a narrow
             cone. Unverified default.
+        rac_pooling: what RAC contrasts, of the hidden states of `tap_layer`: None = the mean over the positions that
+            predict actions; the last token of the `prompt`, or the mean over all patches (`vision`). The paper says
+            "fused embedding"; in a causal language model patches have not seen the instruction. Unverified default.
         cmi_mode: `infonce`, `relational` or `paper`; see `losses.cross_modal_mi_from_summaries`. Unverified default.
         temperature: τ ≥ 1e-6 of both terms. The paper states none. Default: 0.5, which on a tiny base stands less in
             the way of what is learned than 0.1 (recipes/EXPLORED.md). `infovla_paper`: 0.1, which is unverified.
@@ -221,6 +224,9 @@ class InfoVLAConfig(TrainingArguments):
         "soft", "What RAC contrasts for: hard = the sample's own anchor (Eq. 1), soft = the teacher's similarities."
     )
     rac_center: bool = _option(True, "Subtract the mean of the negatives' anchors from the features of RAC.")
+    rac_pooling: Literal["prompt", "vision"] | None = _option(
+        None, "RAC contrasts the prompt's last token, or the mean of the patches; default: the mean where actions are."
+    )
     cmi_mode: Literal["infonce", "relational", "paper"] = _option("relational", "Estimator of the cross-modal term.")
     temperature: float = _option(None, "Temperature of both terms. Default: 0.5; infovla_paper: 0.1.")
     teacher: Literal["base", "auto", "previous"] = _option(

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .policy import TokenRoles, VLAModel
 
+Pooling = Literal["prompt", "vision"] | None
+
 
 class Features(NamedTuple):
     """Hidden states of one layer, by role.
 
     Attributes:
-        action: (B, D), mean over the positions that predict actions: where vision, language and proprioception have
-            been attended to, the counterpart of the paper's fused embedding.
+        action: (B, D), what RAC contrasts, the counterpart of the paper's fused embedding: the mean over the positions
+            that predict actions, where vision, language and proprioception have been attended to, unless
+            `extract_features` is told to pool others.
         vision: (B, Nv, D), all patches.
         language: (B, Nl, D), the instruction's tokens, 0 where a row has fewer than Nl.
         language_mask: (B, Nl) bool.
@@ -83,7 +86,12 @@ def policy_output(output: Any, rows: slice = slice(None)) -> Tensor:
 
 
 def extract_features(
-    hidden: Tensor, roles: TokenRoles, rows: slice = slice(None), *, longest: int | None = None
+    hidden: Tensor,
+    roles: TokenRoles,
+    rows: slice = slice(None),
+    *,
+    longest: int | None = None,
+    pooling: Pooling = None,
 ) -> Features:
     """Sort the hidden states of some samples by role.
 
@@ -92,11 +100,11 @@ def extract_features(
         roles: of the same forward pass.
         rows: which samples; the others cost nothing.
         longest: Nl, the largest number of language tokens of one of them; to compute it (None) waits for the device.
+        pooling: what becomes `Features.action`: the mean over the positions that predict actions (None), the last
+            token of the `prompt`, or the mean over all patches (`vision`).
     """
     hidden = hidden[rows]
     batch, _, width = hidden.shape
-    action = roles.action[rows].to(hidden.dtype)  # (B, S)
-    pooled = torch.einsum("bs,bsd->bd", action, hidden) / action.sum(1, keepdim=True).clamp(min=1)
     if roles.vision_span is not None:
         vision = hidden[:, slice(*roles.vision_span)]
     else:
@@ -107,4 +115,11 @@ def extract_features(
     order = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :longest]  # (B, Nl), tokens first
     language_mask = mask.gather(1, order)
     language = hidden.gather(1, order[..., None].expand(-1, -1, width)) * language_mask[..., None]
+    if pooling == "vision":
+        return Features(vision.mean(1), vision, language, language_mask)
+    chosen = roles.action[rows]  # (B, S)
+    if pooling == "prompt":
+        chosen = mask & (mask.int().cumsum(1) == mask.sum(1, keepdim=True))
+    positions = chosen.to(hidden.dtype)
+    pooled = torch.einsum("bs,bsd->bd", positions, hidden) / positions.sum(1, keepdim=True).clamp(min=1)
     return Features(pooled, vision, language, language_mask)

@@ -95,7 +95,7 @@ def without_memory(method: str) -> str:
 
 
 _READ_BY = {
-    "rac": {"lambda_rac", "rac_targets", "rac_center"},
+    "rac": {"lambda_rac", "rac_targets", "rac_center", "rac_pooling"},
     "cmi": {"lambda_cmi", "cmi_mode"},
     "output": {"lambda_output"},
 }

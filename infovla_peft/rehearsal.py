@@ -246,7 +246,8 @@ class _TeacherQueries:
         self._model, self._collator, self._teachers = model, collator, teachers
         self._batch_size, self._autocast, self._folder = batch_size, autocast, str(config.output_dir)
         self._options: dict[str, Any] = {
-            "tap_layer": config.tap_layer, "temperature": config.temperature, "dtype": dtype,
+            "tap_layer": config.tap_layer, "pooling": config.rac_pooling, "temperature": config.temperature,
+            "dtype": dtype,
         }  # fmt: skip
 
     def answers(self, table: FrameTable, rows: NDArray[np.int64], views: Views, task: str) -> NDArray[np.float32]:

@@ -21,7 +21,7 @@ from .data.chunks import FrameTable
 from .data.collator import VLACollator
 from .data.sampling import Augmentation, Views
 from .distributed import gather_pieces, is_main, my_share, reshard
-from .features import FeatureTap, extract_features, policy_output
+from .features import FeatureTap, Pooling, extract_features, policy_output
 from .losses import summarize_cross_modal
 from .memory import Anchors
 
@@ -79,7 +79,7 @@ def _statistics(model: Any, statistics: dict[str, Any]) -> Iterator[None]:
 
 def anchor_spec(
     model: nn.Module, data: FrameTable, collator: VLACollator, rows: NDArray[np.int64], views: Views, *,
-    adapter: str | None, tap_layer: int, temperature: float, dtype: str,
+    adapter: str | None, tap_layer: int, temperature: float, dtype: str, pooling: Pooling = None,
 ) -> dict[str, str]:  # fmt: skip
     """All that the anchors of some rows depend on; equal specifications mean equal anchors.
 
@@ -99,6 +99,7 @@ def anchor_spec(
         "tap_layer": str(tap_layer),
         "temperature": str(temperature),
         "dtype": dtype,
+        **({} if pooling is None else {"pooling": pooling}),
     }
 
 
@@ -109,6 +110,7 @@ def compute_anchors(
     *,
     adapter: str | None = None,
     tap_layer: int = -1,
+    pooling: Pooling = None,
     temperature: float = 0.1,
     views: Views | None = None,
     rows: NDArray[np.int64] | None = None,
@@ -125,7 +127,7 @@ def compute_anchors(
         model: not wrapped by DistributedDataParallel; on any device, where the batches are moved to.
         data: the frames.
         adapter: None = the base.
-        tap_layer, temperature: as for the student.
+        tap_layer, pooling, temperature: as for the student.
         views: of these rows; None = the frames themselves.
         rows: which rows of `data`; None = all.
         autocast: the context in which the student will run, and `dtype`, its name: half precision of both must agree.
@@ -146,6 +148,7 @@ def compute_anchors(
         tap_layer=tap_layer,
         temperature=temperature,
         dtype=dtype,
+        pooling=pooling,
     )
     inner = base_model(model)
     device = next(inner.parameters()).device
@@ -161,7 +164,7 @@ def compute_anchors(
             batch = {name: tensor.to(device) for name, tensor in collator(samples).items()}
             with autocast(), FeatureTap(inner, tap_layer) as tap:
                 output = model(**batch, return_logits=False)
-            features = extract_features(tap.hidden, output.token_roles)
+            features = extract_features(tap.hidden, output.token_roles, pooling=pooling)
             summary = summarize_cross_modal(
                 features.vision, features.language, None, features.language_mask, temperature=temperature
             )

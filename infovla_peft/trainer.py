@@ -379,7 +379,9 @@ class InfoVLATrainer(Trainer):
         first = len(hidden) - len(own)  # replay samples come last, those of the memory before counterfactual ones
         contrast = negatives(anchors, kept, others, hidden.device)
         rows = slice(first, first + len(kept))
-        features = extract_features(hidden, outputs.token_roles, rows, longest=contrast.words)
+        features = extract_features(
+            hidden, outputs.token_roles, rows, longest=contrast.words, pooling=self.args.rac_pooling
+        )
         output = policy_output(outputs, slice(first, None))
         if not self.rehearsal.answers_all:
             known, peers_known = (self.rehearsal.are_answered(part) for part in (own, peers))

@@ -225,6 +225,7 @@ OPTIONS = st.fixed_dictionaries(
         "counterfactual_frames": st.integers(1, 10**6),
         "teacher": st.sampled_from(["base", "auto", "previous"]),
         "rac_center": st.booleans(),
+        "rac_pooling": st.sampled_from([None, "prompt", "vision"]),
         "lora_r": st.integers(1, 512),
         "learning_rate": st.floats(1e-12, 1),
         "seed": st.integers(0, 2**31 - 1),

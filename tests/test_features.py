@@ -41,6 +41,19 @@ def test_features_by_role_equal_a_loop_over_positions(policy: TinyPolicy) -> Non
         assert not features.language[row][~features.language_mask[row]].any()
 
 
+def test_rac_may_contrast_the_last_token_of_the_prompt_or_the_patches(policy: TinyPolicy) -> None:
+    with FeatureTap(policy.model, -1) as tap:
+        roles = policy.model(**policy.batch([0, 30, 60])).token_roles
+    prompt = extract_features(tap.hidden, roles, slice(1, None), pooling="prompt")
+    vision = extract_features(tap.hidden, replace(roles, vision_span=None), pooling="vision")
+    for row in (0, 1):
+        last = roles.language[1 + row].nonzero()[-1, 0]
+        torch.testing.assert_close(prompt.action[row], tap.hidden[1 + row, last])
+    for row, hidden in enumerate(tap.hidden):
+        torch.testing.assert_close(vision.action[row], hidden[roles.vision[row]].mean(0))
+    assert torch.equal(prompt.language, extract_features(tap.hidden, roles, slice(1, None)).language)
+
+
 def test_only_some_rows(policy: TinyPolicy) -> None:
     batch = policy.batch([0, 30, 60, 1])
     with FeatureTap(policy.model, -1) as tap:

@@ -160,6 +160,8 @@ def test_a_specification_names_everything_that_matters(tmp_path: Path) -> None:
         spec(policy, model, adapter="one"),
         spec(policy, model, adapter="two"),
         spec(policy, model, tap_layer=1),
+        spec(policy, model, pooling="prompt"),
+        spec(policy, model, pooling="vision"),
         spec(policy, model, temperature=0.2),
         spec(policy, model, views=shifted),
         spec(policy, model, views=noisy),

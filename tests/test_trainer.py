@@ -519,6 +519,16 @@ def test_the_label_of_a_counterfactual_frame_is_the_answer_of_its_teacher(
     assert all(np.isfinite(losses(trainer)))
 
 
+@pytest.mark.parametrize("pooling", [None, "prompt", "vision"])
+def test_student_and_teacher_pool_the_same_positions(tmp_path: Path, pooling: str | None) -> None:
+    """A fresh adapter is the teacher, so that RAC, which asks for the teacher's similarities, pulls at nothing."""
+    options = {"lambda_cmi": 0.0, "lambda_output": 0.0, "rac_targets": "soft", "rac_pooling": pooling}
+    trainer = adapter_stage(tmp_path, **options)
+    trainer.prepare_anchors()
+    trainer.compute_loss(trainer.model, first_batch(trainer))
+    assert 0 <= trainer._sums["rac"] / trainer._counts["rac"] < 1e-5
+
+
 def test_at_the_start_of_a_stage_rounding_stays_rounding(tmp_path: Path) -> None:
     """There the student is the teacher: answers that differ in the last bits must not turn the gradient around."""
     options = {"counterfactual_share": 1.0, "counterfactual_frames": 16, "replay_fraction": 0.75}
