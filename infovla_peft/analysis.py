@@ -144,12 +144,18 @@ def analyse_run(
 def is_analysed(run_folder: str | os.PathLike[str], *, frames: int | None = None) -> bool:
     """Whether a run has an analysis of all stages that are evaluated, with so many frames per task (None: any).
 
+    Where the analysis is all that was kept of a run, it is taken as it is.
+
     Raises:
-        FileNotFoundError: no results.json.
+        FileNotFoundError: neither results.json nor an analysis.
         AnalysisError, ResultsError: a damaged file.
     """
-    stages = Results.load(Path(run_folder) / "results.json").stages
-    if not (Path(run_folder) / FILE).exists():
+    results, analysed = Path(run_folder) / "results.json", (Path(run_folder) / FILE).exists()
+    if analysed and not results.exists():
+        Analysis.load(run_folder)
+        return True
+    stages = Results.load(results).stages
+    if not analysed:
         return False
     found = Analysis.load(run_folder)
     return found.stages == stages and frames in (None, found.frames)

@@ -388,6 +388,23 @@ def test_a_comparison_gathers_runs_by_method(tmp_path: Path) -> None:
     assert (tmp_path / "figure.png").stat().st_size > 10000
 
 
+def test_an_analysis_that_was_kept_without_its_run_is_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small("infovla").save(tmp_path)
+    figure = tmp_path / "figure.png"
+    assert main(["analyse", str(tmp_path), "--output", str(figure)]) == 0
+    text = capsys.readouterr().out
+    assert "infovla (1 run)" in text
+    assert "report:" not in text
+    assert figure.exists()
+    assert main(["analyse", str(tmp_path), "--again"]) == 1
+    assert "results.json does not exist" in capsys.readouterr().err
+    (tmp_path / "analysis.json").write_text("{")
+    assert main(["analyse", str(tmp_path)]) == 1
+    assert "analysis.json" in capsys.readouterr().err
+
+
 def test_a_value_has_one_colour_in_the_map_and_in_its_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
     save = analysis_figures.save_figure

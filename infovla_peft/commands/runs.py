@@ -38,7 +38,9 @@ def _analyse(options: argparse.Namespace) -> None:
                 device=options.device,
             )
     print(compare_analyses(runs, options.output, names=names).table())
-    print("\n".join(f"report: {Path(run) / 'report' / 'index.html'}" for run in runs))
+    for report in (Path(run) / "report" / "index.html" for run in runs):
+        if report.exists():
+            print(f"report: {report}")
     if options.output:
         print(f"figure: {options.output}")
 
