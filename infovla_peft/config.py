@@ -110,7 +110,8 @@ class InfoVLAConfig(TrainingArguments):
             cone. Unverified default.
         rac_pooling: what RAC contrasts, of the hidden states of `tap_layer`: None = the mean over the positions that
             predict actions; the last token of the `prompt`, or the mean over all patches (`vision`). The paper says
-            "fused embedding"; in a causal language model patches have not seen the instruction. Unverified default.
+            "fused embedding"; in a causal language model patches have not seen the instruction. With `prompt` a tiny
+            base ended 3.5 points lower, which chance can make (one seed, recipes/EXPLORED.md); `vision` is untried.
         cmi_mode: `infonce`, `relational` or `paper`; see `losses.cross_modal_mi_from_summaries`. Unverified default.
         temperature: τ ≥ 1e-6 of both terms. The paper states none. Default: 0.5, which on a tiny base stands less in
             the way of what is learned than 0.1 (recipes/EXPLORED.md). `infovla_paper`: 0.1, which is unverified.
@@ -159,9 +160,11 @@ class InfoVLAConfig(TrainingArguments):
             of the base's. Default: task; with `stage` a tiny base lost whole tasks of its own (recipes/EXPLORED.md).
         anchor_views: augmented views of each replayed frame for which anchors are kept, ≥ 1. The first of a memory
             frame is the frame itself, so 1 means that memory samples are not augmented while anchors are in use.
-            Unverified; Bench-S has 4, which asks the teacher four times as often.
+            Bench-S has 4, which asks the teacher four times as often; with 1 a tiny base ended 2.8 points lower, which
+            chance can make (one seed, recipes/EXPLORED.md).
         counterfactual_share: share of the replay samples that are frames of the current task under the instruction of
-            an old one, the teacher's answer being the label; in [0, 1], 0 = none. Unverified.
+            an old one, the teacher's answer being the label; in [0, 1], 0 = none. Default: 0.5; with 0 a tiny base
+            kept less of its tasks, with 0.25 it kept and learned as much (two seeds each, recipes/EXPLORED.md).
         counterfactual_frames: that many such pairs of frame and instruction are chosen per stage. Unverified;
             Bench-S has 1024.
 
