@@ -64,7 +64,8 @@ class AdapterInfo:
         prompt: what the model reads, with {instruction} in it; "" for the package's own.
         image_pipeline: what happens to an image before the model sees it: {"rendered_size", "input_sizes" (pixels),
             "resize", "center_crop"}.
-        taps: {"layer"}: whose hidden states the terms of the loss compared.
+        taps: {"layer", "pooling"}: whose hidden states the terms of the loss compared, and which of them RAC did
+            ("action", "prompt" or "vision", see `InfoVLAConfig.rac_pooling`).
         versions: of the libraries it was trained with.
         training: the resolved configuration.
         quantization: how the base was held, and with it the teacher; `nf4` = in 4 bits (QLoRA).

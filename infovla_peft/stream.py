@@ -445,7 +445,7 @@ class Stream:
                 "resize": base.image_resize_strategy,
                 "center_crop": self.config.center_crop,
             },
-            taps={"layer": self.training.tap_layer},
+            taps={"layer": self.training.tap_layer, "pooling": self.training.rac_pooling or "action"},
             versions=collect_versions(),
             training=self.resolved_config(),
             quantization=self.config.quantization,

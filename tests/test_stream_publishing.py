@@ -70,7 +70,7 @@ def test_a_stream_pushes_after_every_stage(
         "rendered_size": 128, "input_sizes": [24], "resize": "resize-naive", "center_crop": False
     }  # fmt: skip
     assert info["statistics"] == {"file": "dataset_statistics.json", "key": "libero_goal"}
-    assert info["taps"] == {"layer": -1}
+    assert info["taps"] == {"layer": -1, "pooling": "action"}
     assert {"torch", "peft", "transformers"} <= set(info["versions"])
     assert load_policy("me/goal", token=token).tasks == [task["name"] for task in info["tasks"]]
 
