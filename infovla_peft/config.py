@@ -109,9 +109,10 @@ class InfoVLAConfig(TrainingArguments):
         rac_center: subtract the mean anchor of the negatives from all features of RAC, which otherwise lie in a narrow
             cone. Unverified default.
         rac_pooling: what RAC contrasts, of the hidden states of `tap_layer`: None = the mean over the positions that
-            predict actions; the last token of the `prompt`, or the mean over all patches (`vision`). The paper says
-            "fused embedding"; in a causal language model patches have not seen the instruction. With `prompt` a tiny
-            base ended 3.5 points lower, which chance can make (one seed, recipes/EXPLORED.md); `vision` is untried.
+            predict actions; the last token of the `prompt` before those positions, or the mean over all patches
+            (`vision`). The paper says "fused embedding"; in a causal language model patches have not seen the
+            instruction. With `prompt` a tiny base ended 3.5 points lower, which chance can make (one seed,
+            recipes/EXPLORED.md); `vision` is untried.
         cmi_mode: `infonce`, `relational` or `paper`; see `losses.cross_modal_mi_from_summaries`. Unverified default.
         temperature: τ ≥ 1e-6 of both terms. The paper states none. Default: 0.5, which on a tiny base stands less in
             the way of what is learned than 0.1 (recipes/EXPLORED.md). `infovla_paper`: 0.1, which is unverified.
@@ -126,7 +127,8 @@ class InfoVLAConfig(TrainingArguments):
             so that the cost of a step does not grow with the number of tasks. 0: the other replay samples of the
             mini-batch, as in Eq. 1. Unverified.
         near_duplicate_window: frames of one trajectory at most this far apart are no negatives of each other. Default:
-            the length of an action chunk; unverified.
+            the length of an action chunk; with 0 a tiny base ended 2.1 points lower, which chance can make (one seed,
+            recipes/EXPLORED.md).
 
     > Parameters of other methods
 

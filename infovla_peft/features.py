@@ -101,7 +101,7 @@ def extract_features(
         rows: which samples; the others cost nothing.
         longest: Nl, the largest number of language tokens of one of them; to compute it (None) waits for the device.
         pooling: what becomes `Features.action`: the mean over the positions that predict actions (None), the last
-            token of the `prompt`, or the mean over all patches (`vision`).
+            token of the `prompt` before them (`TokenRoles.language`), or the mean over all patches (`vision`).
     """
     hidden = hidden[rows]
     batch, _, width = hidden.shape
