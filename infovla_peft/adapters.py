@@ -162,20 +162,29 @@ def add_adapter(model: nn.Module, name: str, config: InfoVLAConfig, *, start_fro
     return peft_model
 
 
-def merge_adapters(model: PeftModel, names: Sequence[str], into: str, *, weight: float = 1.0) -> PeftModel:
-    """A new adapter, active and frozen, whose update is weight · Σ of those of `names`, exactly.
+def merge_adapters(
+    model: PeftModel, names: Sequence[str], into: str, *, weight: float = 1.0, rank: int = 0
+) -> PeftModel:
+    """A new adapter, active and frozen, whose update is weight · Σ of those of `names`.
 
-    Its rank is the sum of theirs, so that B = [B_1 … B_n] and A = [A_1; …; A_n].
+    Args:
+        rank: 0 = exactly (PEFT's `cat`), its rank being the sum of theirs, so that B = [B_1 … B_n] and
+            A = [A_1; …; A_n]; otherwise the nearest update of that rank (`svd`), of one singular value decomposition
+            per layer, which is exact from the sum of their ranks on.
 
     Raises:
         AdapterError: a name is unknown, or `into` is taken.
+        ValueError: `rank` is below 0.
     """
+    if rank < 0:
+        raise ValueError(f"rank must be at least 0 (0 = as high as is exact), got {rank}")
     unknown = [name for name in names if name not in model.peft_config]
     if unknown or not names or into in model.peft_config:
         raise AdapterError(f"cannot merge {list(names)} into {into!r}: the model has {list(model.peft_config)}")
     _check_name(model, into)
     tuner: Any = model.base_model
-    tuner.add_weighted_adapter(list(names), [weight] * len(names), into, combination_type="cat")
+    how: dict[str, Any] = {"combination_type": "svd", "svd_rank": rank} if rank else {"combination_type": "cat"}
+    tuner.add_weighted_adapter(list(names), [weight] * len(names), into, **how)
     activate(model, into)
     return model
 

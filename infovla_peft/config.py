@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, InitVar, asdict, dataclass, field, fields
 from pathlib import Path
@@ -94,9 +95,10 @@ class InfoVLAConfig(TrainingArguments):
     Args:
         method: what is added to plain fine-tuning (see `methods.py`). `sequential`: nothing. `er`: experience replay.
             `infovla`: replay + counterfactual frames + RAC + CMI + output. `infovla_paper`: replay + RAC + CMI as the
-            paper has them, on LoRA; this sets `teacher="previous"`, `cmi_mode="paper"`, `anchor_bank=0` and
-            `near_duplicate_window=0`. `der++` sets `teacher="auto"`, `lwf` sets `teacher="previous"`, `ewc`
-            `adapter_init="continue"`, `single_task` and `merge` `adapter_init="fresh"`.
+            paper has them, on LoRA; this sets `teacher="previous"`, `cmi_mode="paper"`, `rac_targets="hard"`,
+            `rac_center=False`, `anchor_bank=0` and `near_duplicate_window=0`. `der++` sets `teacher="auto"`, `lwf`
+            sets `teacher="previous"`, `ewc` `adapter_init="continue"`, `single_task` and `merge`
+            `adapter_init="fresh"`. Another value that was given for one of these is warned of.
         lambda_rac: weight λ1 of the replay-anchor contrastive term, ≥ 0; 0 leaves it out. Default: 0.02; with CMI it
             adds 4.2 points to λ3 = 0.3 alone in Bench-S (six pairs), and −2.5 to +2.0 on validation states (nine);
             at 0.1 a tiny base did not learn a task with a new object (one seed; recipes/EXPLORED.md).
@@ -142,6 +144,8 @@ class InfoVLAConfig(TrainingArguments):
         mir_candidates: MIR draws this many candidates per replay sample, ≥ 1. Unverified.
         merge_weight: w of each adapter's update in the merged one. Default: 1, task arithmetic's sum. Choose it by
             `recipes/merge_weight.py`: on the tiny base 0.1 ends highest, and there it is the base that is left.
+        merge_rank: rank of the merged adapter, ≥ 0: the nearest to the sum (`svd`). Default: 0, the sum
+            itself (`cat`), whose rank grows with the tasks.
 
     > Parameters that control what is watched of a training
 
@@ -165,7 +169,8 @@ class InfoVLAConfig(TrainingArguments):
             Bench-S has 4, which asks the teacher four times as often; with 1 a tiny base ended 2.8 points lower, which
             chance can make (one seed, recipes/EXPLORED.md).
         counterfactual_share: share of the replay samples that are frames of the current task under the instruction of
-            an old one, the teacher's answer being the label; in [0, 1], 0 = none. Default: 0.5; with 0 a tiny base
+            an old one, the teacher's answer being the label; in [0, 1], 0 = none. All are where nothing of the memory
+            is replayed (`lwf`, or an empty memory), unless it is 0. Default: 0.5; with 0 a tiny base
             kept less of its tasks, with 0.25 it kept and learned as much (two seeds each, recipes/EXPLORED.md).
         counterfactual_frames: that many such pairs of frame and instruction are chosen per stage. Unverified;
             Bench-S has 1024.
@@ -262,6 +267,7 @@ class InfoVLAConfig(TrainingArguments):
     ewc_decay: float = _option(1.0, "Factor of earlier stages' Fisher information at each stage, in [0, 1].")
     mir_candidates: int = _option(3, "`mir` chooses among that many times as many samples as it replays.")
     merge_weight: float = _option(1.0, "Weight of each adapter in what `merge` evaluates.")
+    merge_rank: int = _option(0, "Rank of what `merge` evaluates, by SVD; 0 = the sum of all ranks, which is exact.")
 
     log_gradients: bool = _option(
         False, "Log the gradient of each part of the loss: its norm, and its cosine with the new task's."
@@ -325,12 +331,11 @@ class InfoVLAConfig(TrainingArguments):
             if getattr(self, name) is None:
                 setattr(self, name, 0.1 if self.method == "infovla_paper" else default)
         settle_types(self)
-        for name, value in _SETS_OPTIONS.get(str(self.method), {}).items():
-            setattr(self, name, value)
+        self._settle_method()
         check_at_least(
             self, 0, "lambda_rac", "lambda_cmi", "lambda_output", "anchor_bank", "near_duplicate_window", "image_shift"
         )
-        check_at_least(self, 0, "proprio_noise", "lambda_ewc")
+        check_at_least(self, 0, "proprio_noise", "lambda_ewc", "merge_rank")
         if not self.grad_norm_limit > 0:
             raise ValueError(f"grad_norm_limit must be above 0, got {self.grad_norm_limit}")
         check_at_least(self, 1, "lora_r", "lora_alpha", "anchor_views", "counterfactual_frames")
@@ -373,6 +378,11 @@ class InfoVLAConfig(TrainingArguments):
         for name, neutral in (("label_smoothing_factor", 0.0), ("dataloader_drop_last", False)):
             if getattr(self, name) != neutral:
                 raise ValueError(f"{name} must stay {neutral}: batches and losses are made here, without it")
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size must stay False: what it retries goes on from weights that are trained already, "
+                "with other batches; lower per_device_train_batch_size and raise gradient_accumulation_steps"
+            )
         if self.train_sampling_strategy != "random":
             raise ValueError("train_sampling_strategy must stay random: batches are drawn here, task by task")
         if self.ignore_data_skip:
@@ -381,6 +391,25 @@ class InfoVLAConfig(TrainingArguments):
             raise ValueError("remove_unused_columns must stay False: batches carry more than the model's arguments")
         if self.tap_layer == 0:
             raise ValueError("tap_layer 0 is the embeddings, which no adapter changes; use 1 … L, or -1 for the last")
+
+    def _settle_method(self) -> None:
+        """Give the options that the method sets their values, and say which of those that were given is not used."""
+        if self.method == "lwf" and not self.counterfactual_share:
+            raise ValueError(
+                "lwf is its counterfactual frames: set counterfactual_share above 0, or method=sequential"
+            )
+        settled = _SETS_OPTIONS.get(str(self.method), {})
+        given = {name: getattr(self, name) for name in settled}
+        defaults = {each.name: each.default for each in fields(type(self))}
+        unused = [
+            f"{name}={settled[name]!r} instead of {value!r}"
+            for name, value in given.items()
+            if value not in (settled[name], defaults[name])
+        ]
+        if unused:
+            warnings.warn(f"method={self.method!r} has {', '.join(unused)}", stacklevel=4)
+        for name, value in settled.items():
+            setattr(self, name, value)
 
 
 @dataclass

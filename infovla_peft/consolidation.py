@@ -81,6 +81,18 @@ class Consolidation:
             fisher = {key: value + decay * before.fisher[key].to(device) for key, value in fisher.items()}
         return cls(fisher, {key: parameter.detach().clone() for key, parameter in parameters.items()})
 
+    def check(self, model: PeftModel, name: str) -> None:
+        """Raise a ValueError if it is of an adapter with other matrices than `name` has."""
+        shapes = {_plain(key, name): tuple(parameter.shape) for key, parameter in adapter_parameters(model, name)}
+        for kind, held in (("fisher", self.fisher), ("reference", self.reference)):
+            if shapes != (found := {key: tuple(tensor.shape) for key, tensor in held.items()}):
+                other = next(key for key in {**shapes, **found} if shapes.get(key) != found.get(key))
+                raise ValueError(
+                    f"the consolidation is of another adapter than {name!r}: the {kind} of {other} is "
+                    f"{found.get(other, 'missing')}, in the adapter it is {shapes.get(other, 'missing')}; train with "
+                    "the lora_r and lora_targets that it was measured with, or measure it anew"
+                )
+
     def penalty(self, model: PeftModel, name: str) -> Tensor:
         """Scalar ≥ 0; 0 at the reference."""
         total: Any = 0.0

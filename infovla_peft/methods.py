@@ -34,7 +34,8 @@ Replay samples are spread evenly over past tasks (`replay_balance`).
 - **single_task**: the reference without interference: a fresh adapter per task on the frozen base, without replay, and
   at evaluation the task's own adapter (the base for its tasks), so the task's identity must be known.
 - **merge**: those adapters merged into one after each stage, ΔW = w Σ_k B_k A_k exactly (`cat`: rank Σ r_k), as in
-  task arithmetic (Ilharco et al., 2212.04089). PEFT's `linear` is not this sum: it mixes A and B separately.
+  task arithmetic (Ilharco et al., 2212.04089), or to the nearest of rank `merge_rank` (`svd`). PEFT's `linear` is not
+  this sum: it mixes A and B separately.
 """
 
 from __future__ import annotations
@@ -107,14 +108,15 @@ def unread_options(method: str) -> frozenset[str]:
     """Options of `InfoVLAConfig` that change nothing in runs of a method, because it lacks what reads them.
 
     >>> sorted(unread_options("infovla"))
-    ['ewc_decay', 'ewc_samples', 'lambda_ewc', 'merge_weight', 'mir_candidates']
+    ['ewc_decay', 'ewc_samples', 'lambda_ewc', 'merge_rank', 'merge_weight', 'mir_candidates']
     """
     row = METHODS[method]
     unread = [options for term, options in _READ_BY.items() if term not in row.terms]
     unread += [] if {"rac", "cmi"} & {*row.terms} else [{"temperature", "tap_layer", "anchor_bank", _WINDOW}]
     unread += [] if row.has_teacher else [{"teacher", "anchor_views"}]
     unread += [] if row.counterfactual else [{"counterfactual_share", "counterfactual_frames"}]
+    unread += [] if row.counterfactual or row.replay else [{"replay_fraction", "replay_balance"}]
     unread += [] if row.consolidates else [{"lambda_ewc", "ewc_samples", "ewc_decay"}]
     unread += [] if row.retrieves else [{"mir_candidates"}]
-    unread += [] if row.policy == "merged" else [{"merge_weight"}]
+    unread += [] if row.policy == "merged" else [{"merge_weight", "merge_rank"}]
     return frozenset().union(*unread)

@@ -348,7 +348,13 @@ class Stream:
             self._need(step_name("learn", each), folder)
             model, info = load_adapter(model, folder, each.name)
         name = f"merged_{stage.index:02d}"
-        model = merge_adapters(model, [each.name for each in earlier], name, weight=self.training.merge_weight)
+        model = merge_adapters(
+            model,
+            [each.name for each in earlier],
+            name,
+            weight=self.training.merge_weight,
+            rank=self.training.merge_rank,
+        )
         save_adapter(model, name, self.run_folder.merged(stage.name), info, normaliser.as_statistics())
 
     def load_previous(self, stage: Stage, model: Any) -> tuple[Any, str | None]:

@@ -95,13 +95,16 @@ class InfoVLATrainer(Trainer):
         learned_by: name of a past task → name of the adapter that learned it. Used by `teacher="auto"`, and by
             `teacher="base"`, whose answers on tasks of others are not kept. Tasks that are not in it are the base's:
             without it, `teacher="base"` holds the policy to the base's answers on all of them, learned or not.
-        consolidation: what past tasks depend on, for `method="ewc"`.
+        consolidation: what past tasks depend on, for `method="ewc"` (`Consolidation.measure`).
         kwargs: further arguments of `Trainer`.
 
     Raises:
         TypeError: an argument is of another kind, or data and collator are swapped.
         ValueError: `push_to_hub`, or an argument of Trainer that would have no effect.
         ValueError: a teacher that is in training or not loaded, or a task in `learned_by` that nobody knows.
+        ValueError: `method="ewc"` with past tasks and no consolidation, or with that of an adapter of another shape,
+            or a consolidation for another method.
+        ValueError: as training begins, features are tapped where no layer before is trained.
         ValueError: samples of another chunk length than the model's, a batch too small for replay.
         ValueError: nothing to train, or more than is saved: of a `PeftModel`, one adapter's LoRA matrices.
 
@@ -127,6 +130,7 @@ class InfoVLATrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         _check_kinds(model, args, train_dataset, data_collator)
+        _check_past(memory, past_tasks, learned_by, consolidation)
         _check_samples(kwargs.get("eval_dataset"))
         unused = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
         if given := [name for name in unused if kwargs.get(name) is not None]:
@@ -136,6 +140,7 @@ class InfoVLATrainer(Trainer):
         _check_chunk(model, train_dataset)
         if isinstance(model, PeftModel):
             check_trained(model)
+        _check_consolidation(model, args.method, past_tasks, consolidation)
         args = copy.copy(args)
         self.rehearsal = Rehearsal(
             model, args, train_dataset, data_collator, memory=memory, previous_adapter=previous_adapter,
@@ -372,6 +377,15 @@ class InfoVLATrainer(Trainer):
         anchors, negatives = self.rehearsal.anchors, self.rehearsal.negatives
         if anchors is None or negatives is None:
             raise RuntimeError("no anchors: call `train`, or `prepare_anchors` before `compute_loss`")
+        if (
+            torch.is_grad_enabled()
+            and not hidden.requires_grad
+            and not all(term.counterfactual for term in self.terms)
+        ):
+            raise ValueError(
+                f"rac and cmi would change nothing: no layer before tap_layer {self.args.tap_layer} is trained; raise "
+                "tap_layer, give earlier layers an adapter (lora_targets), or set lambda_rac and lambda_cmi to 0"
+            )
         own, peers = torch.from_numpy(replay.own), torch.from_numpy(replay.peers)
         kept, others = (part[self.rehearsal.are_remembered(part)] for part in (own, peers))
         zero = hidden.new_zeros((), dtype=torch.float32)
@@ -603,6 +617,41 @@ def _check_chunk(model: nn.Module, data: ChunkDataset) -> None:
             f"train_dataset has chunks of {data.chunk} actions, the model makes chunks of {config.num_actions_chunk}; "
             "make it by ChunkDataset(..., chunk=policy.chunk_length(model.config))"
         )
+
+
+def _check_past(memory: Any, past_tasks: Any, learned_by: Any, consolidation: Any) -> None:
+    """Name what is no description of past tasks."""
+    if memory is not None and not isinstance(memory, ReplayMemory):
+        raise TypeError(
+            f"memory must be a ReplayMemory, got {_kind(memory)}; ReplayMemory.load(folder) reads one, "
+            "ReplayMemory().add(frames) makes one"
+        )
+    for name, value, of in (("past_tasks", past_tasks, "instruction"), ("learned_by", learned_by, "adapter")):
+        if value is not None and not isinstance(value, Mapping):
+            raise TypeError(f"{name} must be a mapping, name of a task → {of}, got {_kind(value)}")
+    if consolidation is not None and not isinstance(consolidation, Consolidation):
+        raise TypeError(
+            f"consolidation must be a Consolidation, got {_kind(consolidation)}; Consolidation.load(path, stage=...) "
+            "reads one, Consolidation.measure makes one"
+        )
+
+
+def _check_consolidation(
+    model: nn.Module, method: str, past_tasks: Mapping[str, str] | None, consolidation: Consolidation | None
+) -> None:
+    """See that EWC's penalty is given where, and only where, it is used."""
+    if consolidation is None:
+        if METHODS[method].consolidates and past_tasks:
+            raise ValueError(
+                f"method={method!r} without consolidation is plain fine-tuning, and there are past tasks: pass "
+                "consolidation=Consolidation.measure(model, adapter, frames, collator, ...) of the stage before"
+            )
+        return
+    if not METHODS[method].consolidates:
+        raise ValueError(f"consolidation is the penalty of method='ewc', not of {method!r}; leave it out")
+    if not isinstance(model, PeftModel):
+        raise ValueError("a consolidation is of an adapter's parameters; train an adapter (adapters.add_adapter)")
+    consolidation.check(model, model.active_adapter)
 
 
 def _kind(value: Any) -> str:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from infovla_peft import load_policy
 from infovla_peft.adapters import load_adapter, merge_adapters, switch
 from infovla_peft.cli import run_command
+from infovla_peft.config import BENCHMARK_STATES
 from infovla_peft.evaluation import check_initial_states, evaluate
 from infovla_peft.files import write_json
 from infovla_peft.library import find_adapters
@@ -33,7 +35,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="folder of a finished run of `single_task`, with --last of any")
     parser.add_argument("--last", type=int, metavar="N", help="the last N adapters (default: all, of `single_task`)")
     parser.add_argument("--weights", nargs="+", type=float, default=[0.2, 0.3, 0.5, 1.0])
-    parser.add_argument("--first_state", type=int, default=30, help="of the 50; take none that a test starts from")
+    parser.add_argument("--first_state", type=int, default=30, help="of the 50; none that the run was tested from")
     parser.add_argument("--episodes", type=int, default=10, help="rollouts per task and weight")
     parser.add_argument("--workers", type=int, default=0, help="simulation processes; 0 = one per core")
     parser.add_argument("--device", help="of the policy: cpu, cuda, ... (default: the CPU)")
@@ -61,6 +63,7 @@ def main(options: argparse.Namespace) -> None:
         policy = load_policy(options.run, device=options.device)
         for adapter in stored[:-1]:
             load_adapter(policy.model, adapter.folder, adapter.name)
+    _check_untested(policy.recipe, options.first_state, options.episodes)
     recipe, adapters = policy.recipe, [adapter.name for adapter in stored]
     tasks = [find_task(recipe["suite"], name) for name in policy.tasks_after()]
     look = {name: recipe[name] for name in ("image_size", "renderer")}
@@ -83,6 +86,18 @@ def main(options: argparse.Namespace) -> None:
             if options.output:
                 of = {"run": str(options.run), "adapters": adapters, "first_state": options.first_state}
                 write_json(options.output, {**of, "rows": rows})
+
+
+def _check_untested(recipe: Mapping[str, Any], first_state: int, episodes: int) -> None:
+    """Refuse initial states that the run was tested from: what is chosen on them says nothing about them."""
+    first = recipe["eval_first_state"]
+    tested = range(first, first + max(recipe["eval_episodes"], recipe["final_eval_episodes"] or 0))
+    if set(tested) & set(range(first_state, first_state + episodes)):
+        raise ValueError(
+            f"the run was tested from initial states {tested[0]} to {tested[-1]}, and a weight that is chosen on them "
+            f"is no longer tested by them: take others with --first_state and --episodes (of {BENCHMARK_STATES}), or "
+            "train with fewer eval_episodes"
+        )
 
 
 if __name__ == "__main__":

@@ -55,6 +55,9 @@ def test_unknown_stream_notation_says_how_to_write_it(notation: str) -> None:
         ({"save_only_model": True}, "save_only_model must stay False: a training that goes on without its optimiser"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must stay 0.0"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last must stay False"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size must stay False"),
+        ({"method": "lwf", "counterfactual_share": 0.0}, "lwf is its counterfactual frames"),
+        ({"merge_rank": -1}, "merge_rank must be"),
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy must stay random"),
         ({"ignore_data_skip": True}, "ignore_data_skip must stay False: .* would see other batches"),
         ({"torch_compile_mode": "default"}, "torch_compile_mode is not supported: .* set torch_compile alone"),
@@ -254,3 +257,14 @@ def test_weights_and_temperature_of_a_method_are_its_own_unless_given(tmp_path: 
     assert settled(method="infovla_paper") == (0.1, 0.1, 0.1)  # the weights: paper, section 5.1
     assert settled(method="infovla_paper", lambda_rac=0.0, temperature=0.2) == (0.0, 0.1, 0.2)
     assert settled(lambda_cmi=0.5, temperature=0.1) == (0.02, 0.5, 0.1)
+
+
+def test_an_option_that_the_method_sets_is_not_ignored_without_a_word(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="has teacher='previous' instead of 'base', anchor_bank=0 instead of 5"):
+        paper = InfoVLAConfig(output_dir=str(tmp_path), method="infovla_paper", teacher="base", anchor_bank=5)
+    assert (paper.teacher, paper.anchor_bank) == ("previous", 0)
+    with pytest.warns(UserWarning, match="method='ewc' has adapter_init='continue' instead of 'fresh'"):
+        InfoVLAConfig(output_dir=str(tmp_path), method="ewc", adapter_init="fresh")
+    for usual in ("previous", "auto"):  # what it sets anyway, and what may be nobody's choice
+        InfoVLAConfig(output_dir=str(tmp_path), method="infovla_paper", teacher=usual)
+    dataclasses.replace(paper, seed=1)

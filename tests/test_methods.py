@@ -361,6 +361,31 @@ def test_merged_adapters_are_the_sum_of_their_updates(tmp_path: Path) -> None:
         torch.testing.assert_close(merged.get_submodule(name).get_delta_weight("both"), update, atol=1e-6, rtol=1e-5)
     with pytest.raises(AdapterError, match="cannot merge"):
         merge_adapters(model, ["one", "zero"], "other")
+    with pytest.raises(ValueError, match="rank must be at least 0"):
+        merge_adapters(model, ["one", "two"], "other", rank=-1)
+
+
+def test_adapters_merged_to_a_lower_rank_are_the_nearest_to_the_sum(tmp_path: Path) -> None:
+    _, model = moved_adapter(tmp_path)
+    add_adapter(model, "two", config(tmp_path, lora_r=2, lora_alpha=8))
+    for _, parameter in adapter_parameters(model, "two"):
+        torch.nn.init.normal_(parameter, 0, 0.1)
+    merge_adapters(model, ["one", "two"], "exact", weight=0.5)
+    ranks = model.peft_config["exact"].r
+    for rank, into in ((ranks, "whole"), (1, "low")):
+        merge_adapters(model, ["one", "two"], into, weight=0.5, rank=rank)
+    layers = [module for _, module in model.named_modules() if hasattr(module, "get_delta_weight")]
+    compared = 0
+    for layer in layers:
+        if "exact" not in layer.lora_A:
+            continue
+        exact, whole, low = (layer.get_delta_weight(name) for name in ("exact", "whole", "low"))
+        torch.testing.assert_close(whole, exact, atol=1e-5, rtol=1e-4)
+        values = torch.linalg.svdvals(exact)
+        assert torch.linalg.matrix_rank(low, rtol=1e-4) <= 1
+        torch.testing.assert_close((exact - low).norm(), values[1:].norm(), atol=1e-5, rtol=1e-3)  # Eckart and Young
+        compared += 1
+    assert compared
 
 
 @pytest.mark.parametrize(

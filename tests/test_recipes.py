@@ -148,6 +148,8 @@ def test_merge_weights_are_tried_on_validation_states(
     rows = json.loads((tmp_path / "found.json").read_text())["rows"]
     assert [(row["weight"], list(row["successes"])) for row in rows] == [(0.5, tasks), (1.0, tasks)]
     assert "w = 1.0" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="was tested from initial states 0 to 1, and a weight that is chosen on them"):
+        module.main(module.parse([str(tmp_path / "single_task"), *arguments, "--first_state", "0"]))
     with pytest.raises(ValueError, match="is a run of er; its adapters build on each other"):
         module.main(module.parse([str(tmp_path / "er"), *arguments]))
 

@@ -1031,3 +1031,62 @@ def test_an_epoch_is_all_samples_of_the_current_task_once(tmp_path: Path, batch:
     seen = sum(len(trainer._sampler().draw(step).current) for step in range(trainer.args.max_steps))
     per_step = seen / trainer.args.max_steps
     assert 0 <= seen - 2 * len(trainer.train_dataset) < per_step  # type: ignore[arg-type]
+
+
+def _consolidation(model: Any, size: int | None = None) -> Consolidation:
+    start = {name.replace(".one.", "."): value.detach().clone() for name, value in adapter_parameters(model, "one")}
+    if size is not None:
+        start = {name: value.new_zeros(size) for name, value in start.items()}
+    return Consolidation({name: torch.ones_like(value) for name, value in start.items()}, start)
+
+
+def test_ewc_has_a_consolidation_of_its_adapter_and_no_other_method_has(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    args = config(tmp_path, method="ewc", max_steps=1)
+    model = add_adapter(policy.model, "one", args)
+    data, past = policy.dataset.like(policy.task(BOWL)), {"a task": "do a task"}
+
+    def trainer(method: str = "ewc", **options: Any) -> InfoVLATrainer:
+        return InfoVLATrainer(model, config(tmp_path, method=method, max_steps=1), data, policy.collator, **options)
+
+    trainer(past_tasks={})  # nothing is past: the first stage of B0
+    trainer(past_tasks=past, consolidation=_consolidation(model))
+    with pytest.raises(ValueError, match="without consolidation is plain fine-tuning"):
+        trainer(past_tasks=past)
+    with pytest.raises(ValueError, match="the penalty of method='ewc', not of 'er'"):
+        trainer("er", consolidation=_consolidation(model))
+    with pytest.raises(ValueError, match="is of another adapter than 'one': the fisher of"):
+        trainer(consolidation=_consolidation(model, size=3))
+    with pytest.raises(ValueError, match="missing"):
+        trainer(consolidation=Consolidation({}, {}))
+    with pytest.raises(ValueError, match="train an adapter"):
+        InfoVLATrainer(tiny_policy().model, args, data, policy.collator, consolidation=_consolidation(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "cure"),
+    [
+        ("memory", "runs/x/memory", r"ReplayMemory.load\(folder\)"),
+        ("past_tasks", ["open_the_drawer"], "a mapping, name of a task → instruction"),
+        ("learned_by", ["open_the_drawer"], "a mapping, name of a task → adapter"),
+        ("consolidation", "fisher.safetensors", "Consolidation.load"),
+    ],
+)
+def test_what_is_no_description_of_past_tasks_is_named(tmp_path: Path, name: str, value: Any, cure: str) -> None:
+    policy = tiny_policy()
+    args = config(tmp_path, max_steps=1)
+    model = add_adapter(policy.model, "one", args)
+    with pytest.raises(TypeError, match=cure):
+        InfoVLATrainer(
+            model, args, policy.dataset.like(policy.task(BOWL)), policy.collator, **cast(Any, {name: value})
+        )
+
+
+def test_terms_on_features_that_nothing_trains_are_refused(tmp_path: Path) -> None:
+    trainer = adapter_stage(tmp_path, lora_targets="action_head.model.fc1", tap_layer=1, max_steps=1)
+    with pytest.raises(ValueError, match="no layer before tap_layer 1 is trained; raise tap_layer"):
+        trainer.train()
+    adapter_stage(
+        tmp_path / "output", lora_targets="action_head.model.fc1", tap_layer=1, max_steps=1,
+        lambda_rac=0.0, lambda_cmi=0.0, lambda_output=0.3,
+    ).train()  # fmt: skip
