@@ -39,7 +39,8 @@ def aggregate(benchmark: Benchmark, held: Held | None = None) -> tuple[dict[str,
         held: runs of other machines, from `load_held`; one that this machine has finished too counts as this one's.
 
     Raises:
-        ValueError: a run was made with another configuration than the benchmark's, or is damaged.
+        ValueError: a run was made with another configuration than the benchmark's, or is damaged, or is held with
+            other numbers.
     """
     runs, missing = [], []
     for job in benchmark.jobs:
@@ -52,6 +53,12 @@ def aggregate(benchmark: Benchmark, held: Held | None = None) -> tuple[dict[str,
             run = _aggregate_run(made.key, Results.load(RunFolder(made.folder).results), benchmark)
             base = {"base": _base_of(made), "base_seed": made.base_seed}
             run |= {**base, "analysis": _analysis_of(made), "gradients": _gradients_of(made)}
+            other = (held or {}).get(made.key)
+            if other is not None and _numbers(asdict(other)) != _numbers(run):
+                raise ValueError(
+                    f"{made.folder} has other numbers than the run that is held of {made.name}: move the folder away, "
+                    "or leave the run out of the file that holds it"
+                )
         elif theirs := (held or {}).get(job.key) or (held or {}).get(made.key or job.key):
             run = asdict(theirs)
         else:
@@ -64,11 +71,12 @@ def aggregate(benchmark: Benchmark, held: Held | None = None) -> tuple[dict[str,
 
 
 def load_held(benchmark: Benchmark, aggregates: Iterable[str | os.PathLike[str]]) -> dict[RunKey, ComparedRun]:
-    """The runs that other machines have finished, from their aggregates; of a run in several, the first counts.
+    """The runs that other machines have finished, from their aggregates; one may be in several.
 
     Raises:
         FileNotFoundError: no such aggregate.
-        ValueError: it is damaged, or holds a run that is none of the benchmark's, or was run otherwise.
+        ValueError: it is damaged, or holds a run that is none of the benchmark's, or was run otherwise, or that has
+            other numbers in another of the files.
     """
     ours = _protocol(benchmark)["suites"]
     jobs = {job.key: job for job in benchmark.jobs if job.key}
@@ -106,12 +114,14 @@ def load_held(benchmark: Benchmark, aggregates: Iterable[str | os.PathLike[str]]
                     "the file out, or undo the change"
                 )
             # In what it differs from these defaults, not from those of the version that wrote the file.
-            held.setdefault(key, replace(run, config=_own_options(key, wanted, benchmark)))
+            mine = replace(run, config=_own_options(key, wanted, benchmark))
+            if _numbers(asdict(held.setdefault(key, mine))) != _numbers(asdict(mine)):
+                raise ValueError(f"{path}: {job.name} has other numbers in another of these files; leave one out")
     return held
 
 
 def check_replacement(path: Path, content: Mapping[str, Any]) -> None:
-    """Raise a ValueError if `content` is no aggregate, or lacks a run that the aggregate at `path` holds."""
+    """Raise a ValueError if `content` is no aggregate, or lacks or changes a run of the aggregate at `path`."""
     new = read_comparison(content, source=f"{path} (not written)")
     if not path.exists():
         return
@@ -119,13 +129,24 @@ def check_replacement(path: Path, content: Mapping[str, Any]) -> None:
         old = load_comparison(path)
     except ComparisonError as error:
         raise ValueError(f"{path} would be replaced, and cannot be read: move it away first ({error})") from error
-    kept = {_key(run) for run in new.runs}
+    kept = {_key(run): run for run in new.runs}
     lost = [run for run in old.runs if _key(run) not in kept]
     if lost:
         raise ValueError(
             f"{path} holds {len(lost)} runs that are not here, such as {_key(lost[0])}; `--held {path}` keeps them, "
             "another --output leaves the file alone"
         )
+    for run in old.runs:
+        if _numbers(asdict(run)) != _numbers(asdict(kept[_key(run)])):
+            raise ValueError(
+                f"{path} holds {_key(run)} with other numbers; move the file away if these shall count, or write to "
+                "another --output"
+            )
+
+
+def _numbers(run: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What no two files may say differently of a run."""
+    return tuple(run[name] for name in ("success", "episodes", "base", "base_seed"))
 
 
 def _key(run: ComparedRun) -> RunKey:

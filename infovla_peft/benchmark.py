@@ -419,7 +419,8 @@ def progress(job: Job) -> Progress:
 def _comparable(recipe: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
     """What the benchmark asks for; an option that the run did not know yet is taken to have had its default."""
     wanted = resolved_recipe(recipe)
-    return {**stored, **{name: value for name, value in wanted.items() if name in stored}}
+    usual = resolved_recipe({name: recipe[name] for name in ("method",) if name in recipe})
+    return {**stored, **{name: value for name, value in wanted.items() if name in stored or value != usual.get(name)}}
 
 
 def unimportant(recipe: Mapping[str, Any]) -> frozenset[str]:

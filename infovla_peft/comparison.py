@@ -235,6 +235,11 @@ def seeds_text(runs: Iterable[ComparedRun]) -> str:
     return ", ".join(f"{span[0]}–{span[-1]}" if len(span) > 2 else ", ".join(map(str, span)) for span in spans)
 
 
+def bases_text(runs: Iterable[ComparedRun]) -> str:
+    """The bases that they start from, by the beginning of their digests, "?" where it is not known."""
+    return ", ".join(sorted({(run.base or "?")[:4] for run in runs}, key=lambda base: (base == "?", base)))
+
+
 def method_names(runs: Iterable[ComparedRun]) -> list[str]:
     return list(dict.fromkeys(run.method for run in runs))
 
@@ -256,16 +261,25 @@ def estimates(runs: Iterable[ComparedRun]) -> dict[str, dict[str, Estimate]]:
     return result
 
 
-def differences(runs: Sequence[ComparedRun], against: str) -> dict[str, dict[str, Estimate]]:
+def differences(
+    runs: Sequence[ComparedRun], against: str, *, same_weights: bool = False
+) -> dict[str, dict[str, Estimate]]:
     """Method -> metric -> paired difference to the method `against`, over their common seeds and orders.
 
     The runs must be of one suite and memory size. Empty if `against` was not run there. A pair starts from the same
     weights, by their digest, or from bases that do the same in the same rollouts: trained alike on processors that
     round differently, their weights differ a little. Such a pair has less in common, so that its difference varies
-    more, but favours neither.
+    more; and where the runs of one method start from one base and those of the other from another, the difference of
+    the bases is in it, and in no interval over seeds.
+
+    Args:
+        same_weights: only pairs that are known to start from the same weights; a method without any is left out.
     """
     result = {}
-    for method, found in pairs(runs, against).items():
+    for method, paired in pairs(runs, against).items():
+        found = [pair for pair in paired if have_same_weights(*pair)] if same_weights else paired
+        if same_weights and not found:
+            continue
         ours, theirs = ([pair[side].metrics() for pair in found] for side in (0, 1))
         seeds = {number: run.seed for number, (run, _) in enumerate(found)}
         result[method] = {
@@ -325,8 +339,13 @@ def _kept_of_base_tasks(run: ComparedRun) -> dict[str, float]:
     return {task: float(np.nanmean(row[1:])) for task, learned, row in rows if learned == 0}
 
 
+def have_same_weights(one: ComparedRun, other: ComparedRun) -> bool:
+    """Whether both are known to start from the same weights."""
+    return one.base is not None and one.base == other.base
+
+
 def _may_share_base(one: ComparedRun, other: ComparedRun) -> bool:
-    return (one.base is not None and one.base == other.base) or _pair(one) == _pair(other)
+    return have_same_weights(one, other) or _pair(one) == _pair(other)
 
 
 def _pair(run: ComparedRun) -> tuple[Any, ...]:

@@ -7,12 +7,12 @@ A block of Markdown says what stands in it; the lines up to its end are written 
 
 `show` is `means` (bootstrap interval over seeds; bases by the beginning of their digests, "?" where it is not known),
 `differences` (paired, to the method `against`, and how many pairs are known to start from the same weights; of the
-final average Student's interval too), `last` (successes per task after the last stage, each seed by itself), `each`
-(the same with the base's tasks summed, and with the errors of the actions then, a mean over tasks, where runs were
-analysed), `gradients` (of each part of the loss, the mean over a stage and over the runs that logged them) or
-`agreement` (how far a seed's two orders keep the same of the base's tasks, see `agreement_of_orders`). `order`,
-`methods` and `seeds` (separated by commas) leave the others out. A text may hold tables of several benchmarks: a block
-with `of=NAME` is that benchmark's alone.
+final average Student's interval too; `same_weights=yes` leaves the other pairs out), `last` (successes per task after
+the last stage, each seed by itself), `each` (the same with the base's tasks summed, and with the errors of the actions
+then, a mean over tasks, where runs were analysed), `gradients` (of each part of the loss, the mean over a stage and
+over the runs that logged them) or `agreement` (how far a seed's two orders keep the same of the base's tasks, see
+`agreement_of_orders`). `order`, `methods` and `seeds` (separated by commas) leave the others out. A text may hold
+tables of several benchmarks: a block with `of=NAME` is that benchmark's alone.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from .comparison import (
     Comparison,
     ComparisonError,
     agreement_of_orders,
+    bases_text,
     by_method,
     comparable,
     differences,
     estimates,
+    have_same_weights,
     pairs,
 )
 from .comparison_tables import interval_text, percent_text
@@ -46,7 +48,7 @@ _PARTS: Mapping[str, str] = {
     "current": "new task", "replay": "replay", "rac": "RAC", "cmi": "CMI", "output": "output", "ewc": "EWC"
 }  # fmt: skip
 _BLOCK = re.compile(r"(<!-- table (?P<words>[^\n]*?) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
-_WORDS = frozenset({"of", "show", "suite", "memory", "order", "methods", "seeds", "against"})
+_WORDS = frozenset({"of", "show", "suite", "memory", "order", "methods", "seeds", "against", "same_weights"})
 
 
 def refresh_tables(text: str, comparison: Comparison) -> str:
@@ -102,7 +104,11 @@ def _table(words: str, comparison: Comparison) -> str:
     against = options.get("against", "er")
     if make is _differences and not any(pairs(runs, against).values()):
         raise ComparisonError(f"<!-- table {words} -->: no run makes a pair with one of {against}; say against=")
-    header, rows = make(runs, against)
+    if options.get("same_weights", "yes") != "yes" or ("same_weights" in options and make is not _differences):
+        raise ComparisonError(f"<!-- table {words} -->: write same_weights=yes, with show=differences, or nothing")
+    header, rows = (_same_weights if "same_weights" in options else make)(runs, against)
+    if not rows:
+        raise ComparisonError(f"<!-- table {words} -->: no pair is known to start from the same weights")
     return markdown_table(header, rows)
 
 
@@ -111,17 +117,26 @@ def _means(runs: Sequence[ComparedRun], _against: str) -> tuple[list[str], list[
     rows = []
     for method, found in estimates(runs).items():
         seeds = sorted({run.seed for run in own[method]})
-        bases = sorted({(run.base or "?")[:4] for run in own[method]}, key=lambda base: (base == "?", base))
-        where = [", ".join(map(str, each)) for each in (seeds, bases)]
+        where = [", ".join(map(str, seeds)), bases_text(own[method])]
         rows.append([f"`{method}`", str(found["auc"].n), *where, *map(percent_text, _shown(found))])
     return ["method", "runs", "seeds", "bases", *COLUMNS.values()], rows
 
 
 def _differences(runs: Sequence[ComparedRun], against: str) -> tuple[list[str], list[list[str]]]:
+    return _difference_rows(runs, against, same_weights=False)
+
+
+def _same_weights(runs: Sequence[ComparedRun], against: str) -> tuple[list[str], list[list[str]]]:
+    return _difference_rows(runs, against, same_weights=True)
+
+
+def _difference_rows(
+    runs: Sequence[ComparedRun], against: str, *, same_weights: bool
+) -> tuple[list[str], list[list[str]]]:
     rows = []
     paired = pairs(runs, against)
-    for method, found in differences(runs, against).items():
-        same = sum(ours.base is not None and ours.base == theirs.base for ours, theirs in paired[method])
+    for method, found in differences(runs, against, same_weights=same_weights).items():
+        same = sum(have_same_weights(*pair) for pair in paired[method])
         first, *others = (percent_text(value, signed=True) for value in _shown(found))
         student = interval_text(*found["final_average"].student(), signed=True)
         rows.append([f"`{method}`", str(found["final_average"].n), str(same), first, student, *others])

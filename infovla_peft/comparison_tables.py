@@ -18,11 +18,14 @@ from .comparison import (
     ComparedRun,
     Comparison,
     MetricColumn,
+    bases_text,
     by_method,
     comparable,
     differences,
     estimates,
+    have_same_weights,
     method_names,
+    pairs,
     rankings,
     same_ranking,
     seeds_text,
@@ -73,6 +76,10 @@ def markdown(comparison: Comparison, against: Sequence[str]) -> str:
             if table is not None:
                 title = f"Difference to `{reference}`, paired by seed and order, in percentage points"
                 parts += [f"### {title}", markdown_table(*table)]
+                alone = _difference_rows(runs, reference, same_weights=True)
+                if alone is not None and alone != table:
+                    parts += ["Of these, the pairs that are known to start from the same weights:"]
+                    parts += [markdown_table(*alone)]
         parts += ["### Ranking by FAA", _ranking_text(runs)]
     return "\n\n".join(parts) + "\n"
 
@@ -97,31 +104,40 @@ def latex(comparison: Comparison, against: Sequence[str]) -> str:
 def metrics_csv(comparison: Comparison) -> str:
     """One line per suite, memory size, order, method and metric: mean, bounds in [0, 1], numbers of runs and of seeds.
 
-    The order is empty where the mean is one over all of them, see `comparison.comparable`.
+    Last are the bases that the runs start from, by the beginning of their digests ("?": not recorded). The order is
+    empty where the mean is one over all of them, see `comparison.comparable`.
     """
     columns = ("suite", "memory", "order", "method", "metric", "mean", "low", "high", "runs", "seeds")
-    rows: list[Sequence[Any]] = [columns]
+    rows: list[Sequence[Any]] = [(*columns, "bases")]
     for (suite, memory), runs in comparison.groups().items():
         for order, some in comparable(runs).items():
+            own = by_method(some)
             for method, found in estimates(some).items():
-                place = (suite, memory, order or "", method)
-                rows += [(*place, name, *_numbers(value), value.n, value.groups) for name, value in found.items()]
+                place, bases = (suite, memory, order or "", method), bases_text(own[method])
+                rows += [
+                    (*place, name, *_numbers(value), value.n, value.groups, bases) for name, value in found.items()
+                ]
     return _csv(rows)
 
 
 def differences_csv(comparison: Comparison, against: Sequence[str]) -> str:
     """One line per suite, memory size, method, reference and metric: mean difference, bounds, pairs, seeds.
 
-    A seed with two orders has two pairs. `low` and `high` are the bootstrap's, `t_low` and `t_high` Student's.
+    A seed with two orders has two pairs. `low` and `high` are the bootstrap's, `t_low` and `t_high` Student's;
+    `same_weights` is how many of the pairs are known to start from the same weights.
     """
     columns = ("suite", "memory", "method", "against", "metric", "mean", "low", "high", "t_low", "t_high")
-    rows: list[Sequence[Any]] = [(*columns, "pairs", "seeds")]
+    rows: list[Sequence[Any]] = [(*columns, "pairs", "seeds", "same_weights")]
     for (suite, memory), runs in comparison.groups().items():
         for reference in against:
+            paired = pairs(runs, reference)
             for method, found in differences(runs, reference).items():
-                place = (suite, memory, method, reference)
+                place, same = (
+                    (suite, memory, method, reference),
+                    sum(have_same_weights(*pair) for pair in paired[method]),
+                )
                 rows += [
-                    (*place, name, *_numbers(value), *_numbers(value.student()), value.n, value.groups)
+                    (*place, name, *_numbers(value), *_numbers(value.student()), value.n, value.groups, same)
                     for name, value in found.items()
                 ]
     return _csv(rows)
@@ -131,7 +147,9 @@ _INTRODUCTION = (
     "Success in per cent: mean over runs (seeds and task orders), bootstrap 95 % interval in brackets, over seeds: a "
     "seed is drawn with all its orders, which share its stored trajectories. An interval over few seeds is narrower "
     "than it ought to be; with one there is none. Beside the difference of FAA stands Student's interval, over seeds "
-    "too, which is not. Both are about other seeds on the same bases, demonstrations and start states. Where not all "
+    "too, which is not. Both are about other seeds with the same demonstrations and start states. Runs start from one "
+    "base, or from several that were trained alike and do the same in the same rollouts: what such bases make of a "
+    "difference is in no interval, but the pairs that start from the same weights are counted. Where not all "
     "methods were run under all orders, each order has a table. Means over different seeds do not compare methods: "
     "the paired differences do, over the seeds and orders that both have."
 )
@@ -141,28 +159,37 @@ def _metric_rows(
     runs: Sequence[ComparedRun], names: Sequence[str] = tuple(METRICS)
 ) -> tuple[list[str], list[list[str]]]:
     own = by_method(runs)
-    header = ["method", "runs", "orders", "seeds", *(METRICS[name].label for name in names)]
+    header = ["method", "runs", "orders", "seeds", "bases", *(METRICS[name].label for name in names)]
     rows = []
     for method, found in estimates(runs).items():
         orders = ", ".join(sorted({run.order for run in own[method]}))
         cells = [percent_text(found[name]) for name in names]
-        rows.append([method, str(len(own[method])), orders, seeds_text(own[method]), *cells])
+        where = [orders, seeds_text(own[method]), bases_text(own[method])]
+        rows.append([method, str(len(own[method])), *where, *cells])
     return header, rows
 
 
 def _difference_rows(
-    runs: Sequence[ComparedRun], against: str, names: Sequence[str] = tuple(METRICS)
+    runs: Sequence[ComparedRun], against: str, names: Sequence[str] = tuple(METRICS), *, same_weights: bool = False
 ) -> tuple[list[str], list[list[str]]] | None:
-    found = differences(runs, against)
+    found, paired = differences(runs, against, same_weights=same_weights), pairs(runs, against)
     if not found:
         return None
     first, *others = names
-    header = ["method", "pairs", METRICS[first].label, "Student's", *(METRICS[name].label for name in others)]
+    header = [
+        "method",
+        "pairs",
+        "same weights",
+        METRICS[first].label,
+        "Student's",
+        *(METRICS[name].label for name in others),
+    ]
     rows = []
     for method, values in found.items():
         cells = [percent_text(values[name], signed=True) for name in names]
         student = interval_text(*values[first].student(), signed=True)
-        rows.append([method, str(values[first].n), cells[0], student or NOT_MEASURED, *cells[1:]])
+        same = sum(have_same_weights(*pair) for pair in paired[method])
+        rows.append([method, str(values[first].n), str(same), cells[0], student or NOT_MEASURED, *cells[1:]])
     return header, rows
 
 

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _log = logging.getLogger(__name__)
 
@@ -130,14 +130,31 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def try_lock(file: IO[Any]) -> bool:
+    """Lock an open file until it is closed; False if another process holds it.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{file.name} cannot be locked ({error.strerror}), and without locks two processes could write the same "
+            "files; choose a folder on a local disk, or mount this one with locks",
+        ) from error
+    return True
+
+
 @contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
     """Let one process at a time work in a folder: `what` it does there. Others wait; a killed one holds nothing."""
     make_folder(folder)
     with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(lock):
             _log.warning("another process is %s %s; waiting for it", what, folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
         try:

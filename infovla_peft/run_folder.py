@@ -34,7 +34,7 @@ from weakref import WeakSet
 
 import yaml
 
-from .files import clean_up, make_folder, seen_from, write_text
+from .files import clean_up, make_folder, seen_from, try_lock, write_text
 from .integrity import SUMS, DamagedFileError, check_files, checksums, files_below, read_sealed, write_sealed
 from .reading import read_yaml
 
@@ -166,13 +166,16 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"cannot write to {self.path} ({error.strerror}); choose another --output_dir") from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = try_lock(lock)
         except OSError as error:
+            lock.close()
+            raise RunError(str(error.strerror)) from error
+        if not mine:
             with lock:
                 owner = _read_owner(lock)
             raise RunError(
                 f"another process is using {self.path}: {owner}; wait for it or choose another --output_dir"
-            ) from error
+            )
         self._lock = lock
         try:
             lock.truncate(0)

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from typing import IO, Any
 import yaml
 
 from .benchmark import Job, progress, take_over_base
-from .files import write_json, write_text
+from .files import try_lock, write_json, write_text
 from .run_folder import RunError
 
 Command = Callable[[Job, Path], Sequence[str]]
@@ -145,7 +144,11 @@ class RunQueue:
         if job.base is not None and not progress(job.base).done:
             self._fail(job, f"its base {job.base.name} is not finished")
             return True
-        lock = claim(job)
+        try:
+            lock = claim(job)
+        except OSError as error:
+            self._fail(job, f"{job.folder} cannot be used: {error.strerror or error}")
+            return True
         if lock is None:
             return False
         with lock:
@@ -196,7 +199,8 @@ class RunQueue:
             self._running.remove(child)
             code = child.end()
             minutes = (time.time() - child.started) / 60
-            write_json(child.job.folder / "queue.json", {"started": child.started, "exit_code": code})
+            with suppress(OSError):  # a note for `status`; the run itself says below how it ended
+                write_json(child.job.folder / "queue.json", {"started": child.started, "exit_code": code})
             found = progress(child.job)
             if code == 0 and found.done:
                 self._outcome.done.append(child.job)
@@ -249,18 +253,23 @@ class _Child:
 
 
 def claim(job: Job) -> IO[str] | None:
-    """The lock of a run, to be closed by who has it; None if another process is running it."""
+    """The lock of a run, to be closed by who has it; None if another process is running it.
+
+    Raises:
+        OSError: its folder cannot be written to, or has no locks.
+    """
     job.folder.mkdir(parents=True, exist_ok=True)
     # The bases of a suite record into one folder of demonstrations.
     path = job.folder.parent / ".base.lock" if job.is_base else job.folder / ".queue.lock"
     lock = path.open("a", encoding="utf-8")
-    for _ in range(5):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+    try:
+        for _ in range(5):
+            if try_lock(lock):
+                return lock
             time.sleep(0.1)  # `describe_status` may be trying it just now
-        else:
-            return lock
+    except BaseException:
+        lock.close()
+        raise
     lock.close()
     return None
 
@@ -297,7 +306,8 @@ def describe_status(jobs: Sequence[Job], workers: int) -> str:
         notes = found.problem or ""
         if state == "running":
             started = _last_start(job).get("started")
-            notes = f"since {time.strftime('%d %b %H:%M', time.localtime(started))}" if started else ""
+            known = isinstance(started, (int, float)) and 0 < started < 1e11
+            notes = f"since {time.strftime('%d %b %H:%M', time.localtime(started))}" if known else ""
         elif state == "failed":
             notes = f"exit code {_last_start(job).get('exit_code')}; see {job.folder / 'log.txt'}"
         minutes = f"{found.seconds / 60:.1f} min" if found.seconds else ""
@@ -330,7 +340,10 @@ def _state(job: Job) -> tuple[str, Any]:
 
 
 def _is_running(job: Job) -> bool:
-    lock = claim(job)
+    try:
+        lock = claim(job)
+    except OSError:
+        return False
     if lock is None:
         return True
     lock.close()
@@ -339,10 +352,10 @@ def _is_running(job: Job) -> bool:
 
 def _last_start(job: Job) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads((job.folder / "queue.json").read_text(encoding="utf-8"))
-        return content
+        content = json.loads((job.folder / "queue.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 @contextmanager

@@ -5,7 +5,9 @@ No simulator and no training: a run is a small script that writes what a run lea
 
 from __future__ import annotations
 
+import copy
 import doctest
+import errno
 import json
 import os
 import shutil
@@ -27,6 +29,7 @@ from stream_fakes import STREAM, TRAINING, FakePool, install_fakes
 from test_recipes import script
 
 from infovla_peft import benchmark as module
+from infovla_peft import files
 from infovla_peft.adapter_files import AdapterInfo, write_info
 from infovla_peft.aggregation import aggregate, check_replacement, load_held
 from infovla_peft.analysis_results import RANGES, Analysis, ProbedTask
@@ -37,7 +40,7 @@ from infovla_peft.evaluation import TaskResult
 from infovla_peft.files import write_json
 from infovla_peft.measurement import read_cell
 from infovla_peft.results import Results, TaskEntry
-from infovla_peft.run_folder import RunFolder
+from infovla_peft.run_folder import RunError, RunFolder
 from infovla_peft.run_queue import RunQueue, claim, describe_status, log_tail
 from infovla_peft.stream import Stream
 
@@ -504,6 +507,44 @@ def test_a_run_is_done_when_all_that_it_was_asked_for_is(tmp_path: Path) -> None
     assert progress(job).done
 
 
+def test_a_folder_that_cannot_be_used_stops_its_run_alone(benchmark: Benchmark, tmp_path: Path) -> None:
+    job = benchmark.jobs[2]
+    job.folder.parent.mkdir(parents=True)
+    job.folder.write_text("a file in its place", encoding="utf-8")
+    outcome = queue(benchmark, tmp_path).run()
+    assert (len(outcome.done), len(outcome.failed), outcome.elsewhere) == (9, 1, [])
+    assert outcome.failed[0].reason.startswith(f"{job.folder} cannot be used: ")
+    assert job.name in describe_status(benchmark.jobs, 2)
+
+
+def test_a_disk_without_locks_is_no_other_process(
+    benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", unknown)
+    outcome = queue(benchmark, tmp_path).run()
+    assert (outcome.done, outcome.elsewhere) == ([], [])
+    assert "without locks two processes could write the same files; choose a folder on a local" in (
+        outcome.failed[0].reason
+    )
+    with pytest.raises(RunError, match="cannot be locked"):
+        RunFolder(tmp_path / "run").open({})
+
+
+def test_a_note_of_the_queue_that_is_none_is_not_read(benchmark: Benchmark) -> None:
+    for job, note in zip(
+        benchmark.jobs[1:], ("null", "[]", '{"started": "noon"}', '{"started": 1e300}'), strict=False
+    ):
+        job.folder.mkdir(parents=True)
+        (job.folder / "queue.json").write_text(note, encoding="utf-8")
+        lock = claim(job)
+        assert lock is not None
+        with lock:
+            assert job.name in describe_status(benchmark.jobs, 2)
+
+
 def test_a_damaged_cell_of_a_base_stops_its_runs_alone(tmp_path: Path) -> None:
     found = load_benchmark(write_config(tmp_path))
     first = found.jobs[0]
@@ -682,6 +723,15 @@ def test_a_run_that_was_made_otherwise_does_not_count(benchmark: Benchmark, tmp_
     assert [failure.job.name for failure in outcome.failed] == [benchmark.jobs[1].name]
 
 
+def test_an_option_that_a_run_did_not_know_had_its_default(tmp_path: Path) -> None:
+    found = load_benchmark(write_config(tmp_path))
+    finish(found.jobs[0])
+    finish(found.jobs[2], lambda results: results.config.pop("rac_pooling") and None)
+    assert progress(found.jobs[2]).problem is None
+    asked = load_benchmark(write_config(tmp_path, recipe={**CONFIG["recipe"], "rac_pooling": "prompt"}))
+    assert "rac_pooling None -> 'prompt'" in str(progress(asked.jobs[2]).problem)
+
+
 def test_what_a_method_does_not_read_may_differ(benchmark: Benchmark) -> None:
     er, rac_only = benchmark.jobs[1:3]
     for job in (er, rac_only):
@@ -793,6 +843,16 @@ def test_an_aggregate_is_replaced_by_a_whole_one_alone(benchmark: Benchmark, tmp
     check_replacement(tmp_path / "new.json", aggregate(benchmark)[0])
     content, _ = aggregate(benchmark, load_held(benchmark, [path]))
     check_replacement(path, content)
+    changed = copy.deepcopy(content)
+    changed["runs"][0]["success"][0][0] = 1.0
+    with pytest.raises(ValueError, match=r"holds RunKey.* with other numbers; move the file away"):
+        check_replacement(path, changed)
+    write_json(tmp_path / "changed.json", changed)
+    with pytest.raises(ValueError, match="has other numbers in another of these files; leave one out"):
+        load_held(benchmark, [path, tmp_path / "changed.json"])
+    finish(benchmark.jobs[1])
+    with pytest.raises(ValueError, match="has other numbers than the run that is held"):
+        aggregate(benchmark, load_held(benchmark, [tmp_path / "changed.json"]))
     content["runs"][0]["assets"] = "another"
     for output in (path, tmp_path / "new.json"):
         with pytest.raises(ValueError, match=r"\(not written\).* must be those of libero_goal's other runs"):

@@ -293,8 +293,8 @@ def test_means_over_other_orders_do_not_stand_in_one_table(tmp_path: Path) -> No
     write_tables(mixed, tmp_path, ["er"])
     text = (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert text.index("### Order A") < text.index("| mir | 1 | A |") < text.index("### Order B")
-    assert "| infovla | 4 | +0.0 [+0.0, +0.0] | [+0.0, +0.0] |" in text
-    assert "| mir | 1 | +0.0 | not measured |" in text
+    assert "| infovla | 4 | 0 | +0.0 [+0.0, +0.0] | [+0.0, +0.0] |" in text
+    assert "| mir | 1 | 0 | +0.0 | not measured |" in text
     rows = read_csv(tmp_path / "metrics.csv")
     assert {(row["order"], row["method"]) for row in rows} == {
         ("A", "er"), ("A", "infovla"), ("A", "mir"), ("B", "er"), ("B", "infovla"),
@@ -325,16 +325,17 @@ def test_tables_hold_what_the_file_holds(tmp_path: Path) -> None:
     paths = write_tables(load_comparison(file), tmp_path / "tables", ["er"])
     assert [path.name for path in paths] == ["tables.md", "tables.tex", "metrics.csv", "differences.csv"]
     text = paths[0].read_text(encoding="utf-8")
-    assert "| er | 4 | A, B | 0, 1 | 65.0 [65.0, 65.0] |" in text
-    assert "| infovla_rac_only | 4 | +0.0 [+0.0, +0.0] | [+0.0, +0.0] |" in text
-    assert "| er | 1 | A | 0 | 65.0 |" in text  # the section of memory 0: one run, no interval
+    assert "| er | 4 | A, B | 0, 1 | ? | 65.0 [65.0, 65.0] |" in text
+    assert "| infovla_rac_only | 4 | 0 | +0.0 [+0.0, +0.0] | [+0.0, +0.0] |" in text
+    assert "the same weights:" not in text
+    assert "| er | 1 | A | 0 | ? | 65.0 |" in text  # the section of memory 0: one run, no interval
     assert "- order A, seeds 0, 1: er = infovla_rac_only" in text
     assert "The ranking is the same under all orders. Ranked are the methods" in text
     assert "libero_goal, 0 trajectories per past task" in text
     assert "8 runs, seeds 0, 1; official assets, fast renderer, step cap 300; rollouts per cell 10 to 20" in text
     assert "0123abc" in text
     tex = paths[1].read_text(encoding="utf-8")
-    assert r"infovla\_rac\_only & 4 & A, B & 0, 1 & 65.0 [65.0, 65.0]" in tex
+    assert r"infovla\_rac\_only & 4 & A, B & 0, 1 & ? & 65.0 [65.0, 65.0]" in tex
     assert tex.count(r"\begin{tabular}{") == tex.count(r"\end{tabular}") == 4
     assert tex.count(r"\resizebox{") == 4  # a page may be narrower than they are
     rows = read_csv(paths[3])
@@ -568,3 +569,32 @@ def test_an_unreadable_aggregate(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ComparisonError, match="the content must be an object"):
         load_comparison(tmp_path / "list.json")
+
+
+def test_pairs_from_the_same_weights_are_told_from_the_others(tmp_path: Path) -> None:
+    low, high = [0.5, 0.7, 0.8, 0.8], [0.7, 0.9, 0.8, 0.8]
+    found = compare(
+        run("er", 0, base="abcdef", last=low), run("er", 1, base="b", last=low), run("er", 2, last=low),
+        run("mir", 0, base="abcdef", last=high), run("mir", 1, base="c", last=low), run("mir", 2, last=low),
+        run("ewc", 0, base="other", last=high),
+    )  # fmt: skip
+    assert differences(found.runs, "er")["mir"]["final_average"].n == 3
+    alone = differences(found.runs, "er", same_weights=True)
+    assert list(alone) == ["mir"]
+    assert (alone["mir"]["final_average"].n, alone["mir"]["final_average"].mean) == (1, pytest.approx(0.1))
+    fresh = refresh_tables(block("show=differences memory=1 same_weights=yes"), found)
+    assert "| `mir` | 1 | 1 | +10.0 |" in fresh
+    assert "ewc" not in fresh
+    for words in ("show=differences memory=1 same_weights=no", "show=means memory=1 same_weights=yes"):
+        with pytest.raises(ComparisonError, match="write same_weights=yes, with show=differences, or nothing"):
+            refresh_tables(block(words), found)
+    with pytest.raises(ComparisonError, match="no pair is known to start from the same weights"):
+        refresh_tables(block("show=differences memory=1 methods=ewc against=er same_weights=yes"), found)
+    write_tables(found, tmp_path, ["er"])
+    text = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert "| mir | 3 | A | 0–2 | abcd, c, ? |" in text
+    before, _, after = text.partition("the pairs that are known to start from the same weights:")
+    assert "| mir | 3 | 1 | +3.3 " in before
+    assert "| mir | 1 | 1 | +10.0 |" in after
+    assert {row["same_weights"] for row in read_csv(tmp_path / "differences.csv") if row["method"] == "mir"} == {"1"}
+    assert {row["bases"] for row in read_csv(tmp_path / "metrics.csv") if row["method"] == "ewc"} == {"othe"}
