@@ -659,20 +659,27 @@ def test_bfloat16_autocast(tmp_path: Path) -> None:
 # --- resuming ---
 
 
-@pytest.mark.parametrize("method", ["infovla", "infovla_paper"])
+@pytest.mark.parametrize("method", ["infovla", "infovla_paper", "er", "mir", "der++", "lwf", "ewc"])
 def test_a_resumed_run_reproduces_the_uninterrupted_one(tmp_path: Path, method: str) -> None:
     options: dict[str, Any] = {
         "method": method, "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lora_dropout": 0.3,
         "proprio_noise": 0.05, "gradient_accumulation_steps": 2, "anchor_views": 2,
+        "counterfactual_share": 0.5 if method == "lwf" else 0.0,
     }  # fmt: skip
-    whole = adapter_stage(tmp_path / "whole", **options)
+
+    def trainer(folder: str) -> InfoVLATrainer:
+        made = adapter_stage(tmp_path / folder, **options)
+        made._consolidation = _consolidation(made.model) if method == "ewc" else None
+        return made
+
+    whole = trainer("whole")
     whole.train()
     checkpoint = tmp_path / "whole" / "checkpoint-3"
     names = {file.name for file in checkpoint.iterdir()}
     assert {"adapter_model.safetensors", "optimizer.pt", "trainer_state.json"} <= names
     assert ("term_networks.safetensors" in names) == (method == "infovla_paper")
 
-    resumed = adapter_stage(tmp_path / "resumed", **options)
+    resumed = trainer("resumed")
     torch.manual_seed(12345)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     for name, parameter in adapter_parameters(whole.model, "one"):
