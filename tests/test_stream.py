@@ -403,6 +403,16 @@ def test_every_method_runs_through(make: Callable[..., Stream], tmp_path: Path, 
     assert FakePool.calls == [stream.tasks[k].name for k in (0, 1, 0, 1, 2, 0, 1, 2, 3)]
 
 
+def test_adapters_merged_to_a_rank_are_stored_with_it(make: Callable[..., Stream], tmp_path: Path) -> None:
+    with make(method="merge", merge_rank=1) as stream:
+        stream.run()
+    folder = stream.run_folder.merged(stream.stages[2].name)
+    assert {lora.r for lora in load_policy(folder).model.peft_config.values()} == {1}
+    assert {
+        tensor.shape[0] for name, tensor in load_file(folder / "adapter_model.safetensors").items() if "lora_A" in name
+    } == {1}
+
+
 def test_ewc_weighs_the_tasks_of_the_base_one_by_one(
     make: Callable[..., Stream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
