@@ -46,7 +46,13 @@ def read_reference_info(folder: str | os.PathLike[str]) -> AdapterInfo:
     for name, expected in _SUPPORTED.items():
         if content.get(name, expected) != expected:
             raise AdapterError(f"{file}: {name} is {content[name]!r}; adapters of OpenVLA's recipe have {expected!r}")
-    return AdapterInfo(base_model=str(base), base_fingerprint={}, unnorm_key="", base_revision=content.get("revision"))
+    return AdapterInfo(
+        base_model=str(base),
+        base_fingerprint={},
+        unnorm_key="",
+        base_revision=content.get("revision"),
+        stage=1,  # 0 is the base
+    )
 
 
 def load_reference_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str) -> PeftModel:

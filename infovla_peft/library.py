@@ -117,14 +117,15 @@ def choose(
     given: Any = stage
     if isinstance(given, bool) or not isinstance(given, (Integral, type(None))):
         raise ValueError(f"stage must be an integer, got {stage!r:.80}")
-    candidates = [adapter for adapter in adapters if stage is None or adapter.info.stage == stage]
+    # An adapter saved without a stage says 0, which asks for the base all the same.
+    candidates = [adapter for adapter in adapters if stage is None or adapter.info.stage == stage != 0]
     if stage != 0 and not candidates and (stage is not None or task is not None):
         raise ValueError(f"{where} has no adapter of stage {stage or 1}; it has: {listed(adapters)}")
     if task is None:
         alone = len(adapters) == 1 and adapters[0].folder == folder and len(adapters[0].learned) <= 1
         return (candidates[-1] if candidates else None), (adapters[0].info.instruction or None if alone else None)
-    if len(adapters) == 1 and adapters[0].reference:  # it does not say what it has learned
-        return adapters[0], instruction_of(task)
+    if len(adapters) == 1 and adapters[0].reference:  # neither it nor its base says what it has learned
+        return (candidates[0] if candidates else None), instruction_of(task)
     for adapter in candidates:
         for name in adapter.learned if stage is None else adapter.info.seen:
             if same_task(task, name):

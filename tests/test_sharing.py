@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import TASKS, act, build_run
 
 from infovla_peft import load_policy
-from infovla_peft.adapter_files import AdapterError, read_info, write_info
+from infovla_peft.adapter_files import AdapterError, AdapterInfo, read_info, write_info
 from infovla_peft.adapters import (
     active_adapter,
     adapter_parameters,
@@ -28,7 +28,7 @@ from infovla_peft.adapters import (
 )
 from infovla_peft.config import InfoVLAConfig
 from infovla_peft.foreign import fingerprint_of_files, load_reference_adapter
-from infovla_peft.library import find_adapters
+from infovla_peft.library import StoredAdapter, choose, find_adapters
 from infovla_peft.merging import merge, save_merged, unmerge
 from infovla_peft.models.openvla import load_openvla
 
@@ -238,6 +238,31 @@ def test_an_adapter_of_the_original_recipe_acts_as_recorded(shared: Path) -> Non
     assert policy.act(image, "open the drawer").shape == (1, 7)
     with pytest.raises(FileNotFoundError, match="give load_policy the base as `base`"):
         load_policy(folder)
+
+
+def test_stage_0_of_a_plain_adapter_is_the_base(run: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    shutil.copytree(find_adapters(run)[0].folder, plain)
+    (plain / "infovla.json").unlink()
+    content = json.loads((plain / "adapter_config.json").read_text())
+    (plain / "adapter_config.json").write_text(json.dumps({**content, "base_model_name_or_path": "a/b"}))
+    expected = act(load_policy(run / "base"), "open the drawer")
+    policy = load_policy(plain, base=run / "base")
+    adapted = act(policy, "open the drawer")
+    assert adapted != expected
+    assert act(policy.use(stage=0), "open the drawer") == expected
+    assert act(policy.use(stage=1), "open the drawer") == adapted
+    for task in (None, "open the drawer"):
+        assert act(load_policy(plain, base=run / "base", stage=0, task=task), "open the drawer") == expected
+    with pytest.raises(ValueError, match="no adapter of stage 2; it has: stage 1, a plain PEFT adapter"):
+        policy.use(stage=2)
+
+
+def test_stage_0_is_the_base_of_an_adapter_that_names_no_stage_too() -> None:
+    info = AdapterInfo(base_model="base", base_fingerprint={}, unnorm_key="a", task="open_the_drawer")
+    adapters, folder = [StoredAdapter(Path("a"), info)], Path("a")
+    assert choose(adapters, folder, "a", None, None)[0] is adapters[0]
+    assert choose(adapters, folder, "a", None, 0)[0] is None
 
 
 def test_a_plain_adapter_that_is_no_lora_of_the_recipe_is_refused(tmp_path: Path) -> None:
