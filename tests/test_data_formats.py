@@ -87,6 +87,11 @@ def test_our_own_recordings_are_streamed_with_all_their_columns(tmp_path: Path, 
         assert ours == theirs
     with pytest.raises(ValueError, match="leave `columns` out"):
         load_demonstrations(tmp_path, columns={"image": "x"})
+    for streaming in (False, True):
+        for name, found in (("action", 7), ("state", 8)):
+            message = rf"{name} has {found} dimensions, .* not 14: leave {name}_dim out"
+            with pytest.raises(DemonstrationError, match=message):
+                load_demonstrations(tmp_path, streaming=streaming, **{f"{name}_dim": 14})  # type: ignore[arg-type]
     fewer = load_demonstrations(tmp_path, ["b"], rotate=True)
     upside_down = load_demonstrations(tmp_path, ["b"])
     assert largest_difference(fewer[0]["image"], np.asarray(upside_down[0]["image"])[::-1, ::-1]) == 0
@@ -189,6 +194,12 @@ def test_options_that_cannot_be(files: dict[str, Path]) -> None:
     for source in (files["hdf5"], files["lerobot_images"]):
         with pytest.raises(ValueError, match="names an image 'done', as a column is called already"):
             load_demonstrations(source, columns={"done": "obs/agentview_rgb"}, streaming=True)
+        for names, message in (
+            (["obs/agentview_rgb", "obs/eye_in_hand_rgb"], r"has 2 names for the image 'image' .*Give it one"),
+            ([], "has 0 names for the image 'image'"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                load_demonstrations(source, columns={"image": names})
         with pytest.raises(ValueError, match="there are no revisions; leave `revision` out"):
             load_demonstrations(source, revision="v1", streaming=True)
 

@@ -111,13 +111,13 @@ def load_demonstrations(
         state_dim=state_dim,
     )
     entries = select_entries(found.entries(), tasks, episodes, str(location))
+    for entry in {entry.task: entry for entry in reversed(entries)}.values():
+        found.check(entry, options)
     if isinstance(found, RecordedSource):
         if not streaming and not (options.rotate or drop_noops):
             return map_recorded(found, entries, cache_dir)
         features = found.features
     else:
-        for entry in {entry.task: entry for entry in reversed(entries)}.values():
-            found.check(entry, options)
         features = frame_features(found.images, state_dim=state_dim, action_dim=action_dim)
     return _generate(found, entries, options, features, streaming=streaming, cache_dir=cache_dir)
 

@@ -99,7 +99,7 @@ class LiberoHDF5Source:
         source = f"{path}, {entry.place}"
         with _open(path) as file:
             group = _group(file, f"data/{entry.place}", path)
-            images: dict[str, Any] = {name: _pictures(group, self._columns[name], source) for name in self.images}
+            images: dict[str, Any] = {name: _pictures(group, self._columns[name][0], source) for name in self.images}
             numbers = {name: _numbers(group, self._columns[name], name, source) for name in ("state", "action")}
             later = self._observations == "after" or (self._observations == "auto" and _seen_after(group, source))
         if later and len({len(column) for column in (*images.values(), *numbers.values())}) == 1:
@@ -122,8 +122,7 @@ class LiberoHDF5Source:
                 found = sum(shape[1] if len(shape) == 2 else 1 for shape in shapes)
                 check_dimension(f"{path}, {entry.place}", name, found, wanted)
             for name in self.images:
-                for there in self._columns[name]:
-                    _dataset(group, there, f"{path}, {entry.place}")
+                _dataset(group, self._columns[name][0], f"{path}, {entry.place}")
 
     def _demonstrations(self, name: str) -> list[EpisodeEntry]:
         path, stamp = self.location.file(name), self.location.stamp(name)
@@ -281,11 +280,11 @@ def _seen_after(group: Any, source: str) -> bool:
     return bool(following < same / 2)  # not equal: a replay drifts a little from what was recorded
 
 
-def _pictures(group: Any, names: tuple[str, ...], source: str) -> NDArray[np.uint8]:
-    pictures = _dataset(group, names[0], source)
+def _pictures(group: Any, name: str, source: str) -> NDArray[np.uint8]:
+    pictures = _dataset(group, name, source)
     if pictures.ndim != 4 or pictures.shape[-1] != 3 or pictures.dtype != np.uint8:
         raise DemonstrationError(
-            f"{source}: {names[0]} holds {pictures.dtype} of shape {pictures.shape}, not uint8 pictures (frames, "
+            f"{source}: {name} holds {pictures.dtype} of shape {pictures.shape}, not uint8 pictures (frames, "
             "height, width, 3); name the right one with `columns`"
         )
     return np.asarray(pictures[()])

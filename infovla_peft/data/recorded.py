@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from ..integrity import DamagedFileError, FileState, read_sealed, sha256_of_state, write_sealed
 from ..simulation.environment import EnvironmentState
-from .rows import ACTION_DIM, CAMERA_COLUMNS, STATE_DIM, DemonstrationError, Episode, frame_features
+from .rows import ACTION_DIM, CAMERA_COLUMNS, STATE_DIM, DemonstrationError, Episode, RowOptions, frame_features
 from .sources import EpisodeEntry, Location
 
 if TYPE_CHECKING:
@@ -314,6 +314,22 @@ class RecordedSource:
             for name, task in self._manifest.tasks.items()
             for index, record in sorted(task.episodes.items())
         ]
+
+    def check(self, _entry: EpisodeEntry, options: RowOptions) -> None:
+        """See that the dimensions that are wanted are those that are recorded.
+
+        Raises:
+            DemonstrationError: they are not.
+        """
+        for name, found, wanted in (
+            ("action", ACTION_DIM, options.action_dim),
+            ("state", STATE_DIM, options.state_dim),
+        ):
+            if wanted != found:
+                raise DemonstrationError(
+                    f"{self.location}: {name} has {found} dimensions, as in every set that `infovla demos` recorded, "
+                    f"not {wanted}: leave {name}_dim out, or read another set"
+                )
 
     def record(self, entry: EpisodeEntry) -> EpisodeRecord:
         """What the manifest says of an episode."""

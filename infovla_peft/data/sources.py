@@ -307,7 +307,8 @@ def resolve_columns(columns: Columns | None, defaults: Columns) -> dict[str, tup
     """Our columns -> names there, with the user's mapping over the format's own.
 
     Raises:
-        ValueError: action or state is left out, or an image named as a column that is made here.
+        ValueError: action or state is left out, an image has another number of names than one, or is named as a
+            column that is made here.
     """
     if taken := sorted(set(columns or {}) & MADE_COLUMNS):
         raise ValueError(f"`columns` names an image {taken[0]!r}, as a column is called already: give it another name")
@@ -319,4 +320,10 @@ def resolve_columns(columns: Columns | None, defaults: Columns) -> dict[str, tup
     }
     if missing := [name for name in ("state", "action") if not result.get(name)]:
         raise ValueError(f"`columns` leaves out {' and '.join(missing)}, which a policy needs")
+    for name, there in result.items():
+        if name not in ("state", "action") and len(there) != 1:
+            raise ValueError(
+                f"`columns` has {len(there)} names for the image {name!r} ({', '.join(there) or 'none'}); only state "
+                "and action are joined. Give it one, a further image a column of its own, and None to leave it out"
+            )
     return result
