@@ -761,3 +761,70 @@ def test_a_lerobot_episode_without_an_instruction_is_refused(tmp_path: Path) -> 
     folder = write_lerobot(tmp_path / "set", tasks=("turn_on_the_stove", ""), videos=False)
     with pytest.raises(DemonstrationError, match=r"episode 1 has no task.*meta/tasks\.parquet"):
         load_demonstrations(folder)
+
+
+def with_tasks_by_frame(root: Path, numbers: list[Any], tasks: list[str], *, videos: bool = False) -> Path:
+    """A set of one episode whose frames have these tasks, of which its entry has a list in no order."""
+    write_lerobot(root, episodes=1, videos=videos)
+    for file, edit in (
+        (EPISODES, lambda row: {**row, "tasks": tasks}),
+        (DATA, lambda row: {**row, "task_index": numbers[row["frame_index"]]}),
+    ):
+        rows = [edit(row) for row in pq.read_table(root / file).to_pylist() if row["episode_index"] == 0]
+        pq.write_table(pa.Table.from_pylist(rows), root / file)
+    edit_info(root, total_episodes=1)
+    return root
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("videos", [False, True])
+def test_a_lerobot_episode_of_several_tasks_is_cut_where_they_change(
+    tmp_path: Path, videos: bool, streaming: bool
+) -> None:
+    texts = [task.replace("_", " ") for task in TASKS]
+    folder = with_tasks_by_frame(tmp_path / "set", [1, 1, 0, 0, 0, 1], texts, videos=videos)
+    found = list(load_demonstrations(folder, streaming=streaming))
+    names = ("task", "episode_index", "frame_index", "done")
+    assert [tuple(row[name] for name in names) for row in found] == [
+        (TASKS[1], 0, 0, False), (TASKS[1], 0, 1, True), (TASKS[1], 1, 0, True),
+        (TASKS[0], 0, 0, False), (TASKS[0], 0, 1, False), (TASKS[0], 0, 2, True),
+    ]  # fmt: skip
+    states, actions = numbers(0)
+    for row, frame in zip(found, [0, 1, 5, 2, 3, 4], strict=True):
+        assert row["instruction"] == row["task"].replace("_", " ")
+        np.testing.assert_array_equal(np.float32(row["state"]), states[frame])
+        np.testing.assert_array_equal(np.float32(row["action"]), actions[frame])
+        assert largest_difference(row["image"], picture(0, frame)) <= (VIDEO_ERROR if videos else 0)
+    assert len(load_demonstrations(folder, TASKS[1], episodes=2)) == 3
+
+
+@pytest.mark.parametrize("name", [None, "task"])  # of pandas' index, in older and in newer sets
+def test_the_task_of_a_lerobot_frame_is_its_own(tmp_path: Path, name: str | None) -> None:
+    """An entry may list tasks that no frame has, or none."""
+    for number, tasks in enumerate((["a", "b"], [])):
+        folder = with_tasks_by_frame(tmp_path / str(number), [1] * FRAMES, tasks)
+        table = pq.read_table(folder / "meta/tasks.parquet").to_pandas()
+        table.rename_axis(name).to_parquet(folder / "meta/tasks.parquet")
+        assert set(load_demonstrations(folder)["task"]) == {TASKS[1]}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda root: (root / "meta/tasks.parquet").unlink(), r"tasks\.parquet is missing"),
+        (lambda root: cut(root / "meta/tasks.parquet"), r"tasks\.parquet is truncated"),
+        (lambda root: edit_table(root / "meta/tasks.parquet", task_index=[0, None]), "task_index must be an integer"),
+        (lambda root: edit_table(root / "meta/tasks.parquet", task_index=None), "lacks the columns task_index"),
+        (lambda root: edit_table(root / DATA, task_index=None), "lacks the columns task_index"),
+        (
+            lambda root: edit_table(root / DATA, task_index=[0, 1, 0, 7, 1, 1]),
+            "frames of episode 0 have the task_index 7, which",
+        ),
+        (lambda root: edit_table(root / DATA, task_index=[0, 1, 0, None, 1, 1]), "the task_index None, which"),
+        (lambda root: pq.write_table(pq.read_table(root / DATA).slice(1), root / DATA), "holds 5 frames of episode 0"),
+    ],
+)
+def test_lerobot_tasks_that_are_not_there(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
+    damage(with_tasks_by_frame(tmp_path, [0, 0, 0, 1, 1, 1], ["a", "b"]))
+    with pytest.raises(DemonstrationError, match=message):
+        load_demonstrations(tmp_path, streaming=True)

@@ -63,9 +63,11 @@ def load_demonstrations(
         source: a folder recorded by `infovla demos`; LIBERO's HDF5 files (a folder, or one file); a LeRobot data set
             v3 (a folder); or the Hub id of a data set repository that holds one of them.
         tasks: names or instructions of tasks, in the order in which they are wanted, or that of one; all if None.
-        episodes: how many of each task, the first ones, ≥ 1; all if None.
+        episodes: how many of each task, the first ones, ≥ 1; all if None. A LeRobot episode of several tasks is cut
+            where they change, and each part counts as one of its task.
         streaming: read episode by episode while iterating, and keep nothing; a LeRobot repository's files are
-            fetched when an episode of theirs is wanted. Else all is prepared once, and memory-mapped from a cache.
+            fetched when an episode of theirs is wanted (those with an episode of several tasks at once). Else all is
+            prepared once, and memory-mapped from a cache.
         format: of the source; `auto` finds it out.
         columns: our column -> its name there, over the format's own: `{"image": "observation.images.top"}`. A list of
             names joins them (`state` and `action` only), None leaves an image out, and further keys are further

@@ -2,9 +2,12 @@
 
 meta/info.json                                     what there is: features, frames per second, where files lie
 meta/tasks.parquet                                 the tasks' texts and numbers
-meta/episodes/chunk-000/file-000.parquet           of each episode its task, its length and its place in the files
-data/chunk-000/file-000.parquet                    one row per frame
+meta/episodes/chunk-000/file-000.parquet           of each episode its tasks, its length and its place in the files
+data/chunk-000/file-000.parquet                    one row per frame, with its task's number
 videos/<camera>/chunk-000/file-000.mp4             one frame per row, episodes one after another
+
+LeRobot has a task for every frame, and lists those of an episode in no order. An episode of several tasks is cut
+where they change: each part is a demonstration of its own task.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +107,6 @@ class LeRobotSource:
     def entries(self) -> list[EpisodeEntry]:
         found: dict[str, list[EpisodeEntry]] = {}
         for row in sorted(self._episode_rows(), key=lambda row: row["episode_index"]):
-            text = " ".join(row["tasks"]).strip()
-            if not text:
-                raise DemonstrationError(
-                    f"{self.location}: episode {row['episode_index']} has no task, which is the instruction that a "
-                    "policy reads; write it into meta/tasks.parquet and the episode's entry in meta/episodes"
-                )
             file = self._file("data_path", row["data/chunk_index"], row["data/file_index"])
             place: dict[str, Any] = {
                 "episode": row["episode_index"],
@@ -117,24 +115,25 @@ class LeRobotSource:
             }
             files = [file, *(video for video, _ in place["videos"].values())]
             stamp = " ".join(self.location.stamp(name) for name in files)
-            mine = found.setdefault(text, [])
-            mine.append(EpisodeEntry(text.replace(" ", "_"), text, "", len(mine), file, place, stamp))
+            for text, first, frames in self._parts(row, file, stamp):
+                if not text:
+                    raise DemonstrationError(
+                        f"{self.location}: episode {row['episode_index']} has no task, which is the instruction that "
+                        "a policy reads; write it into meta/tasks.parquet and the episode's entry in meta/episodes"
+                    )
+                mine, part = found.setdefault(text, []), {**place, "first": first, "frames": frames}
+                mine.append(EpisodeEntry(text.replace(" ", "_"), text, "", len(mine), file, part, stamp))
         return [entry for entries in found.values() for entry in entries]
 
     def read(self, entry: EpisodeEntry) -> Episode:
         path = self._path(entry.file)
-        number, length = entry.place["episode"], entry.place["length"]
+        number, first, frames = (entry.place[name] for name in ("episode", "first", "frames"))
         source = f"{self.location}, episode {number}"
         wanted = [there for name in ("state", "action") for there in self._columns[name]]
         stored = [self._columns[name][0] for name in self.images if self._columns[name][0] not in self._video_keys]
         with _reading(path):
             table = _numbers_of(path, tuple(wanted), entry.stamp)
-            own = np.flatnonzero(table["episode_index"].to_numpy() == number)
-            table = table.take(own).sort_by("frame_index")
-            if len(table) != length:
-                raise DemonstrationError(
-                    f"{path} holds {len(table)} frames of episode {number} instead of {length}: {AGAIN}"
-                )
+            table = _frames_of(path, table, number, entry.place["length"]).slice(first, frames)
             numbers = {
                 name: np.concatenate([_matrix(table[there]) for there in self._columns[name]], axis=1)
                 for name in ("state", "action")
@@ -144,13 +143,47 @@ class LeRobotSource:
         for name in self.images:
             key = self._columns[name][0]
             if key in pictures:
-                images[name] = pictures[key]
+                images[name] = pictures[key][first : first + frames]
             else:
                 file, start = entry.place["videos"][key]
-                times = start + np.arange(length) / self.frames_per_second
+                times = start + np.arange(first, first + frames) / self.frames_per_second
                 images[name] = read_frames(self._path(file), times, self.frames_per_second)
         values = {"instruction": entry.instruction, "task": entry.task, "suite": entry.suite}
         return Episode(source, images, numbers, {**values, "episode_index": entry.index})
+
+    def _parts(self, row: dict[str, Any], file: str, stamp: str) -> list[tuple[str, int, int]]:
+        """The tasks of an episode, each with its first frame and how many it has.
+
+        Where its entry names one task, as nearly always, the frames are not looked at.
+        """
+        if len(row["tasks"]) == 1:
+            return [(row["tasks"][0].strip(), 0, row["length"])]
+        path = self._path(file)
+        with _reading(path):
+            table = _numbers_of(path, ("task_index",), stamp)
+            numbers = _frames_of(path, table, row["episode_index"], row["length"])["task_index"].to_pylist()
+        if unknown := set(numbers) - set(self._texts):
+            raise DemonstrationError(
+                f"{path}: frames of episode {row['episode_index']} have the task_index {min(unknown, key=str)!r:.40}, "
+                f"which {TASKS} has no text for; add it there, or {AGAIN}"
+            )
+        parts: list[tuple[str, int, int]] = []
+        for text, same in groupby(self._texts[number] for number in numbers):
+            parts.append((text, sum(part[2] for part in parts), len(list(same))))
+        return parts
+
+    @cached_property
+    def _texts(self) -> dict[int, str]:
+        """The tasks' texts, by their numbers."""
+        path = self._path(TASKS)
+        check = Checker(str(path), DemonstrationError, AGAIN)
+        with _reading(path):
+            names = pq.read_schema(path).names
+            text = "task" if "task" in names else "__index_level_0__"  # pandas' index, with a name or without
+            rows = _read_table(path, ["task_index", text]).to_pylist()
+        return {
+            check.count(row["task_index"], "task_index"): check.typed(row[text], str, text).strip() for row in rows
+        }
 
     @property
     def _video_keys(self) -> list[str]:
@@ -277,6 +310,18 @@ def _read_table(path: Path, columns: Sequence[str], filters: Any = None) -> pa.T
 @lru_cache(maxsize=1)  # episodes of one file are read one after another
 def _numbers_of(path: Path, columns: tuple[str, ...], _stamp: str) -> pa.Table:
     return _read_table(path, ["episode_index", "frame_index", *dict.fromkeys(columns)])
+
+
+def _frames_of(path: Path, table: pa.Table, episode: int, length: int) -> pa.Table:
+    """The rows of one episode, in order.
+
+    Raises:
+        DemonstrationError: there are more or fewer than its entry says.
+    """
+    own = np.flatnonzero(table["episode_index"].to_numpy() == episode)
+    if len(own) != length:
+        raise DemonstrationError(f"{path} holds {len(own)} frames of episode {episode} instead of {length}: {AGAIN}")
+    return table.take(own).sort_by("frame_index")
 
 
 def _pictures_of(path: Path, episode: int, columns: Sequence[str]) -> dict[str, list[Any]]:
