@@ -478,6 +478,13 @@ class StreamConfig:
         "Whether frame t of LIBERO's HDF5 files was seen before action t (regenerated files) or after it (LIBERO's "
         "own); auto finds it out.",
     )
+    demonstrations_gripper: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "What the last number of its actions is for an open and for a closed gripper, such as 1 0; "
+            "default: LIBERO's, -1 1."
+        },
+    )
     demonstration_noise: float = _option(0.1, "Noise on the executed, not on the recorded, actions.")
     demonstration_workers: int = _option(0, "Processes that record; 0 = one per core.")
     memory_trajectories: int = _option(1, "Trajectories kept of each past task. Paper, section 4.1.")
@@ -516,8 +523,8 @@ class StreamConfig:
                 "use at least B1, or a checkpoint as base_model"
             )
         if self.demonstrations_source is None:
-            names = ("demonstrations_columns", "demonstrations_rotate", "drop_noops", "demonstrations_observations")
-            for name in names:
+            names = ("columns", "rotate", "observations", "gripper")
+            for name in ("drop_noops", *(f"demonstrations_{name}" for name in names)):
                 if getattr(self, name) not in (None, False, "auto"):
                     raise ValueError(f"{name} applies only with demonstrations_source; set that, or leave {name} out")
         elif self.demonstrations_folder is not None:

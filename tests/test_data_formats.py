@@ -92,6 +92,8 @@ def test_our_own_recordings_are_streamed_with_all_their_columns(tmp_path: Path, 
             message = rf"{name} has {found} dimensions, .* not 14: leave {name}_dim out"
             with pytest.raises(DemonstrationError, match=message):
                 load_demonstrations(tmp_path, streaming=streaming, **{f"{name}_dim": 14})  # type: ignore[arg-type]
+    with pytest.raises(DemonstrationError, match="with LIBERO's gripper: leave `gripper` out"):
+        load_demonstrations(tmp_path, gripper=(1, 0))
     fewer = load_demonstrations(tmp_path, ["b"], rotate=True)
     upside_down = load_demonstrations(tmp_path, ["b"])
     assert largest_difference(fewer[0]["image"], np.asarray(upside_down[0]["image"])[::-1, ::-1]) == 0
@@ -182,6 +184,25 @@ def test_observations_after_the_action_are_of_hdf5_only(files: dict[str, Path]) 
         load_demonstrations(files["lerobot_images"], observations="after")
     with pytest.raises(ValueError, match="choose auto, before or after"):
         load_demonstrations(files["hdf5"], observations="later")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("opened", "closed"), [(1, 0), (0, 100), (1, -1)])
+def test_a_gripper_of_other_numbers_becomes_libero_s(
+    tmp_path: Path, opened: float, closed: float, streaming: bool
+) -> None:
+    folder = write_lerobot(tmp_path / "set", videos=False)
+    actions = np.array(pq.read_table(folder / DATA)["action"].to_pylist())
+    expected = actions[:, 6].copy()
+    actions[:, 6] = np.where(expected < 0, opened, closed)
+    edit_table(folder / DATA, action=actions.tolist())
+    frames = load_demonstrations(folder, gripper=(opened, closed), streaming=streaming)
+    assert [row["action"][6] for row in frames] == expected.tolist()
+    if (opened, closed) != (1, -1):  # which looks like LIBERO's
+        with pytest.raises(DemonstrationError, match=r"the gripper, .* load_demonstrations\(\.\.\., gripper="):
+            statistics_of(load_demonstrations(folder))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"gripper is two different numbers, .* not \(1, 1\)"):
+        load_demonstrations(folder, gripper=(1, 1), streaming=streaming)
 
 
 def test_noops_follow_openvla_s_rule() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -13,7 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from infovla_peft.data.chunks import ChunkDataset
 from infovla_peft.data.normalisation import Normaliser, compute_statistics, to_env_action, to_model_action
+from infovla_peft.data.rows import DemonstrationError
 from infovla_peft.data.statistics import statistics_of
 
 
@@ -58,6 +61,32 @@ def test_gripper_conventions() -> None:
     assert to_env_action(model)[:, 1].tolist() == [-1.0, 1.0, -1.0]
     assert to_env_action(torch.tensor([[0.5, 0.51]])).tolist() == [[0.5, -1.0]]
     assert to_env_action(torch.tensor([[0.5, 0.49]])).tolist() == [[0.5, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("gripper", "fits"),
+    [
+        ([-1, 1, 1], True), ([-1.02, 0.3, 1.001], True), ([-1, -1, -1], True), ([1, 1, 1], True), ([0, 0, 0], True),
+        ([1, 0, 1], False), ([0, 0.5, 0.9], False), ([0, 0.04, 0.08], False), ([0, 100, 30], False),
+        ([-2, 1, 1], False),
+    ],
+)  # fmt: skip
+def test_a_gripper_in_another_convention_is_refused(gripper: list[float], fits: bool) -> None:
+    actions = np.c_[np.random.default_rng(0).uniform(-1, 1, (3, 6)), gripper]
+    rows = {"action": actions.tolist(), "state": np.ones((3, 8)).tolist(), "task": ["a"] * 3, "instruction": ["a"] * 3}
+    frames = datasets.Dataset.from_dict(
+        {**rows, "episode_index": [0] * 3, "frame_index": [0, 1, 2], "image": ["x"] * 3}
+    )
+    pipeline: Any = SimpleNamespace(side=1)
+    if fits:
+        assert statistics_of(frames)["num_transitions"] == 3
+        assert len(ChunkDataset(frames, pipeline, cache_images=False)) == 3
+        return
+    low, high = (f"{number:g}" for number in (min(gripper), max(gripper)))
+    message = rf"gripper, .* goes from {low} to {high}; .*load_demonstrations\(\.\.\., gripper=\({high}, {low}\)\)"
+    for make in (statistics_of, lambda frames: ChunkDataset(frames, pipeline, cache_images=False)):
+        with pytest.raises(DemonstrationError, match=message):
+            make(frames)
 
 
 def test_percentiles_become_the_unit_interval(statistics: dict[str, object]) -> None:

@@ -107,6 +107,9 @@ def test_options_of_a_source_come_from_the_recipe(tmp_path: Path) -> None:
     pictures = [np.asarray(row["wrist_image"])[::-1, ::-1] for row in plain]
     np.testing.assert_array_equal(np.asarray(frames[0]["image"]), pictures[0])
     np.testing.assert_array_equal(frames[0]["state"], plain[0]["state"])
+    config, training = load_recipe(recipe, ["--demonstrations_gripper", "1", "-1"])
+    turned = Stream(config, training).demonstrations(run.tasks)
+    assert [row["action"][6] for row in turned] == [-row["action"][6] for row in frames]
     config, training = load_recipe(recipe, ["--demonstrations_observations", "after"])
     later = Stream(config, training).demonstrations(run.tasks)
     np.testing.assert_array_equal(later[0]["action"], plain[2]["action"])  # the second is a no-op
@@ -118,5 +121,7 @@ def test_options_without_a_source_are_refused() -> None:
         StreamConfig(drop_noops=True)
     with pytest.raises(ValueError, match="demonstrations_observations applies only with demonstrations_source"):
         StreamConfig(demonstrations_observations="after")
+    with pytest.raises(ValueError, match="demonstrations_gripper applies only with demonstrations_source"):
+        StreamConfig(demonstrations_gripper=[1, 0])
     with pytest.raises(ValueError, match=r"demonstrations_source .* or demonstrations_folder"):
         StreamConfig(demonstrations_source="a", demonstrations_folder="b")

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..bars import progress_bar
 from .images import ImagePipeline
-from .normalisation import to_model_action
+from .normalisation import check_gripper, to_model_action
 from .rows import DemonstrationError, check_table
 
 IMAGE_CACHE_LIMIT = 2**30
@@ -108,6 +108,7 @@ class ChunkDataset(torch.utils.data.Dataset[Samples]):
     Raises:
         ValueError: `frames` is a stream, a column is missing, there are no frames, an episode's frames are not in
             order, or values are not finite.
+        DemonstrationError: the gripper is in another convention than LIBERO's, see `normalisation.check_gripper`.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class ChunkDataset(torch.utils.data.Dataset[Samples]):
         self.env_actions = _vectors(columns["action"])  # (N, A), LIBERO's
         if not (np.isfinite(self.states).all() and np.isfinite(self.env_actions).all()):
             raise ValueError("the demonstrations hold NaN or infinite actions or states; record them again")
+        check_gripper(self.env_actions)  # here too: a base that has statistics needs none of these frames
         self.tasks, self.task = _index(columns["task"])  # names, (N,)
         self.instructions, self._instruction = _index(columns["instruction"])
         self.frame = columns["frame_index"].to_numpy().astype(np.int64)  # (N,)

@@ -51,6 +51,7 @@ def load_demonstrations(
     rotate: bool | None = None,
     drop_noops: bool = False,
     observations: Observations = "auto",
+    gripper: Sequence[float] | None = None,
     action_dim: int = ACTION_DIM,
     state_dim: int = STATE_DIM,
     revision: str | None = None,
@@ -80,6 +81,10 @@ def load_demonstrations(
             `after` it, as in LIBERO's own. `after` pairs observation t - 1 with action t and leaves out the first
             action. `auto` finds it out for every demonstration, from the arm's joints in `states` and
             `obs/joint_states`, and takes `before` where these are not there or do not tell.
+        gripper: what the last number of an action is there when it opens and when it closes the gripper, for example
+            `(1, 0)`, or `(100, 0)`: it becomes LIBERO's, -1 and +1. None: it is LIBERO's. Training refuses one that
+            cannot be, see `normalisation.check_gripper`; one that has -1 for closed and +1 for open looks the same
+            and needs `(1, -1)`.
         action_dim, state_dim: A and P, what the data must have.
         revision, token: of a repository (a folder has no revision), as in `huggingface_hub`.
         cache_dir: for what is prepared; default: `.cache` in a folder of our own recordings if it can be written,
@@ -94,7 +99,7 @@ def load_demonstrations(
         FileNotFoundError: no demonstrations there.
         DemonstrationError: a task or an episode is missing, or a file is not what it should be: a column is missing,
             another dimension, NaN, truncated. The message names the file and the cure.
-        ValueError: `episodes` is below 1, `revision` of a folder, or `columns` that cannot be.
+        ValueError: `episodes` is below 1, `revision` of a folder, or `columns` or a `gripper` that cannot be.
 
     Example:
         >>> frames = load_demonstrations("LIBERO/datasets/libero_goal", ["turn on the stove"])  # doctest: +SKIP
@@ -111,6 +116,7 @@ def load_demonstrations(
         drop_noops=drop_noops,
         action_dim=action_dim,
         state_dim=state_dim,
+        gripper=None if gripper is None else tuple(gripper),  # type: ignore[arg-type]
     )
     entries = select_entries(found.entries(), tasks, episodes, str(location))
     for entry in {entry.task: entry for entry in reversed(entries)}.values():
@@ -148,6 +154,7 @@ def recipe_demonstrations(recipe: Mapping[str, Any], recorded: Path) -> tuple[st
         "rotate": recipe.get("demonstrations_rotate"),
         "drop_noops": bool(recipe.get("drop_noops")),
         "observations": recipe.get("demonstrations_observations") or "auto",
+        "gripper": recipe.get("demonstrations_gripper"),
     }
     return str(source), options
 

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from .rows import DemonstrationError
+
 Statistics = Mapping[str, Any]
 BOUNDS = {"bounds": ("min", "max"), "bounds_q99": ("q01", "q99")}
 """What becomes -1 and 1, by the model's `action_normalization`."""
@@ -51,6 +53,33 @@ def _join(motion: Any, gripper: Any) -> Any:
     if isinstance(motion, torch.Tensor):
         return torch.cat((motion, gripper.to(motion.dtype)), dim=-1)
     return np.concatenate((motion, gripper.astype(motion.dtype)), axis=-1)
+
+
+_OVERSHOOT, _STILL = 0.05, 1e-3
+"""How far a measured gripper may pass its ends, and by how much one varies that never moves."""
+
+
+def check_gripper(actions: NDArray[Any]) -> None:
+    """Refuse actions (N, A), those of a whole set, whose gripper cannot be in LIBERO's convention.
+
+    That is, it leaves [-1, 1], or moves and never goes below 0: what has 1 = open and 0 = closed, as the model, would
+    be learned as closed throughout. One that never moves passes: a task may need no more than a closed hand, and a
+    robot may have none.
+
+    Raises:
+        DemonstrationError: with the ways to convert them.
+
+    >>> check_gripper(np.array([[0.1, -1.0], [0.1, 1.0]]))
+    """
+    low, high = float(actions[:, -1].min()), float(actions[:, -1].max())
+    never_opens = low > -_OVERSHOOT and high - low > _STILL
+    if never_opens or low < -1 - _OVERSHOOT or high > 1 + _OVERSHOOT:
+        raise DemonstrationError(
+            f"the gripper, the last number of an action, goes from {low:g} to {high:g}; it must be -1 for open and +1 "
+            "for closed. Say what stands for open and for closed in these demonstrations: "
+            f"load_demonstrations(..., gripper=({high:g}, {low:g})), in a recipe demonstrations_gripper: [{high:g}, "
+            f"{low:g}], if {high:g} is open, the other way round if it is closed; or convert the rows by frames.map"
+        )
 
 
 def compute_statistics(actions: ArrayLike, states: ArrayLike, trajectories: int) -> dict[str, Any]:

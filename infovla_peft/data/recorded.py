@@ -316,11 +316,15 @@ class RecordedSource:
         ]
 
     def check(self, _entry: EpisodeEntry, options: RowOptions) -> None:
-        """See that the dimensions that are wanted are those that are recorded.
+        """See that the dimensions that are wanted are those that are recorded, and the gripper is taken as it is.
 
         Raises:
             DemonstrationError: they are not.
         """
+        if options.gripper is not None:
+            raise DemonstrationError(
+                f"{self.location} was recorded by `infovla demos`, with LIBERO's gripper: leave `gripper` out"
+            )
         for name, found, wanted in (
             ("action", ACTION_DIM, options.action_dim),
             ("state", STATE_DIM, options.state_dim),

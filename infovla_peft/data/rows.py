@@ -63,13 +63,26 @@ ROWS_VERSION = 1
 
 @dataclass(frozen=True)
 class RowOptions:
-    """What is done to the rows of every episode, see `load_demonstrations`."""
+    """What is done to the rows of every episode, see `load_demonstrations`.
+
+    Raises:
+        ValueError: `gripper` is not two different numbers.
+    """
 
     rotate: bool = False
     drop_noops: bool = False
     action_dim: int = ACTION_DIM
     state_dim: int = STATE_DIM
+    gripper: tuple[float, float] | None = None
     version: int = ROWS_VERSION
+
+    def __post_init__(self) -> None:
+        if self.gripper is not None and not (
+            len(self.gripper) == 2 and np.isfinite(self.gripper).all() and self.gripper[0] != self.gripper[1]
+        ):
+            raise ValueError(
+                f"gripper is two different numbers, what stands for open and for closed, as (1, 0), not {self.gripper}"
+            )
 
 
 def frame_features(
@@ -150,6 +163,16 @@ def noops(actions: NDArray[np.float32]) -> NDArray[np.bool_]:
     return dropped
 
 
+def to_libero_gripper(actions: NDArray[np.float32], opened: float, closed: float) -> NDArray[np.float32]:
+    """Actions (T, A) with a gripper, the last number, that is `opened` and `closed` at its ends → -1 and +1 there.
+
+    >>> to_libero_gripper(np.array([[0.5, 100.0], [0.5, 25.0]], np.float32), 100, 0)[:, 1].tolist()
+    [-1.0, 0.5]
+    """
+    gripper = 2 * (actions[:, -1:].astype(np.float64) - opened) / (closed - opened) - 1
+    return np.concatenate((actions[:, :-1], gripper.astype(np.float32)), axis=1)
+
+
 def episode_rows(episode: Episode, options: RowOptions) -> Iterator[dict[str, Any]]:
     """The rows of one episode, checked and with the options applied.
 
@@ -157,14 +180,17 @@ def episode_rows(episode: Episode, options: RowOptions) -> Iterator[dict[str, An
         DemonstrationError: see `check_episode_values`; or nothing is left of it without no-ops.
     """
     check_episode_values(episode, options)
+    columns = dict(episode.columns)
+    if options.gripper is not None:
+        columns["action"] = to_libero_gripper(np.asarray(columns["action"], dtype=np.float32), *options.gripper)
     kept = np.arange(len(episode))
     if options.drop_noops:
-        kept = np.flatnonzero(~noops(np.asarray(episode.columns["action"], dtype=np.float32)))
+        kept = np.flatnonzero(~noops(np.asarray(columns["action"], dtype=np.float32)))
         if not len(kept):
             raise DemonstrationError(f"{episode.source} holds nothing but no-ops: leave it out, or keep no-ops")
     for number, frame in enumerate(kept):
         row = dict(episode.values)
-        row |= {name: _plain(column[frame]) for name, column in episode.columns.items()}
+        row |= {name: _plain(column[frame]) for name, column in columns.items()}
         for name, pictures in episode.images.items():
             try:
                 row[name] = _encoded(pictures[frame], rotate=options.rotate)

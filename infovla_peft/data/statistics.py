@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .normalisation import compute_statistics
+from .normalisation import check_gripper, compute_statistics
 from .rows import check_table
 
 if TYPE_CHECKING:
@@ -27,11 +27,14 @@ def statistics_of(frames: datasets.Dataset) -> dict[str, Any]:
 
     Raises:
         ValueError: `frames` is a stream.
+        DemonstrationError: the gripper is in another convention than LIBERO's, see `normalisation.check_gripper`.
     """
     check_table(frames)
     columns = frames.select_columns(["action", "state", "task", "episode_index"]).with_format("numpy")[:]
     episodes = len(set(zip(columns["task"], columns["episode_index"].tolist(), strict=True)))
-    statistics = compute_statistics(np.stack(columns["action"]), np.stack(columns["state"]), episodes)
+    actions = np.stack(columns["action"])
+    check_gripper(actions)
+    statistics = compute_statistics(actions, np.stack(columns["state"]), episodes)
     action, proprio = statistics["action"], statistics["proprio"]
     moves = np.array(action["mask"])
     reach = np.abs([action["min"], action["max"]])[:, moves].max()
