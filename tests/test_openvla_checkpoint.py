@@ -198,14 +198,19 @@ def split_into_oft_files(model: OpenVLAForActionPrediction, folder: Path, prefix
         part = {
             name.removeprefix(f"{component}."): state.pop(name) for name in list(state) if name.startswith(component)
         }
-        torch.save({prefix + name: value for name, value in part.items()}, folder / f"{component}--50_checkpoint.pt")
+        if part:
+            file = folder / f"{component}--50_checkpoint.pt"
+            torch.save({prefix + name: value for name, value in part.items()}, file)
     save_file(
         {k: v for k, v in state.items() if ".scale." not in k and ".shift." not in k},
         folder / "model.safetensors",
         metadata={"format": "pt"},
     )
     config = json.loads((folder / "config.json").read_text())
-    for field in ("decoding", "action_head", "proprio_dim", "use_film", "num_images_in_input", "action_dim"):
+    for field in (
+        "decoding", "action_head", "proprio_dim", "use_film", "num_images_in_input", "action_dim",
+        "num_actions_chunk", "action_normalization",
+    ):  # fmt: skip
         del config[field]
     (folder / "config.json").write_text(json.dumps(config))
 
@@ -240,6 +245,50 @@ def test_oft_files_are_found_and_loaded(saved: Path, tmp_path: Path, prefix: str
     shutil.copy(tmp_path / "action_head--latest.pt", tmp_path / "action_head--60_checkpoint.pt")
     with pytest.raises(ValueError, match="several action_head files"):
         load_openvla(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("action", "proprio", "chunk", "bounds"),
+    [(7, 8, 8, "bounds_q99"), (14, 14, 25, "bounds"), (7, 7, 5, "bounds_q99"), (7, 0, 8, "bounds_q99")],
+    ids=["LIBERO", "ALOHA", "Bridge", "no proprioception"],
+)
+def test_the_robot_of_an_oft_folder_is_told_by_its_sizes(
+    tmp_path: Path, action: int, proprio: int, chunk: int, bounds: str
+) -> None:
+    """The original saves neither the length of a chunk nor the kind of normalisation."""
+    model, processor = build_tiny_openvla(**SMALL, action_dim=action, proprio_dim=proprio, chunk=chunk)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    split_into_oft_files(model, tmp_path)
+    again, _ = load_openvla(tmp_path)
+    config = again.config
+    assert (config.action_dim, config.proprio_dim) == (action, proprio)
+    assert (config.num_actions_chunk, config.action_normalization) == (chunk, bounds)
+    assert_same_weights(again, model)
+    assert load_openvla(tmp_path, num_actions_chunk=3)[0].config.num_actions_chunk == 3
+    edit_json(tmp_path / "config.json", num_actions_chunk=12)
+    config = load_openvla(tmp_path)[0].config
+    assert (config.num_actions_chunk, config.action_normalization) == (12, bounds)
+    if action == 14:  # the head that writes tokens has no file: the size of an action is the robot's
+        (tmp_path / "action_head--50_checkpoint.pt").unlink()
+        config = load_openvla(tmp_path)[0].config
+        assert (config.action_head, config.action_dim, config.proprio_dim) == ("discrete", 14, 14)
+
+
+def test_an_oft_folder_of_an_unknown_robot_must_say_its_chunk(tmp_path: Path) -> None:
+    model, processor = build_tiny_openvla(**SMALL, action_dim=6, proprio_dim=9)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    split_into_oft_files(model, tmp_path)
+    message = r"6 numbers in an action and 9 of proprioception.* ALOHA 14 and 14.*Write num_actions_chunk and"
+    for said in ({}, {"num_actions_chunk": 4}):
+        edit_json(tmp_path / "config.json", **said)
+        with pytest.raises(ValueError, match=message):
+            load_openvla(tmp_path)
+    edit_json(tmp_path / "config.json", action_normalization="bounds")
+    config = load_openvla(tmp_path)[0].config
+    assert (config.action_dim, config.proprio_dim) == (6, 9)
+    assert (config.num_actions_chunk, config.action_normalization) == (4, "bounds")
 
 
 def test_weights_that_may_hold_code_are_not_loaded(saved: Path, tmp_path: Path) -> None:

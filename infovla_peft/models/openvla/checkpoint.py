@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,6 +22,14 @@ from .configuration_openvla import OpenVLAConfig
 # Submodules that OpenVLA-OFT stores in files of their own.
 COMPONENTS = ("action_head", "proprio_projector", "vision_backbone")
 _IMAGES = "num_images_in_input"
+# OpenVLA-OFT takes these from words on its command line and saves none of them; prismatic/vla/constants.py.
+# Numbers of an action and of proprioception -> robot, actions of a chunk, what becomes -1 and 1.
+_ROBOTS = {
+    (7, 8): ("LIBERO", 8, "bounds_q99"),
+    (14, 14): ("ALOHA", 25, "bounds"),
+    (7, 7): ("Bridge", 5, "bounds_q99"),
+    (7, 0): ("LIBERO without proprioception", 8, "bounds_q99"),
+}
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -34,13 +42,14 @@ def read_config(path: str, kwargs: dict[str, Any]) -> tuple[OpenVLAConfig, dict[
     """The configuration of a checkpoint and the arguments that are none of its fields.
 
     Where `config.json` does not say how the model decodes, it is a file of the original code; the separate files of
-    OpenVLA-OFT then say it. How many images such a model reads nothing says: `images` does, among the arguments.
+    OpenVLA-OFT then say it, and their shapes say of which of its robots they are. How many images such a model reads
+    nothing says: `images` does, among the arguments.
 
     Of the Hub, all is read of one commit, the configuration's `_commit_hash`, and the arguments name it as `revision`.
 
     Raises:
         FileNotFoundError: the folder does not exist or has no `config.json`.
-        ValueError: the checkpoint is of another model type.
+        ValueError: the checkpoint is of another model type, or of a robot that OpenVLA-OFT does not know.
     """
     folder = Path(path)
     where = os.path.join(path, inside) if (inside := kwargs.get("subfolder")) else path
@@ -70,7 +79,7 @@ def read_config(path: str, kwargs: dict[str, Any]) -> tuple[OpenVLAConfig, dict[
             "'openvla'."
         )
     if "decoding" not in raw and "decoding" not in kwargs:
-        found = _fields_of_components(find_components(path, kwargs))
+        found = _fields_of_components(path, find_components(path, kwargs), {**raw, **kwargs})
         if found and images is not None and _IMAGES not in raw:
             found[_IMAGES] = images
         kwargs = {**found, **kwargs}
@@ -96,7 +105,8 @@ def says_images(config: OpenVLAConfig, path: str, kwargs: dict[str, Any]) -> boo
     return config.decoding != "parallel" or _IMAGES in OpenVLAConfig.get_config_dict(path, **hub_arguments(kwargs))[0]
 
 
-def _fields_of_components(files: dict[str, Path]) -> dict[str, Any]:
+def _fields_of_components(path: str, files: dict[str, Path], said: Mapping[str, Any]) -> dict[str, Any]:
+    """What the files of OpenVLA-OFT say of the configuration; `said`: the fields that it has already."""
     fields: dict[str, Any] = {}
     if "action_head" in files:
         head = _load_component(files["action_head"])
@@ -112,7 +122,29 @@ def _fields_of_components(files: dict[str, Path]) -> dict[str, Any]:
         fields |= {"decoding": "parallel", "proprio_dim": projector["fc1.weight"].shape[1]}
     if "vision_backbone" in files:
         fields |= {"decoding": "parallel", "use_film": True}
-    return fields
+    return {**_fields_of_robot(path, fields, said), **fields} if fields else {}
+
+
+def _fields_of_robot(path: str, found: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """The constants of the robot whose actions and proprioception have these sizes, but for those already said."""
+    action, proprio = found.get("action_dim", said.get("action_dim")), found.get("proprio_dim", 0)
+    constants = {
+        sizes: {"action_dim": sizes[0], "num_actions_chunk": chunk, "action_normalization": bounds}
+        for sizes, (_, chunk, bounds) in _ROBOTS.items()
+    }
+    # Without a file of the head, which writes tokens then, nothing says the size of an action.
+    fitting = [sizes for sizes in constants if sizes[1] == proprio and action in (None, sizes[0])]
+    if fitting:
+        return {name: value for name, value in constants[fitting[0]].items() if name not in said}
+    if {"num_actions_chunk", "action_normalization"} <= set(said):
+        return {}
+    known = ", ".join(f"{name} {sizes[0]} and {sizes[1]}" for sizes, (name, _, _) in _ROBOTS.items())
+    raise ValueError(
+        f"'{path}' is an OpenVLA-OFT checkpoint with {action or 'unknown'} numbers in an action and {proprio} of "
+        f"proprioception, which no robot of the original has ({known}), so nothing says how long its action chunks "
+        "are and how its actions are normalised. Write num_actions_chunk and action_normalization ('bounds_q99' or "
+        "'bounds') into its config.json."
+    )
 
 
 def find_components(path: str, kwargs: dict[str, Any]) -> dict[str, Path]:
