@@ -247,6 +247,47 @@ def test_oft_files_are_found_and_loaded(saved: Path, tmp_path: Path, prefix: str
         load_openvla(tmp_path)
 
 
+def test_auto_classes_and_a_given_configuration_find_the_oft_files(saved: Path, tmp_path: Path) -> None:
+    """Both read config.json alone, which says nothing of them: the model was loaded as plain OpenVLA, silently."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    model, _ = load_openvla(saved)
+    split_into_oft_files(model, tmp_path)
+    plain = OpenVLAConfig.from_pretrained(tmp_path)
+    assert plain.decoding == "autoregressive"
+    for again in (
+        AutoModelForImageTextToText.from_pretrained(tmp_path),
+        OpenVLAForActionPrediction.from_pretrained(tmp_path, config=plain),
+    ):
+        assert_same_weights(again, model)
+        config = again.config
+        assert (config.decoding, config.action_head, config.proprio_dim) == ("parallel", "l1", 8)
+    assert (plain.decoding, plain.proprio_dim) == ("autoregressive", 0)  # the caller's own
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path, images=2).config.num_images_in_input == 2
+    plain.num_images_in_input, plain.num_actions_chunk = 2, 3
+    config = OpenVLAForActionPrediction.from_pretrained(tmp_path, config=plain).config
+    assert (config.num_images_in_input, config.num_actions_chunk) == (2, 3)
+    with pytest.raises(ValueError, match=r"reads 2 image\(s\), not 1"):
+        OpenVLAForActionPrediction.from_pretrained(tmp_path, config=plain, images=1)
+
+
+def test_a_configuration_that_says_otherwise_is_kept(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    split_into_oft_files(load_openvla(saved)[0], tmp_path)
+    discrete = OpenVLAConfig.from_pretrained(tmp_path, decoding="parallel")
+    model = OpenVLAForActionPrediction.from_pretrained(tmp_path, config=discrete)
+    assert not hasattr(model, "action_head")
+    assert not hasattr(model, "proprio_projector")
+    plain, _ = load_openvla(tmp_path, decoding="autoregressive")
+    assert plain.config.decoding == "autoregressive"
+    edit_json(tmp_path / "config.json", decoding="autoregressive")
+    for model in (
+        AutoModelForImageTextToText.from_pretrained(tmp_path),
+        OpenVLAForActionPrediction.from_pretrained(tmp_path, config=plain.config),
+    ):
+        assert model.config.decoding == "autoregressive"
+        assert_same_weights(model, plain)
+
+
 @pytest.mark.parametrize(
     ("action", "proprio", "chunk", "bounds"),
     [(7, 8, 8, "bounds_q99"), (14, 14, 25, "bounds"), (7, 7, 5, "bounds_q99"), (7, 0, 8, "bounds_q99")],

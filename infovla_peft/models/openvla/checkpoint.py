@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -90,6 +91,35 @@ def read_config(path: str, kwargs: dict[str, Any]) -> tuple[OpenVLAConfig, dict[
     config.check()
     config._commit_hash = commit
     return config, {**hub_arguments(kwargs), **unused, **own}
+
+
+def complete_config(config: OpenVLAConfig, path: str, kwargs: dict[str, Any]) -> OpenVLAConfig:
+    """A copy of a configuration that was given, with what the files of OpenVLA-OFT add to a plain one.
+
+    transformers' Auto classes read `config.json` alone, and of the original's folders that says nothing of them. A
+    configuration that decodes in parallel is left as it is, and one for a `config.json` that says how it decodes.
+
+    Raises:
+        ValueError: see `read_config`.
+    """
+    config = copy.deepcopy(config)
+    if config.decoding != "autoregressive":
+        return config
+    try:
+        raw, _ = OpenVLAConfig.get_config_dict(path, **hub_arguments(kwargs))
+    except (AttributeError, OSError, TypeError, ValueError):  # none there, or not needed: the configuration was given
+        return config
+    if not isinstance(raw, dict) or "decoding" in raw:
+        return config
+    fields = ("action_dim", "num_actions_chunk", "action_normalization", _IMAGES)
+    changed = {name: value for name in fields if (value := getattr(config, name)) != getattr(OpenVLAConfig, name)}
+    found = _fields_of_components(path, find_components(path, kwargs), {**raw, **changed})
+    if found and kwargs.get("images") is not None and not {_IMAGES} & {*raw, *changed}:
+        found[_IMAGES] = kwargs["images"]
+    for name, value in found.items():
+        setattr(config, name, value)
+    config.check()
+    return config
 
 
 def _commit_of(path: str, kwargs: dict[str, Any]) -> str | None:

@@ -18,7 +18,14 @@ from ...policy import TokenRoles
 from .acting import ActingModel
 from .action_head import L1ActionHead, ProprioProjector
 from .action_tokenizer import ActionBins
-from .checkpoint import check_loaded, clear_loading_errors, load_components, read_config, read_statistics
+from .checkpoint import (
+    check_loaded,
+    clear_loading_errors,
+    complete_config,
+    load_components,
+    read_config,
+    read_statistics,
+)
 from .configuration_openvla import OpenVLAConfig
 from .decoding import new_cache
 from .sequence import (
@@ -145,7 +152,9 @@ class OpenVLAForActionPrediction(ActingModel):
         """Load a checkpoint of OpenVLA, OpenVLA-OFT or this package, from a folder or the hub.
 
         The separate files of an OpenVLA-OFT folder (`action_head--*.pt` …) switch on what they hold;
-        fields of the configuration given as arguments (for example `use_film=False`) have the last word.
+        fields of the configuration given as arguments (for example `use_film=False`) have the last word. They are
+        added to a `config` of plain OpenVLA too, as transformers' Auto classes give it, unless the folder's own says
+        how it decodes; to load such a folder as plain OpenVLA, give `decoding="autoregressive"` and no `config`.
         `dataset_statistics.json` beside the weights replaces `config.norm_stats`.
 
         Raises:
@@ -156,6 +165,8 @@ class OpenVLAForActionPrediction(ActingModel):
         path, images = os.fspath(pretrained_model_name_or_path), kwargs.get("images")
         if config is None:
             config, kwargs = read_config(path, kwargs)
+        else:
+            config = complete_config(config, path, kwargs)
         kwargs.pop("images", None)
         if images not in (None, config.num_images_in_input):
             raise ValueError(
