@@ -15,11 +15,12 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from peft import PeftModel
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from .adapter_files import INFO, PEFT_CONFIG, AdapterError, AdapterInfo
 from .adapters import read_adapter
 from .fingerprints import digest_config, digest_weights
+from .models.openvla.checkpoint import component_tensors
 from .reading import read_json
 
 _SUPPORTED = {"peft_type": "LORA", "megatron_config": None, "modules_to_save": None, "bias": "none"}
@@ -65,20 +66,35 @@ def load_reference_adapter(model: nn.Module, folder: str | os.PathLike[str], nam
     return read_adapter(model, Path(folder), name)
 
 
-def fingerprint_of_files(location: str | os.PathLike[str], config: Any, options: Mapping[str, Any]) -> dict[str, str]:
+def fingerprint_of_files(
+    location: str | os.PathLike[str], model: nn.Module, options: Mapping[str, Any]
+) -> dict[str, str]:
     """`adapters.fingerprint` of a checkpoint as it lies on disk: what a model in 4 bits or in float16 no longer shows.
 
     Args:
-        location: folder, or Hub id of a checkpoint that was just loaded.
-        config: of the loaded model.
+        location: folder, or Hub id of a checkpoint.
+        model: what was just loaded from it, without adapters. Its configuration and the names of its weights enter,
+            no values.
         options: `revision`, `token`, `cache_dir` and `local_files_only` of the Hub.
     """
     names = ("revision", "token", "cache_dir", "local_files_only")
     hub = {name: options[name] for name in names if name in options}
     folder = Path(location) if Path(location).is_dir() else None
-    folder = folder or Path(snapshot_download(os.fspath(location), allow_patterns=["*.safetensors"], **hub))
-    tensors: list[tuple[str, Tensor]] = []
-    for file in sorted(folder.glob("*.safetensors")):
+    patterns = ["*.safetensors", "*--*.pt"]
+    folder = folder or Path(snapshot_download(os.fspath(location), allow_patterns=patterns, **hub))
+    wanted = {name for name, _ in model.named_parameters()}
+    whole = folder / "model.safetensors"
+    files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))  # as transformers prefers it
+    missing = wanted - set().union(*map(_names_in, files))
+    # Loading, too, skips what the model has no place for.
+    tensors = {name: value for name, value in component_tensors(str(folder), missing, {}).items() if name in wanted}
+    for file in files:
         with safe_open(file, framework="pt") as stored:
-            tensors += [(name, stored.get_tensor(name)) for name in stored.keys()]  # noqa: SIM118
-    return {"config": digest_config(config), "weights": digest_weights(tensors)}
+            # What OpenVLA-OFT has in a file of its own replaces what lies here, as it does in the model.
+            tensors |= {name: stored.get_tensor(name) for name in wanted.intersection(stored.keys()) - set(tensors)}
+    return {"config": digest_config(model.config), "weights": digest_weights(tensors.items())}
+
+
+def _names_in(file: Path) -> set[str]:
+    with safe_open(file, framework="pt") as stored:
+        return set(stored.keys())

@@ -134,7 +134,7 @@ def load_policy(
     changed = quantization_config is not None or model.dtype == torch.float16
     of_files = changed and reference.quantization == "none"
     held = fingerprint(model)
-    found = fingerprint_of_files(location, model.config, options) if of_files else held
+    found = fingerprint_of_files(location, model, options) if of_files else held
     library = AdapterLibrary(adapters, place.folder, os.fspath(repo_or_path), place.fetch, found, held)
     for adapter, _ in reversed(chosen):
         model = library.switch(model, adapter)

@@ -19,6 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
+from infovla_peft.adapter_files import AdapterError, AdapterInfo
+from infovla_peft.adapters import add_adapter, fingerprint, save_adapter
+from infovla_peft.config import InfoVLAConfig
+from infovla_peft.foreign import fingerprint_of_files
 from infovla_peft.hub import load_policy
 from infovla_peft.models.openvla import (
     OpenVLAConfig,
@@ -399,6 +403,24 @@ def test_a_checkpoint_may_lie_in_a_subfolder(
         load_openvla(place, subfolder="models", **options)
 
 
+def wrap_in_lora(state: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Give two layers of OpenVLA-OFT's FiLM file LoRA matrices; returns what they are once merged, by plain names."""
+    merged: dict[str, Tensor] = {}
+    if not rank:
+        return merged
+    for layer in ("blocks.0.attn.qkv", "patch_embed.proj"):
+        inner = f"vision_backbone.featurizer.{layer.replace('blocks.0.', 'blocks.0.block.')}"
+        weight = state.pop(f"{inner}.weight")
+        bias = state.pop(f"{inner}.bias")
+        down = torch.randn(rank, *weight.shape[1:])
+        up = torch.randn(len(weight), rank, *[1] * (weight.dim() - 2))
+        state |= {f"{inner}.base_layer.weight": weight, f"{inner}.base_layer.bias": bias}
+        state |= {f"{inner}.lora_A.default.weight": down, f"{inner}.lora_B.default.weight": up}
+        delta = (up.flatten(1) @ down.flatten(1)).view_as(weight) * min(rank, 16) / rank
+        merged[f"featurizer.{layer}.weight"] = weight + delta
+    return merged
+
+
 @pytest.mark.parametrize("rank", [0, 4, 32])
 def test_film_file_is_unwrapped_and_its_lora_merged(saved: Path, tmp_path: Path, rank: int) -> None:
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
@@ -409,17 +431,7 @@ def test_film_file_is_unwrapped_and_its_lora_merged(saved: Path, tmp_path: Path,
     split_into_oft_files(model, tmp_path)
     state = film_state(model)
     expected = {name: value.clone() for name, value in model.vision_backbone.state_dict().items()}
-    if rank:
-        for layer in ("blocks.0.attn.qkv", "patch_embed.proj"):
-            inner = f"vision_backbone.featurizer.{layer.replace('blocks.0.', 'blocks.0.block.')}"
-            weight = state.pop(f"{inner}.weight")
-            bias = state.pop(f"{inner}.bias")
-            down = torch.randn(rank, *weight.shape[1:])
-            up = torch.randn(len(weight), rank, *[1] * (weight.dim() - 2))
-            state |= {f"{inner}.base_layer.weight": weight, f"{inner}.base_layer.bias": bias}
-            state |= {f"{inner}.lora_A.default.weight": down, f"{inner}.lora_B.default.weight": up}
-            delta = (up.flatten(1) @ down.flatten(1)).view_as(weight) * min(rank, 16) / rank
-            expected[f"featurizer.{layer}.weight"] = weight + delta
+    expected |= wrap_in_lora(state, rank)
     torch.save(state, tmp_path / "vision_backbone--50_checkpoint.pt")
     again, _ = load_openvla(tmp_path)
     assert again.config.use_film
@@ -427,6 +439,30 @@ def test_film_file_is_unwrapped_and_its_lora_merged(saved: Path, tmp_path: Path,
         torch.testing.assert_close(value, expected[name])
     again.save_pretrained(tmp_path / "native")
     assert_same_weights(OpenVLAForActionPrediction.from_pretrained(tmp_path / "native"), again)
+
+
+def test_an_adapter_of_an_oft_folder_goes_onto_it_in_half_precision(saved: Path, tmp_path: Path) -> None:
+    """The fingerprint of its files is that of the model, with heads and a vision tower from files of their own."""
+    folder = shutil.copytree(saved, tmp_path / "base")
+    edit_json(folder / "config.json", use_film=True)
+    config = OpenVLAConfig.from_pretrained(folder)
+    split_into_oft_files(OpenVLAForActionPrediction(config), folder)
+    film = film_state(OpenVLAForActionPrediction(config))  # other weights than those that it replaces
+    wrap_in_lora(film, 4)
+    torch.save(film, folder / "vision_backbone--50_checkpoint.pt")
+    extra = {"language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}  # not loaded
+    edit_weights(folder, lambda state: state.update(extra))
+    model, _ = load_openvla(folder)
+    assert fingerprint_of_files(folder, model, {}) == fingerprint(model)
+    options = InfoVLAConfig(output_dir=str(tmp_path / "run"), use_cpu=True, lora_r=2, report_to="none")
+    adapted = add_adapter(model, "one", options)
+    info = AdapterInfo(str(folder), fingerprint(adapted), "tiny", cameras=["agentview"])
+    adapter = save_adapter(adapted, "one", tmp_path / "adapter", info, model.norm_stats)
+    assert load_policy(adapter, dtype="float16").model.dtype == torch.float16
+    head = torch.load(folder / "action_head--50_checkpoint.pt", weights_only=True)
+    torch.save({name: value + 1 for name, value in head.items()}, folder / "action_head--50_checkpoint.pt")
+    with pytest.raises(AdapterError, match="another base"):
+        load_policy(adapter, dtype="float16")
 
 
 def test_other_heads_and_pickles_are_refused(saved: Path, tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_adapters_with_other_statistics_do_not_share_a_policy(run: Path, tmp_pat
 
 def test_the_fingerprint_of_the_files_is_that_of_the_model(run: Path) -> None:
     model, _ = load_openvla(run / "base")
-    assert fingerprint_of_files(run / "base", model.config, {}) == fingerprint(model)
+    assert fingerprint_of_files(run / "base", model, {}) == fingerprint(model)
 
 
 @pytest.mark.parametrize(

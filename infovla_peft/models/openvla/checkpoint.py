@@ -221,23 +221,40 @@ def _load_component(file: Path) -> dict[str, Tensor]:
 
 def load_components(model: Any, path: str, missing: set[str], kwargs: dict[str, Any]) -> set[str]:
     """Fill the submodules that the files of OpenVLA-OFT hold, if weights are missing; names of the filled ones."""
-    components = {name.split(".", 1)[0] for name in missing} & set(COMPONENTS)
-    if not components:
-        return set()
     loaded: set[str] = set()
-    for component, file in find_components(path, kwargs).items():
-        if component not in components:
-            continue
-        state = _load_component(file)
+    for component, file, state in _states_of_components(path, missing, kwargs):
         module: nn.Module = getattr(model, component)
         try:
-            if component == "vision_backbone":
-                state = _plain_vision_state(state)
             module.load_state_dict(state)
-        except (RuntimeError, LookupError, ZeroDivisionError) as error:
+        except (RuntimeError, LookupError) as error:
             raise ValueError(f"'{file}' does not fit the configuration: {error}") from error
         loaded |= {f"{component}.{name}" for name in state}
     return loaded
+
+
+def component_tensors(path: str, missing: set[str], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """What `load_components` fills a model with that lacks the weights `missing`, by their names in the model."""
+    return {
+        f"{component}.{name}": value
+        for component, _, state in _states_of_components(path, missing, kwargs)
+        for name, value in state.items()
+    }
+
+
+def _states_of_components(
+    path: str, missing: set[str], kwargs: dict[str, Any]
+) -> Iterator[tuple[str, Path, dict[str, Tensor]]]:
+    components = {name.split(".", 1)[0] for name in missing} & set(COMPONENTS)
+    for component, file in (find_components(path, kwargs) if components else {}).items():
+        if component not in components:
+            continue
+        state = _load_component(file)
+        if component == "vision_backbone":
+            try:
+                state = _plain_vision_state(state)
+            except (RuntimeError, LookupError, ZeroDivisionError) as error:
+                raise ValueError(f"'{file}' does not fit the configuration: {error}") from error
+        yield component, file, state
 
 
 @contextmanager
