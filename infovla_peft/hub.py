@@ -23,7 +23,7 @@ from .foreign import fingerprint_of_files
 from .inference import Policy
 from .library import AdapterLibrary, StoredAdapter, choose, find_adapters, tasks_after
 from .models.openvla import load_openvla
-from .models.openvla.checkpoint import says_images
+from .models.openvla.checkpoint import known_statistics, says_images
 from .publishing import RESULTS, check_base_files, create_collection, push_to_hub
 from .reading import is_inside, read_json
 from .remote import Access, Snapshot, check_file_names, check_no_pickles, open_snapshot
@@ -93,7 +93,8 @@ def load_policy(
         FileNotFoundError: nothing loadable at `repo_or_path`, or the base is not where it should be.
         HubError: the Hub refuses, or cannot be reached.
         ValueError: no such task or stage; damaged files; a base on which the adapter was not trained; a repository
-            that holds pickles or names files outside itself (AdapterError).
+            that holds pickles or names files outside itself (AdapterError); no statistics for `unnorm_key`, or several
+            and no key (UnknownStatisticsError, also a KeyError), which is found before any weights are fetched.
 
     Example:
         >>> policy = load_policy("runs/quickstart", task="turn on the stove")  # doctest: +SKIP
@@ -109,6 +110,8 @@ def load_policy(
     options = {name: value for name, value in options.items() if value is not None}
     if not adapters and (place.folder / "config.json").is_file():
         if place.snapshot is not None:
+            place.snapshot.fetch(STATISTICS)
+            _check_key(known_statistics(str(place.folder), {}), unnorm_key)
             place.snapshot.fetch(*_CHECKPOINT)
         return _base_policy(place.folder, unnorm_key, cameras, options)
     if task is not None and not isinstance(task, Sequence):
@@ -119,10 +122,19 @@ def load_policy(
     chosen = [choose(adapters, place.folder, os.fspath(repo_or_path), each, stage) for each in tasks]
     if not adapters:
         return _base_policy(base or place.folder / "base", unnorm_key, cameras, options)
-    reference = (chosen[0][0] or adapters[0]).info
-    location = base or _base_location(place, chosen[0][0] or adapters[0])
+    first, origin = chosen[0][0], chosen[0][0] or adapters[0]
+    reference = origin.info
+    location = base or _base_location(place, origin, ("config.json", STATISTICS))
     if base is None and reference.base_revision is not None:
         options["revision"] = reference.base_revision
+    key = unnorm_key or reference.unnorm_key or None
+    if first is not None:
+        place.fetch(first, (STATISTICS,))
+    of_base = {} if _has_statistics(first) else known_statistics(os.fspath(location), options)
+    if of_base is not None:
+        find_key(_statistics(place, first, adapters, of_base, key), key)
+    if base is None:
+        _base_location(place, origin, _CHECKPOINT)
     check_base_files(Path(location))
     if quantization_config is None:
         options["quantization"] = reference.quantization
@@ -138,9 +150,8 @@ def load_policy(
     library = AdapterLibrary(adapters, place.folder, os.fspath(repo_or_path), place.fetch, found, held)
     for adapter, _ in reversed(chosen):
         model = library.switch(model, adapter)
-    key, config = unnorm_key or reference.unnorm_key or None, base_model(model).config
-    statistics = _statistics(place, chosen[0][0], adapters, base_model(model).norm_stats, key)
-    normaliser = Normaliser(statistics, key, bounds=config.action_normalization)
+    statistics = _statistics(place, first, adapters, base_model(model).norm_stats, key)
+    normaliser = Normaliser(statistics, key, bounds=base_model(model).config.action_normalization)
     return _policy(
         model if device is None else model.to(device), processor, normaliser, chosen[0][1], reference, library,
         None if reference.cameras else cameras,
@@ -365,7 +376,8 @@ def _read_files(folder: Path) -> list[str]:
     ]
 
 
-def _base_location(place: Place, adapter: StoredAdapter) -> str | Path:
+def _base_location(place: Place, adapter: StoredAdapter, files: Sequence[str] = ()) -> str | Path:
+    """Where an adapter's base is; of one that lies in its own repository, have these files on this machine."""
     name = adapter.info.base_model
     local = adapter.folder / name
     if place.snapshot is not None and name.startswith(".") and not adapter.reference:
@@ -375,7 +387,7 @@ def _base_location(place: Place, adapter: StoredAdapter) -> str | Path:
                 f"{place.snapshot.repo_id} says that its base lies outside itself, at {name!r}; it is not loaded. "
                 "Give the base as `base` if you know it"
             )
-        place.snapshot.fetch(*(f"{inside}/{pattern}" for pattern in _CHECKPOINT))
+        place.snapshot.fetch(*(f"{inside}/{pattern}" for pattern in files))
         return place.folder / inside
     if place.snapshot is None and local.is_dir():
         return local.resolve()
@@ -398,9 +410,18 @@ def _statistics(
     if chosen is None and not {key, f"{key}_no_noops"} & set(base):
         chosen = adapters[0]
         place.fetch(chosen, (STATISTICS,))
-    if chosen is None or (chosen.reference and not (chosen.folder / STATISTICS).is_file()):
-        return dict(base)
-    return read_statistics(chosen.folder)
+    return read_statistics(chosen.folder) if chosen is not None and _has_statistics(chosen) else dict(base)
+
+
+def _has_statistics(adapter: StoredAdapter | None) -> bool:
+    """Whether an adapter has statistics of its own: a plain PEFT adapter need not."""
+    return adapter is not None and (not adapter.reference or (adapter.folder / STATISTICS).is_file())
+
+
+def _check_key(statistics: Mapping[str, Any] | None, key: str | None) -> None:
+    """Find statistics that lack a key before weights are fetched and read; None is not checked."""
+    if statistics is not None:
+        find_key(statistics, key)
 
 
 def _base_policy(
@@ -410,6 +431,7 @@ def _base_policy(
     options: Mapping[str, Any],
 ) -> Policy:
     check_base_files(Path(location))
+    _check_key(known_statistics(os.fspath(location), dict(options)), unnorm_key)
     images = None if cameras is None else len(cameras)
     model, processor = load_openvla(location, images=images, **options)
     if images is None and not says_images(model.config, os.fspath(location), dict(options)):

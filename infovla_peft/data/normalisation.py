@@ -118,6 +118,13 @@ def _describe(values: NDArray[np.float64]) -> dict[str, list[float]]:
     return {name: value.tolist() for name, value in {**simple, "q01": q01, "q99": q99}.items()}
 
 
+class UnknownStatisticsError(KeyError, ValueError):
+    """There are no statistics of the data set that was asked for; the message names those that there are."""
+
+    def __str__(self) -> str:  # KeyError's own would be the repr of the message
+        return str(self.args[0])
+
+
 class Normaliser:
     """Maps the 1st and 99th percentile to -1 and 1; what the mask leaves out (the gripper) passes unchanged.
 
@@ -129,7 +136,7 @@ class Normaliser:
         bounds: the model's `config.action_normalization`: `bounds_q99`, or `bounds` for minimum and maximum.
 
     Raises:
-        KeyError: no such key, or None although there are several.
+        UnknownStatisticsError: no such key, or None although there are several.
         ValueError: the statistics lack numbers, or their lengths differ.
     """
 
@@ -187,7 +194,7 @@ class Normaliser:
 def find_key(statistics: Statistics, key: str | None) -> str:
     """The name under which `Normaliser` finds the statistics of a data set; the same arguments and errors."""
     if not statistics:
-        raise KeyError("the base model has no action statistics (norm_stats, dataset_statistics.json)")
+        raise UnknownStatisticsError("the base model has no action statistics (norm_stats, dataset_statistics.json)")
     if key is None and len(statistics) == 1:
         return next(iter(statistics))
     for candidate in (key, f"{key}_no_noops"):
@@ -195,7 +202,7 @@ def find_key(statistics: Statistics, key: str | None) -> str:
             return str(candidate)
     near = difflib.get_close_matches(str(key), statistics, n=5, cutoff=0.3) or sorted(statistics)[:5]
     asked = "several data sets have statistics here" if key is None else f"no statistics for {key!r}"
-    raise KeyError(f"{asked}; set unnorm_key to one of: {', '.join(near)}")
+    raise UnknownStatisticsError(f"{asked}; set unnorm_key to one of: {', '.join(near)}")
 
 
 def _bounds(described: Mapping[str, Any], bounds: str) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -105,11 +105,8 @@ def complete_config(config: OpenVLAConfig, path: str, kwargs: dict[str, Any]) ->
     config = copy.deepcopy(config)
     if config.decoding != "autoregressive":
         return config
-    try:
-        raw, _ = OpenVLAConfig.get_config_dict(path, **hub_arguments(kwargs))
-    except (AttributeError, OSError, TypeError, ValueError):  # none there, or not needed: the configuration was given
-        return config
-    if not isinstance(raw, dict) or "decoding" in raw:
+    raw = _raw_config(path, kwargs)
+    if raw is None or "decoding" in raw:  # without one there, the given configuration is all that is said
         return config
     fields = ("action_dim", "num_actions_chunk", "action_normalization", _IMAGES)
     changed = {name: value for name in fields if (value := getattr(config, name)) != getattr(OpenVLAConfig, name)}
@@ -120,6 +117,15 @@ def complete_config(config: OpenVLAConfig, path: str, kwargs: dict[str, Any]) ->
         setattr(config, name, value)
     config.check()
     return config
+
+
+def _raw_config(path: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """`config.json` as it is, None where it cannot be read."""
+    try:
+        raw, _ = OpenVLAConfig.get_config_dict(path, **hub_arguments(kwargs))
+    except (AttributeError, OSError, TypeError, ValueError):
+        return None
+    return raw if isinstance(raw, dict) else None
 
 
 def _commit_of(path: str, kwargs: dict[str, Any]) -> str | None:
@@ -335,3 +341,17 @@ def read_statistics(path: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         return json.loads(Path(file).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"'{file}' is damaged ({error}); copy it again.") from error
+
+
+def known_statistics(path: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """What will be the model's `norm_stats`, of the Hub without its weights; None of what is no OpenVLA.
+
+    Raises:
+        ValueError: see `read_statistics`.
+    """
+    raw = _raw_config(path, kwargs)
+    if raw is None or raw.get("model_type") != OpenVLAConfig.model_type:
+        return None  # loading says why, in its own words
+    statistics = read_statistics(path, kwargs)
+    described = (raw.get("norm_stats") if statistics is None else statistics) or {}
+    return described if isinstance(described, dict) else None
