@@ -236,18 +236,34 @@ class Policy:
 
     def _normalised_state(self, proprio: Sequence[ArrayLike] | None, batch: int) -> torch.Tensor:
         expected = (batch, self._config.proprio_dim)
-        state = np.asarray([] if proprio is None else proprio, dtype=np.float32)
+        try:
+            state = np.asarray([] if proprio is None else proprio, dtype=np.float32)
+        except ValueError:
+            state = None
+        if state is None or state.shape != expected:
+            rows = f"{batch} row{'s' * (batch != 1)} of {expected[1]} numbers"
+            raise ValueError(
+                f"the policy needs proprioception of {expected[1]} numbers per observation (hand position, "
+                f"axis-angle, fingers), here {rows}; got {_shape_in_words(proprio, state)}"
+            )
         if not np.isfinite(state).all():
             raise ValueError(
                 f"the proprioception holds {np.count_nonzero(~np.isfinite(state))} numbers that are NaN or infinite; "
                 "give the state as the robot measured it"
             )
-        if state.shape != expected:
-            raise ValueError(
-                f"the policy needs proprioception of {expected[1]} numbers per observation (hand position, "
-                f"axis-angle, fingers), got an array of shape {state.shape[1:] if proprio is not None else None}"
-            )
         return torch.from_numpy(self.normaliser.normalise_proprio(state))
+
+
+def _shape_in_words(given: Any, array: NDArray[Any] | None) -> str:
+    """What was given for rows of numbers; `array` is None where NumPy makes none of it."""
+    if given is None:
+        return "none"
+    if array is not None:
+        count = len(array) if array.ndim == 2 else None
+        return f"{count} row{'s' * (count != 1)} of {array.shape[1]}" if count else f"an array of shape {array.shape}"
+    rows = [row for row in given if (row.ndim if isinstance(row, np.ndarray | Tensor) else not np.isscalar(row))]
+    lengths = {len(row) for row in rows}
+    return f"rows of {' and '.join(map(str, sorted(lengths)))}" if len(lengths) > 1 else "what is no array of numbers"
 
 
 def _listed(values: Any, what: str) -> list[Any]:

@@ -97,6 +97,23 @@ def test_a_batch_gives_what_single_calls_give(policy: Policy) -> None:
         np.testing.assert_allclose(batch[row], policy.act(one.images, text, one.state), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("proprio", "given"),
+    [
+        ([np.zeros(8)], "1 row of 8"),
+        ([np.zeros(8)] * 3, "3 rows of 8"),
+        ([np.zeros(8), np.zeros(7)], "rows of 7 and 8"),
+        (np.zeros(8), r"an array of shape \(8,\)"),
+        (["standing", "sitting"], "what is no array of numbers"),
+        ([[0.0, [0.0]], [0.0, 0.0]], "what is no array of numbers"),
+    ],
+)
+def test_a_batch_says_how_many_states_it_needs(policy: Policy, proprio: Any, given: str) -> None:
+    image = np.zeros((8, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match=rf"axis-angle, fingers\), here 2 rows of 8 numbers; got {given}$"):
+        policy.act_batch([image, image], ["turn on the stove"] * 2, proprio)
+
+
 def test_a_policy_of_one_task_needs_no_instruction(policy: Policy) -> None:
     seen = observation(2)
     with pytest.raises(ValueError, match="say which"):
@@ -112,8 +129,8 @@ def test_a_policy_of_one_task_needs_no_instruction(policy: Policy) -> None:
     [
         ({"wrist": np.zeros((8, 8, 3), np.uint8)}, np.zeros(8), "no image of"),
         ([np.zeros((8, 8, 3), np.uint8)] * 2, np.zeros(8), "give 1 images, not 2"),
-        (np.zeros((8, 8, 3), np.uint8), None, "needs proprioception of 8"),
-        (np.zeros((8, 8, 3), np.uint8), np.zeros(7), "needs proprioception of 8"),
+        (np.zeros((8, 8, 3), np.uint8), None, "needs proprioception of 8 .*here 1 row of 8 numbers; got none"),
+        (np.zeros((8, 8, 3), np.uint8), np.zeros(7), "needs proprioception of 8 .*here 1 row of 8 .*; got 1 row of 7"),
         (np.zeros((8, 8, 3), np.uint8), [0.0, np.nan, *[0.0] * 5, np.inf], "2 numbers that are NaN or infinite"),
         (np.zeros((8, 8, 3), np.float32), np.zeros(8), "uint8"),
         (np.zeros((3, 8, 8), np.uint8), np.zeros(8), r"uint8 array .*, got uint8 \(3, 8, 8\)"),
