@@ -294,8 +294,14 @@ def test_a_configuration_that_says_otherwise_is_kept(saved: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("action", "proprio", "chunk", "bounds"),
-    [(7, 8, 8, "bounds_q99"), (14, 14, 25, "bounds"), (7, 7, 5, "bounds_q99"), (7, 0, 8, "bounds_q99")],
-    ids=["LIBERO", "ALOHA", "Bridge", "no proprioception"],
+    [
+        (7, 8, 8, "bounds_q99"),
+        (14, 14, 25, "bounds"),
+        (7, 7, 5, "bounds_q99"),
+        (7, 0, 8, "bounds_q99"),
+        (14, 0, 25, "bounds"),
+    ],
+    ids=["LIBERO", "ALOHA", "Bridge", "no proprioception", "ALOHA without"],
 )
 def test_the_robot_of_an_oft_folder_is_told_by_its_sizes(
     tmp_path: Path, action: int, proprio: int, chunk: int, bounds: str
@@ -314,7 +320,7 @@ def test_the_robot_of_an_oft_folder_is_told_by_its_sizes(
     edit_json(tmp_path / "config.json", num_actions_chunk=12)
     config = load_openvla(tmp_path)[0].config
     assert (config.num_actions_chunk, config.action_normalization) == (12, bounds)
-    if action == 14:  # the head that writes tokens has no file: the size of an action is the robot's
+    if proprio == 14:  # the head that writes tokens has no file: the size of an action is the robot's
         (tmp_path / "action_head--50_checkpoint.pt").unlink()
         config = load_openvla(tmp_path)[0].config
         assert (config.action_head, config.action_dim, config.proprio_dim) == ("discrete", 14, 14)

@@ -30,6 +30,7 @@ _ROBOTS = {
     (14, 14): ("ALOHA", 25, "bounds"),
     (7, 7): ("Bridge", 5, "bounds_q99"),
     (7, 0): ("LIBERO without proprioception", 8, "bounds_q99"),
+    (14, 0): ("ALOHA without proprioception", 25, "bounds"),
 }
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
