@@ -5,6 +5,7 @@ What its folder holds: `adapter_files`.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import warnings
@@ -168,9 +169,9 @@ def merge_adapters(
     """A new adapter, active and frozen, whose update is weight · Σ of those of `names`.
 
     Args:
-        rank: 0 = exactly (PEFT's `cat`), its rank being the sum of theirs, so that B = [B_1 … B_n] and
-            A = [A_1; …; A_n]; otherwise the nearest update of that rank (`svd`), of one singular value decomposition
-            per layer, which is exact from the sum of their ranks on.
+        rank: 0 = exactly, by PEFT's `cat`, the rank being the sum of theirs: B = [B_1 … B_n] and A = [A_1; …; A_n].
+            Otherwise the nearest update of at most that rank, by a singular value decomposition of each layer's, which
+            is exact from the sum of their ranks on. (PEFT's `svd` fails above the size of the smallest layer.)
 
     Raises:
         AdapterError: a name is unknown, or `into` is taken.
@@ -183,10 +184,34 @@ def merge_adapters(
         raise AdapterError(f"cannot merge {list(names)} into {into!r}: the model has {list(model.peft_config)}")
     _check_name(model, into)
     tuner: Any = model.base_model
-    how: dict[str, Any] = {"combination_type": "svd", "svd_rank": rank} if rank else {"combination_type": "cat"}
-    tuner.add_weighted_adapter(list(names), [weight] * len(names), into, **how)
+    exact = f"{into}_exact" if rank else into
+    tuner.add_weighted_adapter(list(names), [weight] * len(names), exact, combination_type="cat")
+    if rank:
+        _reduce_rank(model, exact, into, rank)
+        model.delete_adapter(exact)
     activate(model, into)
     return model
+
+
+def _reduce_rank(model: PeftModel, exact: str, into: str, rank: int) -> None:
+    """Add the adapter `into`, whose update is the nearest to that of `exact` of at most this rank."""
+    lora = copy.deepcopy(model.peft_config[exact])
+    lora.r = lora.lora_alpha = min(rank, lora.r)
+    lora.rank_pattern, lora.alpha_pattern = {}, {}
+    attach(model, into, lora)
+    for layer in model.modules():
+        if not (isinstance(layer, LoraLayer) and exact in layer.lora_A):
+            continue
+        up, down = (getattr(layer, f"lora_{side}")[exact].weight.detach().double() for side in "BA")  # (O, R), (R, I)
+        left, upper = torch.linalg.qr(layer.scaling[exact] * up)
+        right, lower = torch.linalg.qr(down.T)
+        first, values, last = torch.linalg.svd(upper @ lower.T)
+        kept = min(lora.r, len(values))  # a layer may have fewer inputs or outputs
+        for side, factor in (("B", (left @ first)[:, :kept] * values[:kept]), ("A", (last @ right.T)[:kept])):
+            weight = getattr(layer, f"lora_{side}")[into].weight
+            with torch.no_grad():
+                weight.zero_()
+                weight[: factor.shape[0], : factor.shape[1]] = factor
 
 
 def activate(model: PeftModel, name: str, *, trainable: bool = False) -> None:

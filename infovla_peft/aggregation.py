@@ -54,7 +54,7 @@ def aggregate(benchmark: Benchmark, held: Held | None = None) -> tuple[dict[str,
             base = {"base": _base_of(made), "base_seed": made.base_seed}
             run |= {**base, "analysis": _analysis_of(made), "gradients": _gradients_of(made)}
             other = (held or {}).get(made.key)
-            if other is not None and _numbers(asdict(other)) != _numbers(run):
+            if other is not None and _contradict(asdict(other), run):
                 raise ValueError(
                     f"{made.folder} has other numbers than the run that is held of {made.name}: move the folder away, "
                     "or leave the run out of the file that holds it"
@@ -115,7 +115,10 @@ def load_held(benchmark: Benchmark, aggregates: Iterable[str | os.PathLike[str]]
                 )
             # In what it differs from these defaults, not from those of the version that wrote the file.
             mine = replace(run, config=_own_options(key, wanted, benchmark))
-            if _numbers(asdict(held.setdefault(key, mine))) != _numbers(asdict(mine)):
+            first = held.setdefault(key, mine)
+            if first.base is None:
+                held[key] = mine
+            if _contradict(asdict(first), asdict(mine)):
                 raise ValueError(f"{path}: {job.name} has other numbers in another of these files; leave one out")
     return held
 
@@ -137,16 +140,17 @@ def check_replacement(path: Path, content: Mapping[str, Any]) -> None:
             "another --output leaves the file alone"
         )
     for run in old.runs:
-        if _numbers(asdict(run)) != _numbers(asdict(kept[_key(run)])):
+        if _contradict(asdict(run), asdict(kept[_key(run)])):
             raise ValueError(
                 f"{path} holds {_key(run)} with other numbers; move the file away if these shall count, or write to "
                 "another --output"
             )
 
 
-def _numbers(run: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What no two files may say differently of a run."""
-    return tuple(run[name] for name in ("success", "episodes", "base", "base_seed"))
+def _contradict(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two files say different things of a run; older ones do not say its base."""
+    names = ["success", "episodes", "base_seed", *(["base"] if None not in (one["base"], other["base"]) else [])]
+    return any(one[name] != other[name] for name in names)
 
 
 def _key(run: ComparedRun) -> RunKey:

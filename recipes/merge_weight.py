@@ -20,6 +20,7 @@ from infovla_peft.cli import run_command
 from infovla_peft.config import BENCHMARK_STATES
 from infovla_peft.evaluation import check_initial_states, evaluate
 from infovla_peft.files import write_json
+from infovla_peft.hub import describe_policy
 from infovla_peft.library import find_adapters
 from infovla_peft.plan import worker_count
 from infovla_peft.simulation import find_assets, find_task
@@ -35,7 +36,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="folder of a finished run of `single_task`, with --last of any")
     parser.add_argument("--last", type=int, metavar="N", help="the last N adapters (default: all, of `single_task`)")
     parser.add_argument("--weights", nargs="+", type=float, default=[0.2, 0.3, 0.5, 1.0])
-    parser.add_argument("--first_state", type=int, default=30, help="of the 50; none that the run was tested from")
+    parser.add_argument(
+        "--first_state", type=int, default=30, help="of the 50; to choose, none that the run was tested from"
+    )
     parser.add_argument("--episodes", type=int, default=10, help="rollouts per task and weight")
     parser.add_argument("--workers", type=int, default=0, help="simulation processes; 0 = one per core")
     parser.add_argument("--device", help="of the policy: cpu, cuda, ... (default: the CPU)")
@@ -46,6 +49,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(options: argparse.Namespace) -> None:
     """Load all adapters onto one base; then merge, roll out and drop, weight after weight."""
     check_initial_states(options.episodes, options.first_state)
+    if len(options.weights) > 1:
+        _check_untested(describe_policy(options.run).recipe, options.first_state, options.episodes)
     stored = find_adapters(options.run)
     if not stored:
         raise FileNotFoundError(f"{options.run} holds no adapters; run a recipe with --method single_task first")
@@ -63,7 +68,6 @@ def main(options: argparse.Namespace) -> None:
         policy = load_policy(options.run, device=options.device)
         for adapter in stored[:-1]:
             load_adapter(policy.model, adapter.folder, adapter.name)
-    _check_untested(policy.recipe, options.first_state, options.episodes)
     recipe, adapters = policy.recipe, [adapter.name for adapter in stored]
     tasks = [find_task(recipe["suite"], name) for name in policy.tasks_after()]
     look = {name: recipe[name] for name in ("image_size", "renderer")}
@@ -89,9 +93,14 @@ def main(options: argparse.Namespace) -> None:
 
 
 def _check_untested(recipe: Mapping[str, Any], first_state: int, episodes: int) -> None:
-    """Refuse initial states that the run was tested from: what is chosen on them says nothing about them."""
-    first = recipe["eval_first_state"]
-    tested = range(first, first + max(recipe["eval_episodes"], recipe["final_eval_episodes"] or 0))
+    """Refuse initial states that the run was tested from: what is chosen on them is no longer tested by them.
+
+    A run whose rollouts do not begin with state 0 is one for choosing, and reports nothing.
+    """
+    first = recipe.get("eval_first_state", 0)
+    if first or "eval_episodes" not in recipe:
+        return
+    tested = range(first, first + max(recipe["eval_episodes"], recipe.get("final_eval_episodes") or 0))
     if set(tested) & set(range(first_state, first_state + episodes)):
         raise ValueError(
             f"the run was tested from initial states {tested[0]} to {tested[-1]}, and a weight that is chosen on them "

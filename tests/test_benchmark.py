@@ -847,6 +847,14 @@ def test_an_aggregate_is_replaced_by_a_whole_one_alone(benchmark: Benchmark, tmp
     changed["runs"][0]["success"][0][0] = 1.0
     with pytest.raises(ValueError, match=r"holds RunKey.* with other numbers; move the file away"):
         check_replacement(path, changed)
+    unknown = copy.deepcopy(content)  # as in aggregates of before there were bases in them
+    known = content["runs"][0]["base"]
+    unknown["runs"][0]["base"] = None
+    write_json(tmp_path / "unknown.json", unknown)
+    write_json(path, content)
+    check_replacement(tmp_path / "unknown.json", content)
+    for files_in_turn in ([tmp_path / "unknown.json", path], [path, tmp_path / "unknown.json"]):
+        assert next(iter(load_held(benchmark, files_in_turn).values())).base == known
     write_json(tmp_path / "changed.json", changed)
     with pytest.raises(ValueError, match="has other numbers in another of these files; leave one out"):
         load_held(benchmark, [path, tmp_path / "changed.json"])

@@ -201,6 +201,11 @@ def test_a_gripper_of_other_numbers_becomes_libero_s(
     if (opened, closed) != (1, -1):  # which looks like LIBERO's
         with pytest.raises(DemonstrationError, match=r"the gripper, .* load_demonstrations\(\.\.\., gripper="):
             statistics_of(load_demonstrations(folder))  # type: ignore[arg-type]
+    overshot = actions.copy()
+    overshot[0, 6] += np.sign(overshot[0, 6] - (opened + closed) / 2) * abs(opened - closed) / 10
+    edit_table(folder / DATA, action=overshot.tolist())
+    frames = load_demonstrations(folder, gripper=(opened, closed), streaming=streaming)
+    assert [row["action"][6] for row in frames] == expected.tolist()
     with pytest.raises(ValueError, match=r"gripper is two different numbers, .* not \(1, 1\)"):
         load_demonstrations(folder, gripper=(1, 1), streaming=streaming)
 

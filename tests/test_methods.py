@@ -372,8 +372,10 @@ def test_adapters_merged_to_a_lower_rank_are_the_nearest_to_the_sum(tmp_path: Pa
         torch.nn.init.normal_(parameter, 0, 0.1)
     merge_adapters(model, ["one", "two"], "exact", weight=0.5)
     ranks = model.peft_config["exact"].r
-    for rank, into in ((ranks, "whole"), (1, "low")):
+    for rank, into in ((2 * ranks + 16, "whole"), (1, "low")):
         merge_adapters(model, ["one", "two"], into, weight=0.5, rank=rank)
+        assert list(model.peft_config) == [*dict.fromkeys(["one", "two", "exact", "whole", into])]
+    assert (model.peft_config["whole"].r, model.peft_config["low"].r) == (ranks, 1)
     layers = [module for _, module in model.named_modules() if hasattr(module, "get_delta_weight")]
     compared = 0
     for layer in layers:
@@ -386,6 +388,25 @@ def test_adapters_merged_to_a_lower_rank_are_the_nearest_to_the_sum(tmp_path: Pa
         torch.testing.assert_close((exact - low).norm(), values[1:].norm(), atol=1e-5, rtol=1e-3)  # Eckart and Young
         compared += 1
     assert compared
+
+
+def test_a_rank_above_the_smallest_layer_s_can_be_merged_to(tmp_path: Path) -> None:
+    """The head has seven outputs, the projector of proprioception eight inputs."""
+    policy = tiny_policy()
+    batch = policy.collator(policy.dataset.__getitems__([0, 1]))
+    model: Any = policy.model
+    for name in ("one", "two"):
+        model = add_adapter(model, name, config(tmp_path, lora_r=10, lora_alpha=8))
+        for _, parameter in adapter_parameters(model, name):
+            torch.nn.init.normal_(parameter, 0, 0.1)
+    answers = {}
+    for rank in (0, 12, 20):
+        merge_adapters(model, ["one", "two"], f"rank_{rank}", weight=0.5, rank=rank)
+        with torch.inference_mode():
+            answers[rank] = model(**batch).predicted_actions
+    torch.testing.assert_close(answers[20], answers[0], atol=1e-4, rtol=1e-3)
+    assert answers[12].isfinite().all()
+    assert not torch.allclose(answers[12], answers[0], atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def test_gripper_conventions() -> None:
     ("gripper", "fits"),
     [
         ([-1, 1, 1], True), ([-1.02, 0.3, 1.001], True), ([-1, -1, -1], True), ([1, 1, 1], True), ([0, 0, 0], True),
+        ([0.97, 1, 0.99], True),
         ([1, 0, 1], False), ([0, 0.5, 0.9], False), ([0, 0.04, 0.08], False), ([0, 100, 30], False),
         ([-2, 1, 1], False),
     ],
@@ -83,7 +84,7 @@ def test_a_gripper_in_another_convention_is_refused(gripper: list[float], fits: 
         assert len(ChunkDataset(frames, pipeline, cache_images=False)) == 3
         return
     low, high = (f"{number:g}" for number in (min(gripper), max(gripper)))
-    message = rf"gripper, .* goes from {low} to {high}; .*load_demonstrations\(\.\.\., gripper=\({high}, {low}\)\)"
+    message = rf"gripper, .* goes from {low} to {high} as .*_demonstrations\(\.\.\., gripper=\({high}, {low}\)"
     for make in (statistics_of, lambda frames: ChunkDataset(frames, pipeline, cache_images=False)):
         with pytest.raises(DemonstrationError, match=message):
             make(frames)

@@ -150,6 +150,10 @@ def test_merge_weights_are_tried_on_validation_states(
     assert "w = 1.0" in capsys.readouterr().out
     with pytest.raises(ValueError, match="was tested from initial states 0 to 1, and a weight that is chosen on them"):
         module.main(module.parse([str(tmp_path / "single_task"), *arguments, "--first_state", "0"]))
+    assert len(merged) == 2
+    one = ["--weights", "0.5", "--episodes", "2", "--workers", "1", "--first_state", "0"]  # nothing is chosen
+    module.main(module.parse([str(tmp_path / "single_task"), *one]))
+    assert len(merged) == 3
     with pytest.raises(ValueError, match="is a run of er; its adapters build on each other"):
         module.main(module.parse([str(tmp_path / "er"), *arguments]))
 

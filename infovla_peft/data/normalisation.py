@@ -55,16 +55,16 @@ def _join(motion: Any, gripper: Any) -> Any:
     return np.concatenate((motion, gripper.astype(motion.dtype)), axis=-1)
 
 
-_OVERSHOOT, _STILL = 0.05, 1e-3
-"""How far a measured gripper may pass its ends, and by how much one varies that never moves."""
+_OVERSHOOT, _STILL, _CLOSED = 0.05, 1e-3, 0.5
+"""How far a measured gripper may pass its ends, by how much one varies that never moves, and where it is closed."""
 
 
 def check_gripper(actions: NDArray[Any]) -> None:
-    """Refuse actions (N, A), those of a whole set, whose gripper cannot be in LIBERO's convention.
+    """Refuse actions (N, A) whose gripper cannot be in LIBERO's convention.
 
-    That is, it leaves [-1, 1], or moves and never goes below 0: what has 1 = open and 0 = closed, as the model, would
-    be learned as closed throughout. One that never moves passes: a task may need no more than a closed hand, and a
-    robot may have none.
+    That is, it leaves [-1, 1], or moves, never goes below 0 and does not stay closed: what has 1 = open and
+    0 = closed, as the model, would be learned as closed throughout. One that never moves, or stays above 0.5, passes:
+    a task may need no more than a closed hand, and a robot may have none.
 
     Raises:
         DemonstrationError: with the ways to convert them.
@@ -72,11 +72,12 @@ def check_gripper(actions: NDArray[Any]) -> None:
     >>> check_gripper(np.array([[0.1, -1.0], [0.1, 1.0]]))
     """
     low, high = float(actions[:, -1].min()), float(actions[:, -1].max())
-    never_opens = low > -_OVERSHOOT and high - low > _STILL
+    never_opens = -_OVERSHOOT < low < _CLOSED and high - low > _STILL
     if never_opens or low < -1 - _OVERSHOOT or high > 1 + _OVERSHOOT:
         raise DemonstrationError(
-            f"the gripper, the last number of an action, goes from {low:g} to {high:g}; it must be -1 for open and +1 "
-            "for closed. Say what stands for open and for closed in these demonstrations: "
+            f"the gripper, the last number of an action, goes from {low:g} to {high:g} as it was read; it must be -1 "
+            "for open and +1 for closed. Say what stands for open and for closed in these demonstrations, in place of "
+            "a `gripper` that was given: "
             f"load_demonstrations(..., gripper=({high:g}, {low:g})), in a recipe demonstrations_gripper: [{high:g}, "
             f"{low:g}], if {high:g} is open, the other way round if it is closed; or convert the rows by frames.map"
         )

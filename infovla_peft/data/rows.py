@@ -163,13 +163,20 @@ def noops(actions: NDArray[np.float32]) -> NDArray[np.bool_]:
     return dropped
 
 
+_PASSED = 1.5
+
+
 def to_libero_gripper(actions: NDArray[np.float32], opened: float, closed: float) -> NDArray[np.float32]:
     """Actions (T, A) with a gripper, the last number, that is `opened` and `closed` at its ends → -1 and +1 there.
+
+    What passes an end by up to a quarter of the way is at the end; what passes it further is left for
+    `normalisation.check_gripper` to refuse.
 
     >>> to_libero_gripper(np.array([[0.5, 100.0], [0.5, 25.0]], np.float32), 100, 0)[:, 1].tolist()
     [-1.0, 0.5]
     """
     gripper = 2 * (actions[:, -1:].astype(np.float64) - opened) / (closed - opened) - 1
+    gripper = np.where(np.abs(gripper) <= _PASSED, gripper.clip(-1, 1), gripper)
     return np.concatenate((actions[:, :-1], gripper.astype(np.float32)), axis=1)
 
 
