@@ -56,7 +56,8 @@ def _join(motion: Any, gripper: Any) -> Any:
 
 
 _OVERSHOOT, _STILL, _CLOSED = 0.05, 1e-3, 0.5
-"""How far a measured gripper may pass its ends, by how much one varies that never moves, and where it is closed."""
+"""How far a measured gripper may pass its ends, by how much one varies that never moves, and above what it is
+closed. Chosen, not measured: LIBERO's is at -1 or +1."""
 
 
 def check_gripper(actions: NDArray[Any]) -> None:

@@ -164,6 +164,7 @@ def noops(actions: NDArray[np.float32]) -> NDArray[np.bool_]:
 
 
 _PASSED = 1.5
+"""How far beyond -1 and +1 a measured gripper still counts as at its end. Chosen, not measured."""
 
 
 def to_libero_gripper(actions: NDArray[np.float32], opened: float, closed: float) -> NDArray[np.float32]:
