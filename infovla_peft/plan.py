@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ import torch
 
 from .config import InfoVLAConfig, StreamConfig
 from .costs import UTILISATION, Shape, openvla_7b, shape_of
+from .data.recorded import DemonstrationManifest, TaskRecord
+from .data.rows import DemonstrationError
 from .methods import METHODS
 from .models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, build_tiny_openvla
 from .results import Results
@@ -107,8 +110,9 @@ def describe_plan(
     tasks = sum(len(stage.tasks) for stage in stages)
     recording = 0.0
     if "demonstrations" not in state and config.demonstrations_source is None:
-        each = config.demonstrations * SECONDS_PER_DEMONSTRATION / worker_count(config.demonstration_workers)
-        recording = tasks * (each + SECONDS_PER_ENVIRONMENT)
+        each = SECONDS_PER_DEMONSTRATION / worker_count(config.demonstration_workers)
+        missing = _missing(config, training, stages)
+        recording = sum(count * each + SECONDS_PER_ENVIRONMENT for count in missing if count)
     terms = ", ".join(METHODS[training.method].terms)
     lines = [
         f"{config.stream} on {config.suite}: {training.method}"
@@ -194,6 +198,18 @@ def tiny_shape(config: StreamConfig) -> dict[str, Any]:
     """The sizes of a tiny base as `build_tiny_openvla` takes them."""
     names = ("image_size", "patch_size", "vision_width", "vision_depth", "hidden_size", "layers", "heads")
     return {name: getattr(config, f"tiny_{name}") for name in names}
+
+
+def _missing(config: StreamConfig, training: InfoVLAConfig, stages: Sequence[Stage]) -> list[int]:
+    """Demonstrations of each task that are not recorded yet, in this run or in the folder that runs share."""
+    recorded: dict[str, TaskRecord] = {}
+    # A folder that is damaged says so when it is recorded into.
+    with suppress(FileNotFoundError, DemonstrationError):
+        folder = config.demonstrations_folder or Path(str(training.output_dir)) / "demonstrations"
+        recorded = DemonstrationManifest.load(folder).tasks
+    counts = {name: len(task.episodes) for name, task in recorded.items()}
+    tasks = [task for stage in stages for task in stage.tasks]
+    return [max(0, config.demonstrations - counts.get(task.name, 0)) for task in tasks]
 
 
 def _shape(folder: Path) -> Shape:

@@ -286,6 +286,40 @@ def test_asset_sets_and_process_counts_are_not_mixed(
         make().__enter__()
 
 
+def test_the_plan_counts_what_is_recorded_already(make: Callable[..., Stream], tmp_path: Path) -> None:
+    """Runs that share a folder record once: two tasks of the second are there, the third lacks one of two."""
+    from infovla_peft.data.recorded import DemonstrationManifest, EpisodeRecord, RecordingSettings, TaskRecord
+
+    options = {"demonstrations": 2, "demonstrations_folder": str(tmp_path / "shared"), "demonstration_workers": 1}
+
+    def planned() -> str:
+        with make({"stream": "B1-2N1", **options}) as stream:
+            return stream.plan()
+
+    def record(*counts: int) -> None:
+        tasks = {
+            task.name: TaskRecord(
+                task.suite,
+                task.index,
+                task.name,
+                task.instruction,
+                {index: EpisodeRecord(index, f"{index}", 5, 1, 0) for index in range(count)},
+            )
+            for task, count in zip(make({"stream": "B1-2N1"}).tasks, counts, strict=True)
+        }
+        settings = RecordingSettings("primitive", "3", 24, ("agentview",), "fast", 0.0, 0)
+        DemonstrationManifest(settings, tasks).save(tmp_path / "shared")
+
+    assert "3 tasks x 2, about 33 s" in planned()
+    (tmp_path / "shared").mkdir()
+    record(2, 2, 1)
+    assert "3 tasks x 2, about 7 s" in planned()
+    record(2, 3, 2)
+    assert "3 tasks x 2, finished" in planned()
+    (tmp_path / "shared" / "manifest.json").write_text("{")
+    assert "3 tasks x 2, about 33 s" in planned()
+
+
 @pytest.mark.parametrize("damage", ["truncated", "missing", "manifest"])
 def test_broken_demonstrations_are_named_and_left_alone(
     make: Callable[..., Stream], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
