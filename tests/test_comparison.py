@@ -483,6 +483,7 @@ def test_the_tables_of_the_results_are_those_of_the_aggregate() -> None:
         ("explore_stages", 2),
         ("explore_learning", 2),
         ("explore_object", 2),
+        ("explore_object_stages", 2),
     ):
         assert "".join(pages).count(f"<!-- table of={name} ") >= blocks
         found = load_comparison(REPOSITORY / f"recipes/results/{name}.json")
