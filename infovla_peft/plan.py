@@ -15,7 +15,7 @@ import torch
 
 from .config import InfoVLAConfig, StreamConfig
 from .costs import UTILISATION, Shape, openvla_7b, shape_of
-from .data.recorded import DemonstrationManifest, TaskRecord
+from .data.recorded import count_recorded
 from .data.rows import DemonstrationError
 from .methods import METHODS
 from .models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, build_tiny_openvla
@@ -100,18 +100,20 @@ def describe_plan(
     stages: Sequence[Stage],
     assets: AssetSet,
     state: Mapping[str, Any],
+    demonstrations: Path,
 ) -> str:
     """The plan as it is printed before the start: stages, tasks, steps, rollouts, and an estimate of the time left.
 
     Args:
         state: the finished steps.
+        demonstrations: the folder that they are recorded into, in which some may be.
     """
     tiny = config.base_model == "tiny"
     tasks = sum(len(stage.tasks) for stage in stages)
     recording = 0.0
     if "demonstrations" not in state and config.demonstrations_source is None:
         each = SECONDS_PER_DEMONSTRATION / worker_count(config.demonstration_workers)
-        missing = _missing(config, training, stages)
+        missing = _missing(demonstrations, config.demonstrations, stages)
         recording = sum(count * each + SECONDS_PER_ENVIRONMENT for count in missing if count)
     terms = ", ".join(METHODS[training.method].terms)
     lines = [
@@ -200,16 +202,12 @@ def tiny_shape(config: StreamConfig) -> dict[str, Any]:
     return {name: getattr(config, f"tiny_{name}") for name in names}
 
 
-def _missing(config: StreamConfig, training: InfoVLAConfig, stages: Sequence[Stage]) -> list[int]:
-    """Demonstrations of each task that are not recorded yet, in this run or in the folder that runs share."""
-    recorded: dict[str, TaskRecord] = {}
-    # A folder that is damaged says so when it is recorded into.
-    with suppress(FileNotFoundError, DemonstrationError):
-        folder = config.demonstrations_folder or Path(str(training.output_dir)) / "demonstrations"
-        recorded = DemonstrationManifest.load(folder).tasks
-    counts = {name: len(task.episodes) for name, task in recorded.items()}
-    tasks = [task for stage in stages for task in stage.tasks]
-    return [max(0, config.demonstrations - counts.get(task.name, 0)) for task in tasks]
+def _missing(folder: Path, wanted: int, stages: Sequence[Stage]) -> list[int]:
+    """How many demonstrations of each task are still to be recorded."""
+    recorded: dict[str, int] = {}
+    with suppress(DemonstrationError):  # a damaged folder is named when it is recorded into
+        recorded = count_recorded(folder)
+    return [max(0, wanted - recorded.get(task.name, 0)) for stage in stages for task in stage.tasks]
 
 
 def _shape(folder: Path) -> Shape:

@@ -124,7 +124,8 @@ class Stream:
 
         known = vars(self).get("assets")  # before the run has begun, nothing is downloaded or built for its plan
         assets = known or find_assets(self.config.assets, self.config.assets_folder, fetch=False)
-        return describe_plan(self.config, self.training, self.stages, assets, self.run_folder.state())
+        state = self.run_folder.state()
+        return describe_plan(self.config, self.training, self.stages, assets, state, self.demonstrations_folder)
 
     # --- what the steps work on --------------------------------------------------------------------------------------
 

@@ -287,7 +287,7 @@ def test_asset_sets_and_process_counts_are_not_mixed(
 
 
 def test_the_plan_counts_what_is_recorded_already(make: Callable[..., Stream], tmp_path: Path) -> None:
-    """Runs that share a folder record once: two tasks of the second are there, the third lacks one of two."""
+    """Runs that share a folder record once, so that only what the folder lacks takes time."""
     from infovla_peft.data.recorded import DemonstrationManifest, EpisodeRecord, RecordingSettings, TaskRecord
 
     options = {"demonstrations": 2, "demonstrations_folder": str(tmp_path / "shared"), "demonstration_workers": 1}

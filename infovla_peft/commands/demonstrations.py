@@ -9,8 +9,9 @@ from .options import CAMERAS, AddCommand, add_simulation, check_simulation
 
 
 def _demos(options: argparse.Namespace) -> None:
-    from ..data.demonstrations import DemonstrationManifest, load_demonstrations
+    from ..data.demonstrations import load_demonstrations
     from ..data.lerobot_export import check_target, export_lerobot
+    from ..data.recorded import count_recorded
     from ..data.recording import check_recording, record_demonstrations
     from ..plan import worker_count
     from ..progress import quiet_libraries
@@ -30,13 +31,9 @@ def _demos(options: argparse.Namespace) -> None:
             raise ValueError(f"--lerobot would replace what is recorded in {options.folder}; name another folder")
     if options.dry_run:
         check_recording(options.episodes, worker_count(options.workers))
-        try:
-            recorded = DemonstrationManifest.load(options.folder).tasks
-        except FileNotFoundError:
-            recorded = {}
+        recorded = count_recorded(options.folder)
         for task in tasks:
-            there = len(recorded[task.name].episodes) if task.name in recorded else 0
-            print(f"{task.name}: {there} of {options.episodes} are there")
+            print(f"{task.name}: {recorded.get(task.name, 0)} of {options.episodes} are there")
         return
     record_demonstrations(
         tasks,

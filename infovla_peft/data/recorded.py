@@ -171,6 +171,19 @@ class DemonstrationManifest:
         return DemonstrationManifest(settings, tasks)
 
 
+def count_recorded(folder: str | Path) -> dict[str, int]:
+    """Task name -> how many episodes of it a folder's manifest names; empty where nothing is recorded yet.
+
+    Raises:
+        DemonstrationError: the manifest is broken or of another version.
+    """
+    try:
+        recorded = DemonstrationManifest.load(folder).tasks
+    except FileNotFoundError:
+        return {}
+    return {name: len(task.episodes) for name, task in recorded.items()}
+
+
 def demonstration_features(cameras: Sequence[str]) -> datasets.Features:
     """Column types of an episode's file.
 
