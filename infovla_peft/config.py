@@ -107,15 +107,17 @@ class InfoVLAConfig(TrainingArguments):
         lambda_output: weight λ3 of the distance to the teacher's answers, ≥ 0; 0 leaves it out. Default: 0.3;
             0.1 keeps recent tasks less well, 1 learns new ones less well (the same runs).
         rac_targets: `hard` = Eq. 1; `soft` = the teacher's own similarities, so that the term is 0 where the student
-            equals the teacher (Eq. 1 is not); see `losses.replay_anchor_contrastive_loss`.
+            equals the teacher (Eq. 1 is not); see `losses.replay_anchor_contrastive_loss`. Default: soft; with `hard`
+            a tiny base ended 1.4 points lower, which chance can make (one seed, recipes/EXPLORED.md).
         rac_center: subtract the mean anchor of the negatives from all features of RAC, which otherwise lie in a narrow
             cone. Unverified default.
         rac_pooling: what RAC contrasts, of the hidden states of `tap_layer`: None = the mean over the positions that
             predict actions; the last token of the `prompt` before those positions, or the mean over all patches
             (`vision`). The paper says "fused embedding"; in a causal language model patches have not seen the
-            instruction. With `prompt` a tiny base ended 3.5 points lower, which chance can make (one seed,
-            recipes/EXPLORED.md); `vision` is untried.
-        cmi_mode: `infonce`, `relational` or `paper`; see `losses.cross_modal_mi_from_summaries`. Unverified default.
+            instruction. With `prompt` a tiny base ended 3.5 points lower, with `vision` 0.7 higher, which chance can
+            make (one seed each, recipes/EXPLORED.md).
+        cmi_mode: `infonce`, `relational` or `paper`; see `losses.cross_modal_mi_from_summaries`. Default: relational;
+            `infonce` did the same within chance (one seed, recipes/EXPLORED.md).
         temperature: τ ≥ 1e-6 of both terms. The paper states none. Default: 0.5, which on a tiny base stands less in
             the way of what is learned than 0.1 (recipes/EXPLORED.md). `infovla_paper`: 0.1, which is unverified.
         teacher: `base` = the base model, adapters off: its features for all of the memory, its answers on the tasks
@@ -127,7 +129,8 @@ class InfoVLAConfig(TrainingArguments):
             three layers the first kept less in Bench-S than the last (two seeds); unverified for larger ones.
         anchor_bank: number of stored anchors (at most; chosen once per stage) that are the negatives of RAC and CMI,
             so that the cost of a step does not grow with the number of tasks. 0: the other replay samples of the
-            mini-batch, as in Eq. 1. Unverified.
+            mini-batch, as in Eq. 1. Default: 1024; with 128 a tiny base ended 1.4 points lower, which chance can make
+            (one seed, recipes/EXPLORED.md).
         near_duplicate_window: frames of one trajectory at most this far apart are no negatives of each other. Default:
             the length of an action chunk; with 0 a tiny base ended 2.1 points lower, which chance can make (one seed,
             recipes/EXPLORED.md).
@@ -160,7 +163,8 @@ class InfoVLAConfig(TrainingArguments):
     > Parameters that control the replay memory
 
     Args:
-        replay_fraction: share of each batch drawn from the memory, in [0, 1). Unverified.
+        replay_fraction: share of each batch drawn from the memory, in [0, 1). Default: 0.5; with 0.375 a tiny base
+            kept less and learned no more (two seeds, recipes/EXPLORED.md).
         replay_balance: how replay samples are spread over past tasks. `task`: evenly. `stage`: evenly over the stages
             that learned them, the base being one, so that a task learned in few steps is replayed more often than one
             of the base's. Default: task; with `stage` a tiny base lost whole tasks of its own (recipes/EXPLORED.md).
@@ -179,10 +183,12 @@ class InfoVLAConfig(TrainingArguments):
 
     Args:
         image_shift: random shift of the images by up to this many pixels of the model's input, edges repeated. Applied
-            to samples of the current task, and to replay samples that have no anchors in use. Unverified (1 pixel did
-            no worse in one run, recipes/EXPLORED.md).
+            to samples of the current task, and to replay samples that have no anchors in use. Default: 4, for an
+            input of 112 pixels; with 0 a tiny base ended 0.7 points lower, and 1 did no worse, which chance can make
+            (one seed each, recipes/EXPLORED.md).
         proprio_noise: standard deviation of Gaussian noise on the normalised proprioception of the same samples. Off
-            by default, as in OpenVLA-OFT; unverified.
+            by default, as in OpenVLA-OFT; with 0.02 a tiny base ended 1.4 points lower, which chance can make (two
+            seeds, recipes/EXPLORED.md).
         cache_images: decode all frames once and keep them in memory as uint8, at the model's input size, if that takes
             no more than 1 GiB per process; larger sets are decoded batch by batch (`infovla bench data`).
         cache_vision_features: run the vision tower on the replayed frames once per stage and keep what it makes of
