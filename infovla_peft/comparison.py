@@ -139,6 +139,7 @@ class Comparison:
             if chosen is None:
                 continue
             wanted, there = set(chosen), list(dict.fromkeys(getattr(run, name) for run in runs))
+            there = sorted(there) if name == "seed" else there
             if strange := ", ".join(map(str, sorted(wanted - set(there)))):
                 of = "" if name == "method" else "seed "
                 raise ValueError(f"no run of {of}{strange}; there are runs of {of}{', '.join(map(str, there))}")
@@ -380,6 +381,11 @@ _AGAIN = "aggregate the benchmark again"
 
 class _Reader(Checker[ComparisonError]):
     def comparison(self, content: Any) -> Comparison:
+        if isinstance(content, dict) and "runs" not in content and {"method", "successes", "timings"} <= set(content):
+            raise self.error(
+                f"{self.source} holds the results of one run, and is no aggregate: `python recipes/benchmark.py "
+                "aggregate BENCHMARK.yaml` makes one of all finished runs of a benchmark"
+            )
         self.version(content, FORMAT_VERSION)
         self.record(content, ("format_version", "protocol", "runs"), "the content")
         if not isinstance(content["protocol"], dict):

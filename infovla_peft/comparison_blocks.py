@@ -209,7 +209,7 @@ def _gradients(runs: Sequence[ComparedRun], _against: str) -> tuple[list[str], l
             if stage:
                 cells = [[(run.gradients or {}).get(name) for run in own] for name in names]
                 columns = [_mean(cell[stage] for cell in column if cell is not None) for column in cells]
-                seeds = ", ".join(str(run.seed) for run in own)
+                seeds = ", ".join(map(str, sorted(run.seed for run in own)))
                 rows.append([f"`{method}`", seeds, own[0].tasks[index].replace("_", " "), *columns])
     labels = [f"norm, {label}" for label in _PARTS.values()] + [f"cosine, {label}" for label in _PARTS.values()][1:]
     shown = [place for place in range(len(names)) if any(row[3 + place] != "–" for row in rows)]

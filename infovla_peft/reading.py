@@ -288,8 +288,14 @@ class Checker(Generic[Error]):
     def record(self, value: Any, keys: Sequence[str], where: str) -> dict[str, Any]:
         """An object with these keys and no others."""
         record: dict[str, Any] = self.typed(value, dict, where)
-        wrong = set(keys) - set(record) or set(record) - set(keys)
-        self.need(not wrong, where, f"an object with the keys {', '.join(keys)}", sorted(wrong))
+        missing = [key for key in keys if key not in record]
+        strange = [f"{key:.40}" for key in record if key not in keys]
+        wrong = [f"lacks {', '.join(missing)}"] if missing else []
+        if strange:
+            kind = "an unknown key" if len(strange) == 1 else "the unknown keys"
+            wrong.append(f"has {kind} {', '.join(strange):.200}")
+        if wrong:
+            raise self.error(f"{self.source}: {where} {' and '.join(wrong)}; {self.cure}")
         return record
 
     def strings(self, value: Any, where: str) -> dict[str, str]:

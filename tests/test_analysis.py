@@ -458,7 +458,7 @@ def test_a_comparison_s_legend_has_its_own_place(
         (lambda text: text[: len(text) // 2], "no valid JSON"),
         (lambda text: text.replace('"format_version": 1', '"format_version": 2'), "update infovla-peft"),
         (lambda text: text.replace("0.85", "NaN").replace("0.6", "NaN"), "NaN is not allowed"),
-        (lambda text: text.replace('"cka"', '"cca"'), "the content must be an object with the keys"),
+        (lambda text: text.replace('"cka"', '"cca"'), "the content lacks cka and has an unknown key cca"),
         (lambda text: text.replace('"learned_at": 1', '"learned_at": 2'), r"diffusion\[2\]\[1\] must be null"),
         (lambda text: text.replace("0.9", "1.9"), r"diffusion\[1\]\[0\] must be a number from 0 to 1"),
         (lambda text: text.replace('"stages": 3', '"stages": 2'), r"diffusion\[0\] must be an array of 2"),

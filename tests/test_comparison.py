@@ -208,7 +208,7 @@ def test_a_comparison_of_some_methods() -> None:
 def test_a_comparison_of_some_seeds(tmp_path: Path) -> None:
     """`er` has a seed more, in which it does worse: of the seeds that both have, neither is ahead."""
     runs = [run(method, seed) for method in ("er", "infovla") for seed in (0, 1, 2)]
-    found = compare(*runs, run("er", 6, last=[0.0, 0.0, 0.0, 0.0]))
+    found = compare(run("er", 6, last=[0.0, 0.0, 0.0, 0.0]), *runs)
     means = {method: values["final_average"].mean for method, values in estimates(found.runs).items()}
     assert means["er"] < means["infovla"]
     shared = found.only(seeds=[0, 1, 2])
@@ -410,7 +410,7 @@ def test_a_table_of_the_gradients_that_runs_have_logged() -> None:
         "grad_cosine_rac": [None, -0.5, 0],
     }
     other = {"grad_norm_current": [None, 3.0, 4.0], "grad_norm_rac": [None, 0.5, None]}
-    found = compare(run("infovla", gradients=mine), run("infovla", 1, gradients=other), run("er", 2))
+    found = compare(run("infovla", 1, gradients=mine), run("infovla", 0, gradients=other), run("er", 2))
     lines = refresh_tables(block("show=gradients memory=1"), found).splitlines()
     assert lines[2] == "| row | seed | stage | norm, new task | norm, RAC | cosine, RAC |"
     assert lines[4] == "| `infovla` | 0, 1 | turn it | 2.500 | 0.500 | −0.500 |"
@@ -538,10 +538,14 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda c: c.update(format_version=2), "has format 2"),
-        (lambda c: c.update(extra=1), "with the keys format_version, protocol, runs"),
+        (lambda c: c.update(extra=1), r"the content has an unknown key extra; aggregate"),
+        (lambda c: c.update(extra=1, more=2), r"the content has the unknown keys extra, more; aggregate"),
+        (lambda c: c.pop("protocol"), r"the content lacks protocol; aggregate the benchmark again"),
         (lambda c: c.update(runs=[]), "a list of at least one run"),
         (lambda c: c["runs"].append(c["runs"][0]), r"another run than runs\[0\]"),
-        (lambda c: c["runs"][0].pop("order"), r"runs\[0\] must be an object with the keys"),
+        (lambda c: c["runs"][0].pop("order"), r"bench.json: runs\[0\] lacks order; aggregate the"),
+        (lambda c: c["runs"][1].update(foo=1), r"bench.json: runs\[1\] has an unknown key foo; aggregate the"),
+        (lambda c: c["runs"][1].update(sed=c["runs"][1].pop("seed")), r"lacks seed and has an unknown key sed;"),
         (lambda c: c["runs"][0].update(seed="0"), r"runs\[0\].seed must be an integer"),
         (lambda c: c["runs"][0].update(seed=True), r"runs\[0\].seed must be an integer"),
         (lambda c: c["runs"][0].update(learned_at=[0, 0, 2, 1]), r"runs\[0\].learned_at must be 4 stages"),
@@ -559,6 +563,12 @@ def test_a_damaged_aggregate_is_refused(change: Any, message: str) -> None:
     change(content)
     with pytest.raises(ComparisonError, match=message):
         read_comparison(content, source="bench.json")
+
+
+def test_the_results_of_a_run_are_told_from_an_aggregate() -> None:
+    message = r"quickstart.json holds the results of one run, and is no aggregate: `.*benchmark.py aggregate .*` makes"
+    with pytest.raises(ComparisonError, match=message):
+        load_comparison(REPOSITORY / "recipes/results/quickstart.json")
 
 
 def test_an_unreadable_aggregate(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def edited(path: str, value: Any) -> dict[str, Any]:
         ("tasks.0.name", "push_the_plate", "each with its own name"),
         ("tasks.0.learned_at", 7, "order they are learned"),
         ("tasks.3.learned_at", 10**12, "from 0 to"),
-        ("tasks.1", {"name": "x"}, r"tasks\[1\] must be an object with the keys"),
+        ("tasks.1", {"name": "x"}, r"tasks\[1\] lacks instruction, learned_at;"),
         ("successes", [[1, 2, 3]], "4 rows"),
         ("successes.0", [1], "one width"),
         ("successes.0.0", 21, "stage 0"),
