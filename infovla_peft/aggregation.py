@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,6 @@ Held = Mapping[RunKey, ComparedRun]
 
 _PLACE = frozenset({"output_dir", "seed", "tasks", "memory_trajectories", "base_model"})
 _PATHS = frozenset({"demonstrations_folder", "assets_folder"})
-_SAID = ("orders", "recipe")
-"""What the benchmark's YAML says of a suite, as `_protocol` has it."""
 
 
 def aggregate(benchmark: Benchmark, held: Held | None = None) -> tuple[dict[str, Any], list[str]]:
@@ -52,7 +50,7 @@ def aggregate(benchmark: Benchmark, held: Held | None = None) -> tuple[dict[str,
         if found.done and made.key:
             run = _aggregate_run(made.key, Results.load(RunFolder(made.folder).results), benchmark)
             base = {"base": _base_of(made), "base_seed": made.base_seed}
-            run |= {**base, "analysis": _analysis_of(made), "gradients": _gradients_of(made)}
+            run |= {**base, "analysis": _analysis_of(made), "gradients": _gradients_of(made), "same_as": None}
             other = (held or {}).get(made.key)
             if other is not None and _contradict(asdict(other), run):
                 raise ValueError(
@@ -70,27 +68,47 @@ def aggregate(benchmark: Benchmark, held: Held | None = None) -> tuple[dict[str,
     return {"format_version": FORMAT_VERSION, "protocol": _protocol(benchmark), "runs": runs}, missing
 
 
-def load_held(benchmark: Benchmark, aggregates: Iterable[str | os.PathLike[str]]) -> dict[RunKey, ComparedRun]:
-    """The runs that other machines have finished, from their aggregates; one may be in several.
+def load_held(
+    benchmark: Benchmark,
+    aggregates: Iterable[str | os.PathLike[str]],
+    only: Iterable[str] | None = None,
+    *,
+    say: Callable[[str], object] | None = None,
+) -> dict[RunKey, ComparedRun]:
+    """The benchmark's runs that are finished elsewhere, from the aggregates that hold them; one may be in several.
+
+    An aggregate may be another benchmark's, with the same recipe for what both have: its other runs are left out.
+
+    Args:
+        only: of these methods or names alone, as for `Benchmark.select`; None for all.
+        say: is given a line per aggregate of which runs are left out.
 
     Raises:
         FileNotFoundError: no such aggregate.
-        ValueError: it is damaged, or holds a run that is none of the benchmark's, or was run otherwise, or that has
-            other numbers in another of the files.
+        ValueError: it is damaged, or none of its runs is wanted, or one that is was run otherwise, or has other
+            numbers in another of the files; or no run of the benchmark is meant by one of `only`.
     """
     ours = _protocol(benchmark)["suites"]
-    jobs = {job.key: job for job in benchmark.jobs if job.key}
+    wanted_keys = None if only is None else benchmark.meant_by(only)
+    jobs = {job.key: job for job in benchmark.jobs if job.key and (wanted_keys is None or job.key in wanted_keys)}
     held: dict[RunKey, ComparedRun] = {}
     for path in aggregates:
         comparison = load_comparison(path)
         theirs = comparison.protocol.get("suites")
-        for run in comparison.runs:
+        taken = [run for run in comparison.runs if _key(run) in jobs]
+        if not taken:
+            chosen = "" if only is None else ", of those that were chosen"
+            raise ValueError(
+                f"{path} holds no run of {benchmark.name}{chosen}, but {len(comparison.runs)} others, such as "
+                f"{_key(comparison.runs[0])}; leave the file out"
+            )
+        if say and len(taken) < len(comparison.runs):
+            say(f"{path}: {len(taken)} of {len(comparison.runs)} runs taken for {benchmark.name}")
+        for run in taken:
             key = _key(run)
-            job = jobs.get(key)
-            if job is None:
-                raise ValueError(f"{path} holds a run that {benchmark.name} has not, {key}; leave the file out")
+            job = jobs[key]
             suite = theirs.get(run.suite) if isinstance(theirs, dict) else None
-            if not isinstance(suite, dict) or any(suite.get(name) != ours[run.suite][name] for name in _SAID):
+            if not isinstance(suite, dict) or not _said_alike(suite, ours[run.suite], run.order):
                 raise ValueError(f"{path}: {run.suite} is not run there as in {benchmark.name}; leave the file out")
             if not isinstance(suite.get("options"), dict):
                 raise ValueError(
@@ -136,8 +154,8 @@ def check_replacement(path: Path, content: Mapping[str, Any]) -> None:
     lost = [run for run in old.runs if _key(run) not in kept]
     if lost:
         raise ValueError(
-            f"{path} holds {len(lost)} runs that are not here, such as {_key(lost[0])}; `--held {path}` keeps them, "
-            "another --output leaves the file alone"
+            f"{path} holds {len(lost)} {'run that is' if len(lost) == 1 else 'runs that are'} not here, such as "
+            f"{_key(lost[0])}; `--held {path}` keeps those of this benchmark, another --output leaves the file alone"
         )
     for run in old.runs:
         if _contradict(asdict(run), asdict(kept[_key(run)])):
@@ -151,6 +169,15 @@ def _contradict(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two files say different things of a run; older ones do not say its base."""
     names = ["success", "episodes", "base_seed", *(["base"] if None not in (one["base"], other["base"]) else [])]
     return any(one[name] != other[name] for name in names)
+
+
+def _said_alike(one: Mapping[str, Any], other: Mapping[str, Any], order: str) -> bool:
+    """Whether two YAMLs, as `_protocol` has them, say the same of a suite's runs in one order of tasks."""
+    orders = one.get("orders"), other.get("orders")
+    same_order = (
+        all(isinstance(each, dict) and order in each for each in orders) and orders[0][order] == orders[1][order]
+    )
+    return same_order and one.get("recipe") == other.get("recipe")
 
 
 def _key(run: ComparedRun) -> RunKey:

@@ -111,6 +111,9 @@ class RunKey(NamedTuple):
     order: str
     memory: int
 
+    def __str__(self) -> str:
+        return f"{self.suite}/{self.method}, seed {self.seed}, order {self.order}, memory {self.memory}"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -195,18 +198,26 @@ class Benchmark:
             ValueError: no run is meant by one of `only`.
         """
         runs = {job.name: job.key for job in self.jobs if job.key}
-        chosen = set(runs)
-        if only is not None:
-            meant = {one: {run for run, key in runs.items() if key.method == one or fnmatch(run, one)} for one in only}
-            if strange := ", ".join(sorted(one for one in meant if not meant[one])):
-                methods = ", ".join(sorted({key.method for key in runs.values()}))
-                raise ValueError(f"no run of {strange}; there are {methods}, and the names that `status` shows")
-            chosen = set().union(*meant.values())
+        meant = set(runs.values()) if only is None else self.meant_by(only)
+        chosen = {name for name, key in runs.items() if key in meant}
         same = {job.name: job.same_as.name for job in self.jobs if job.same_as}
         chosen = {same.get(name, name) for name in chosen if runs[name] not in held}
         chosen = {name for name in chosen if runs[name] not in held}
         chosen |= {job.base.name for job in self.jobs if job.base and job.name in chosen}
         return [job for job in self.jobs if job.name in chosen]
+
+    def meant_by(self, names: Iterable[str]) -> frozenset[RunKey]:
+        """The runs of these methods or names, with wildcards (see `select`).
+
+        Raises:
+            ValueError: no run is meant by one of them.
+        """
+        runs = {job.name: job.key for job in self.jobs if job.key}
+        meant = {one: {key for run, key in runs.items() if key.method == one or fnmatch(run, one)} for one in names}
+        if strange := ", ".join(sorted(one for one in meant if not meant[one])):
+            methods = ", ".join(sorted({key.method for key in runs.values()}))
+            raise ValueError(f"no run of {strange}; there are {methods}, and the names that `status` shows")
+        return frozenset().union(*meant.values())
 
     def check(self, jobs: Iterable[Job] | None = None) -> None:
         """See that the recipe of every run, or of some, fits together, before the first one starts.

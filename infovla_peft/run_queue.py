@@ -15,15 +15,15 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
-from .benchmark import Job, progress, take_over_base
+from .benchmark import Job, Progress, RunKey, progress, take_over_base
 from .files import try_lock, write_json, write_text
 from .run_folder import RunError
 
@@ -286,22 +286,29 @@ def log_tail(path: Path, lines: int = LOG_LINES) -> str:
     return "\n".join(f"    {line}" for line in [line for line in kept if line][-lines:])
 
 
-def describe_status(jobs: Sequence[Job], workers: int) -> str:
+def describe_status(jobs: Sequence[Job], workers: int, held: Container[RunKey] = ()) -> str:
     """A table of all runs: how far each is and its time, then a summary and, if it can be told, the time to go.
 
-    The time is that of finished steps. The estimate takes the mean of the finished runs for each of the others.
+    A run of `held`, which is finished elsewhere, is `held` unless it is done or running here; a base that no other run
+    needs then is `unneeded`. The time is that of finished steps. The estimate takes the mean of the finished runs for
+    each of the others.
     """
     counts: dict[str, int] = {}
     rows, finished, to_go = [], [], 0.0
+    needed = {job.base.name for job in jobs if job.base and not _is_held(job, held)}
     for job in jobs:
         state, found = _state(job.same_as or job)
+        if state in _IDLE and _is_held(job, held):
+            state, found = "held", replace(found, stages=found.planned, seconds=0.0)
+        elif state in _IDLE and job.is_base and held and job.name not in needed:
+            state = "unneeded"
         if job.same_as:
             rows.append((job.name, state, f"{found.stages}/{found.planned}", "", f"is {job.same_as.name}"))
             continue
         counts[state] = counts.get(state, 0) + 1
         if job.key and state == "done":
             finished.append(found.seconds)
-        elif job.key:
+        elif job.key and state != "held":
             to_go += 1 - found.stages / found.planned
         notes = found.problem or ""
         if state == "running":
@@ -325,7 +332,14 @@ def describe_status(jobs: Sequence[Job], workers: int) -> str:
     return "\n".join([*lines, summary])
 
 
-def _state(job: Job) -> tuple[str, Any]:
+_IDLE = ("waiting", "stopped", "failed")
+
+
+def _is_held(job: Job, held: Container[RunKey]) -> bool:
+    return any(each and each.key and each.key in held for each in (job, job.same_as))
+
+
+def _state(job: Job) -> tuple[str, Progress]:
     found = progress(job)
     if found.done:
         return "done", found

@@ -1,14 +1,16 @@
 """Compare methods of continual learning: a queue of runs that continues where it was stopped, then tables and figures.
 
     python recipes/benchmark.py run recipes/configs/bench/bench_s.yaml [--workers N] [--only METHOD ...] [--dry-run]
-    python recipes/benchmark.py status recipes/configs/bench/bench_s.yaml
+    python recipes/benchmark.py status recipes/configs/bench/bench_s.yaml [--held AGGREGATE.json ...]
     python recipes/benchmark.py aggregate recipes/configs/bench/bench_s.yaml [--output recipes/results/bench_s.json]
     python recipes/benchmark.py tables recipes/results/bench_s.json [--methods METHOD ...] [--seeds SEED ...]
     python recipes/benchmark.py refresh recipes/results/bench_s.json recipes/README.md recipes/EXPLORED.md
 
-The YAML says which methods, seeds, task orders and memory sizes (see `infovla_peft.benchmark`). Each run is
-`recipes/continual.py` in a process and a folder of its own; runs with the same base tasks share their base and its
-rollouts. `tables` needs the aggregate alone. Several machines share the work with `--held`, which names aggregates.
+The YAML says which methods, seeds, task orders and memory sizes (see `infovla_peft.benchmark`); the options of its
+runs are those of `python recipes/continual.py --help`. Each run is `recipes/continual.py` in a process and a folder of
+its own; runs with the same base tasks share their base and its rollouts. `tables` needs the aggregate alone. Several
+machines share the work with `--held`, which names aggregates. One may be another benchmark's, with the same recipe:
+the runs that both have are taken; with `--held-only METHOD ...`, some of them.
 """
 
 from __future__ import annotations
@@ -17,13 +19,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from infovla_peft.aggregation import aggregate, check_replacement, load_held
-from infovla_peft.benchmark import Job, learn_base, load_benchmark
+from infovla_peft.benchmark import Benchmark, Job, RunKey, learn_base, load_benchmark
 from infovla_peft.cli import run_command
 from infovla_peft.command_options import CommandParser
-from infovla_peft.comparison import load_comparison
+from infovla_peft.comparison import ComparedRun, load_comparison
 from infovla_peft.comparison_blocks import refresh_tables
 from infovla_peft.comparison_figures import draw_comparison
 from infovla_peft.comparison_tables import write_tables
@@ -35,6 +36,10 @@ from infovla_peft.recipe_files import recipes_folder
 from infovla_peft.run_queue import RunQueue, describe_status
 
 RECIPES = Path(__file__).resolve().parent
+_HELD = "aggregates: what they hold is not run here, but taken in (the one that is written may be among them)"
+_HELD_ONLY = (
+    "of the held runs these alone, by method or name as for --only of `run`; default: all that are the benchmark's"
+)
 _ONLY = "the runs of these methods, or of these names (as `status` shows them; 'libero_object/*'), and their bases"
 
 
@@ -43,23 +48,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    held: dict[str, Any] = {"nargs": "+", "metavar": "JSON", "type": Path, "default": []}
-    run = commands.add_parser("run", help="work the runs off; what is finished is not repeated")
-    run.add_argument("config", type=Path, help="YAML of a benchmark")
+    shared = CommandParser(add_help=False)
+    shared.add_argument("config", type=Path, help="YAML of a benchmark")
+    shared.add_argument("--held", nargs="+", metavar="JSON", type=Path, default=[], help=_HELD)
+    shared.add_argument("--held-only", nargs="+", metavar="METHOD", help=_HELD_ONLY)
+    run = commands.add_parser("run", parents=[shared], help="work the runs off; what is finished is not repeated")
     run.add_argument("--workers", type=int, help="runs at once; default: the YAML's, else as many as cores allow")
     run.add_argument("--only", nargs="+", metavar="METHOD", help=_ONLY)
-    run.add_argument("--held", **held, help="aggregates of other machines: what they hold is not run here")
     run.add_argument("--dry-run", action="store_true", help="check every recipe and show what would be run, in order")
     run.set_defaults(handler=run_queue)
 
-    status = commands.add_parser("status", help="what is done, running, waiting, failed, and the times")
-    status.add_argument("config", type=Path, help="YAML of a benchmark")
+    does = "what is done, held, running, waiting, failed, and the times"
+    status = commands.add_parser("status", parents=[shared], help=does)
     status.set_defaults(handler=show_status, only=None, workers=None)
 
-    gather = commands.add_parser("aggregate", help="all finished runs in one JSON file")
-    gather.add_argument("config", type=Path, help="YAML of a benchmark")
+    gather = commands.add_parser("aggregate", parents=[shared], help="all finished runs in one JSON file")
     gather.add_argument("--output", type=Path, help="default: recipes/results/<name of the YAML>.json")
-    gather.add_argument("--held", **held, help="aggregates of other machines to take in; may be the output itself")
     gather.set_defaults(handler=write_aggregate)
 
     tables = commands.add_parser("tables", help="Markdown, CSV, LaTeX and figures from an aggregate")
@@ -84,13 +88,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     base = commands.add_parser("base", help="what the queue runs first: demonstrations, base, its column of rollouts")
     base.add_argument("recipe", type=Path, help="YAML of a run")
     base.set_defaults(handler=run_base)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if getattr(options, "held_only", None) and not options.held:
+        parser.error("--held-only chooses among what --held names; name an aggregate by --held too")
+    return options
 
 
 def run_queue(options: argparse.Namespace) -> int:
     """Work the queue off; 1 if a run failed."""
     benchmark = load_benchmark(options.config)
-    jobs = benchmark.select(options.only, held=load_held(benchmark, options.held))
+    jobs = benchmark.select(options.only, held=held_runs(benchmark, options))
     benchmark.check(jobs)  # every option of every run, before the first one starts
     at_once = options.workers or benchmark.workers or max(worker_count(0) // benchmark.cores_per_run, 1)
     if options.dry_run:
@@ -114,6 +121,11 @@ def run_queue(options: argparse.Namespace) -> int:
     return 1 if outcome.failed else 0
 
 
+def held_runs(benchmark: Benchmark, options: argparse.Namespace) -> dict[RunKey, ComparedRun]:
+    """What the aggregates after --held hold of the benchmark."""
+    return load_held(benchmark, options.held, options.held_only, say=print)
+
+
 def command(job: Job, recipe: Path) -> list[str]:
     """How a run is started. A base stops after its first column; the others go through the whole stream."""
     if job.is_base:
@@ -133,13 +145,13 @@ def show_status(options: argparse.Namespace) -> None:
     """A table of all runs."""
     benchmark = load_benchmark(options.config)
     at_once = benchmark.workers or max(worker_count(0) // benchmark.cores_per_run, 1)
-    print(describe_status(benchmark.jobs, at_once))
+    print(describe_status(benchmark.jobs, at_once, held_runs(benchmark, options)))
 
 
 def write_aggregate(options: argparse.Namespace) -> None:
     """All finished runs in one file, none of which is lost: it is checked first, and must hold what stood there."""
     benchmark = load_benchmark(options.config)
-    content, missing = aggregate(benchmark, load_held(benchmark, options.held))
+    content, missing = aggregate(benchmark, held_runs(benchmark, options))
     if not content["runs"]:
         raise ValueError(f"no run of {options.config} is finished yet; see `status`")
     output = options.output or RECIPES / "results" / f"{benchmark.name}.json"

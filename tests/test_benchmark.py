@@ -793,6 +793,7 @@ def test_an_aggregate_holds_the_finished_runs(benchmark: Benchmark) -> None:
     assert [run.gradients for run in runs] == [None, {"grad_norm_rac": [None, None, 0.5]}, None]
     assert runs[1].config == {"method": "infovla", "lambda_cmi": 0.0}
     assert runs[0].config == {"method": "er"}
+    assert all(run["same_as"] is None for run in content["runs"])
     assert (runs[0].train_seconds, runs[0].evaluate_seconds) == (200.0, 100.0)  # without the shared base
     assert runs[0].success == [[0.5] * 3, [0.5] * 3, [None, 0.5, 0.5], [None, None, 0.5]]
     assert (runs[0].learned_at, runs[0].tasks[-1]) == ([0, 0, 1, 2], "task_3")
@@ -838,14 +839,17 @@ def test_machines_share_a_benchmark(benchmark: Benchmark, tmp_path: Path) -> Non
 def test_an_aggregate_is_replaced_by_a_whole_one_alone(benchmark: Benchmark, tmp_path: Path) -> None:
     path = other_machine(benchmark, tmp_path)
     finish(benchmark.jobs[3])
-    with pytest.raises(ValueError, match=r"holds 2 runs .* such as RunKey.*`--held .*other.json` keeps them"):
+    lost = r"holds 2 runs that are not here, such as libero_goal/er, seed 0, order A, memory 1; `--held .*other.json` "
+    with pytest.raises(ValueError, match=f"{lost}keeps those of this benchmark, another --output leaves"):
         check_replacement(path, aggregate(benchmark)[0])
     check_replacement(tmp_path / "new.json", aggregate(benchmark)[0])
     content, _ = aggregate(benchmark, load_held(benchmark, [path]))
     check_replacement(path, content)
     changed = copy.deepcopy(content)
     changed["runs"][0]["success"][0][0] = 1.0
-    with pytest.raises(ValueError, match=r"holds RunKey.* with other numbers; move the file away"):
+    with pytest.raises(
+        ValueError, match=r"holds libero_goal/er, seed 0, order A, memory 1 with other numbers; move the file away"
+    ):
         check_replacement(path, changed)
     unknown = copy.deepcopy(content)  # as in aggregates of before there were bases in them
     known = content["runs"][0]["base"]
@@ -888,7 +892,13 @@ def test_of_another_version_s_defaults_those_count_that_the_run_read(benchmark: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["runs"][0].update(seed=9), "holds a run that bench has not"),
+        (
+            lambda c: c.update(runs=[{**c["runs"][0], "seed": 9}]),
+            "other.json holds no run of bench, but 1 others, such as libero_goal/er, seed 9, order A, memory 1; leave",
+        ),
+        (lambda c: c["protocol"]["suites"]["libero_goal"]["orders"]["A"].reverse(), "is not run there as in"),
+        (lambda c: c["protocol"]["suites"]["libero_goal"]["orders"].pop("A"), "is not run there as in"),
+        (lambda c: c["protocol"]["suites"]["libero_goal"].pop("orders"), "is not run there as in"),
         (lambda c: c["protocol"]["suites"]["libero_goal"]["recipe"].update(eval_episodes=3), "is not run there as in"),
         (lambda c: c["protocol"].pop("suites"), "is not run there as in"),
         (lambda c: c["runs"][1]["config"].pop("lambda_cmi"), "rac_only_A_m1_s0 was run with another lambda_cmi"),
@@ -906,6 +916,66 @@ def test_a_run_of_another_benchmark_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         load_held(benchmark, [other_machine(benchmark, tmp_path, change)])
+
+
+def test_a_larger_benchmark_s_runs_are_taken_as_far_as_both_have_them(benchmark: Benchmark, tmp_path: Path) -> None:
+    path = other_machine(benchmark, tmp_path)
+    (tmp_path / "small").mkdir()
+    suites = {"libero_goal": {"orders": {"A": [0, 1, 2, 3]}}}
+    runs = [{"suite": "libero_goal", "methods": ["rac_only", "ewc"], "seeds": [0], "orders": ["A"]}]
+    small = load_benchmark(write_config(tmp_path / "small", suites=suites, runs=runs))
+    lines: list[str] = []
+    held = load_held(small, [path], say=lines.append)
+    assert list(map(str, held)) == ["libero_goal/rac_only, seed 0, order A, memory 1"]
+    assert lines == [f"{path}: 1 of 2 runs taken for bench"]
+    content, missing = aggregate(small, held)
+    assert ([run["method"] for run in content["runs"]], missing) == (["rac_only"], ["libero_goal/ewc_A_m1_s0"])
+    with pytest.raises(ValueError, match=r"holds 1 run that is not here, such as libero_goal/er"):
+        check_replacement(path, content)  # what was left out is not lost
+    check_replacement(tmp_path / "small.json", content)
+
+
+def test_some_of_the_held_runs_are_taken(benchmark: Benchmark, tmp_path: Path) -> None:
+    path = other_machine(benchmark, tmp_path)
+    lines: list[str] = []
+    er, rac_only = (job.key for job in benchmark.jobs[1:3])
+    assert list(load_held(benchmark, [path], ["er"], say=lines.append)) == [er]
+    assert lines == [f"{path}: 1 of 2 runs taken for bench"]
+    assert list(load_held(benchmark, [path], ["*/rac_only_A_*", "er"], say=lines.append)) == [er, rac_only]
+    assert len(lines) == 1
+    with pytest.raises(ValueError, match=r"holds no run of bench, of those that were chosen, but 2 others"):
+        load_held(benchmark, [path], ["*_s1"])
+    with pytest.raises(ValueError, match="no run of rac; there are er, rac_only"):
+        load_held(benchmark, [path], ["rac"])
+
+
+def test_bench_s_terms_takes_the_runs_of_one_term() -> None:
+    found = load_benchmark(REPOSITORY / "recipes/configs/bench/bench_s_terms.yaml")
+    file = REPOSITORY / "recipes/results/bench_s.json"
+    held = load_held(found, [file], ["infovla_rac_only", "infovla_cmi_only"])
+    assert {(key.method, run.base and run.base[:4]) for key, run in held.items()} == {
+        ("infovla_rac_only", "b5fe"), ("infovla_cmi_only", "b5fe"),
+    }  # fmt: skip
+    assert len(held) == 6
+    assert len(load_held(found, [file])) == 12
+
+
+def test_the_status_of_held_runs(benchmark: Benchmark, tmp_path: Path) -> None:
+    other = other_machine(benchmark, tmp_path)
+    for job in benchmark.jobs[:2]:
+        finish(job)
+    status = describe_status(benchmark.jobs, 1, load_held(benchmark, [other]))
+    states = {line.split()[0]: line.split()[1:3] for line in status.splitlines()[1:-1]}
+    assert states[benchmark.jobs[1].name] == ["done", "3/3"]
+    assert states[benchmark.jobs[2].name] == ["held", "3/3"]
+    assert "2 done, 1 held, 7 waiting" in status
+    hours = 7 * progress(benchmark.jobs[1]).seconds / 3600
+    assert f"about {hours:.1f} h to go" in status
+    for job in benchmark.jobs[:2]:
+        shutil.rmtree(job.folder)
+    everything = {job.key for job in benchmark.jobs if job.key}
+    assert "1 unneeded, 9 held" in describe_status(benchmark.jobs, 1, everything)
+    assert "10 waiting" in describe_status(benchmark.jobs, 1)
 
 
 # --- the script --------------------------------------------------------------------------------------------------
@@ -951,11 +1021,16 @@ def test_the_script_from_the_queue_to_the_tables(tmp_path: Path, capsys: pytest.
     _, text = call("run", str(config), "--dry-run", "--held", str(aggregated))
     assert "er_A_m1_s0" not in text
     assert "rac_only_A_m1_s0" in text
+    _, text = call("run", str(config), "--dry-run", "--held", str(aggregated), "--held-only", "*_s0")
+    assert "3 of 5 runs taken" in text
+    assert "libero_goal/er_A_m1_s1" in text
+    _, text = call("status", str(config), "--held", str(aggregated))
+    assert "6 done, 4 waiting" in text
     _, text = call("aggregate", str(config), "--held", str(aggregated), "--output", str(aggregated))
     assert "5 runs, 4 missing" in text
     before = aggregated.read_bytes()
     shutil.move(tmp_path / "bench" / "libero_goal" / "er_A_m1_s0", tmp_path / "away")
-    with pytest.raises(ValueError, match=r"holds 1 runs that are not here.*keeps them"):
+    with pytest.raises(ValueError, match=r"holds 1 run that is not here.*keeps those of this benchmark"):
         call("aggregate", str(config), "--output", str(aggregated))
     assert aggregated.read_bytes() == before
     shutil.move(tmp_path / "away", tmp_path / "bench" / "libero_goal" / "er_A_m1_s0")
