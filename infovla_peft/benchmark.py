@@ -37,11 +37,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .config import InfoVLAConfig, StreamConfig, load_recipe, parse_stream, resolved_config
+from .config import InfoVLAConfig, StreamConfig, check_option_names, load_recipe, parse_stream, resolved_config
 from .measurement import read_cell, write_cell
 from .methods import METHODS, unread_options, without_memory
 from .preflight import check_batches, check_recipe
 from .reading import read_yaml
+from .recipe_files import recipes_folder
 from .results import Results, ResultsError
 from .run_folder import HARMLESS, RunError, RunFolder, changed_keys
 from .stream import Stream
@@ -249,12 +250,26 @@ def load_benchmark(path: str | os.PathLike[str]) -> Benchmark:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no benchmark at {path}")
+        raise FileNotFoundError(f"no benchmark at {path}{_others(path)}")
     content = read_yaml(path, error=BenchmarkError, cure="see the example at the top of infovla_peft/benchmark.py")
     try:
         return _plan(path.stem, _mapping(content, "the file"))
     except ValueError as error:
         raise BenchmarkError(f"{path}: {error}") from error
+
+
+def _others(missing: Path) -> str:
+    """Which benchmarks there are, as the end of a message."""
+    try:
+        folder = recipes_folder() / "configs" / "bench"
+    except FileNotFoundError:  # the package was copied without them
+        return ""
+    if folder.is_relative_to(Path.cwd()):
+        folder = folder.relative_to(Path.cwd())
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    near = difflib.get_close_matches(missing.stem, known, n=1)
+    hint = f"did you mean {folder / near[0]}.yaml? " if near else ""
+    return f"; {hint}in {folder} are {', '.join(known)}"
 
 
 def _plan(name: str, content: Mapping[str, Any]) -> Benchmark:
@@ -269,12 +284,14 @@ def _plan(name: str, content: Mapping[str, Any]) -> Benchmark:
     workers = content.get("workers")
     common: dict[str, dict[str, Any]] = {}
     orders: dict[str, dict[str, list[Any]]] = {}
+    check_option_names(recipe, "recipe")
     for suite, entry in suites.items():
         own = dict(_mapping(entry, f"suites.{suite}"))
         orders[suite] = {
             str(order): _list(tasks, f"suites.{suite}.orders.{order}")
             for order, tasks in _mapping(own.pop("orders", None), f"suites.{suite}.orders").items()
         }
+        check_option_names(own, f"suites.{suite}")
         common[suite] = {"suite": suite, **recipe, **own}
         if not common[suite].get("demonstrations_source"):
             common[suite].setdefault("demonstrations_folder", str(output_dir / suite / "demonstrations"))
@@ -289,10 +306,18 @@ def _plan(name: str, content: Mapping[str, Any]) -> Benchmark:
         changed = protocol & set(_mapping(own, f"methods.{method}"))
         if changed:
             raise ValueError(f"methods.{method}: {', '.join(sorted(changed))} must be the same for all methods")
+        check_option_names(own, f"methods.{method}")
+        meant = own.get("method", method)
+        if meant not in METHODS:
+            unsaid = "" if "method" in own else ", and `method:` does not say which one this row is of"
+            raise ValueError(f"methods.{method}: {_no_method(str(meant), METHODS)}{unsaid}")
     jobs: dict[str, Job] = {}
+    checked: set[tuple[str, str]] = set()
     for number, entry in enumerate(_list(content.get("runs"), "runs")):
         base_seed = _count(_mapping(entry, f"runs[{number}]").get("base_seed", 0), f"runs[{number}].base_seed", 0)
         for key in _keys(entry, f"runs[{number}]", orders):
+            if key.method not in METHODS and key.method not in methods:
+                raise ValueError(f"runs[{number}].methods: {_no_method(key.method, [*methods, *METHODS])}")
             options, tasks = common[key.suite], orders[key.suite][key.order]
             if base_seed and options.get("base_model", "tiny") != "tiny":
                 raise ValueError(f"runs[{number}].base_seed: a seed is for base_model tiny, which is trained here")
@@ -305,6 +330,9 @@ def _plan(name: str, content: Mapping[str, Any]) -> Benchmark:
                 options["base_model"] = _tiny_base(base)
             options |= {"tasks": _names(tasks), "seed": key.seed, "memory_trajectories": key.memory}
             options["output_dir"] = str(output_dir / run_name)
+            if (key.suite, key.method) not in checked:
+                _parsed(json.dumps(options), f"the options of {key.suite}/{key.method}")
+                checked.add((key.suite, key.method))
             job = jobs.setdefault(run_name, Job(run_name, output_dir / run_name, options, key, base))
             if job.base_seed != base_seed:
                 raise ValueError(
@@ -319,6 +347,13 @@ def _plan(name: str, content: Mapping[str, Any]) -> Benchmark:
         cores,
         None if workers is None else _count(workers, "workers"),
     )
+
+
+def _no_method(name: str, known: Iterable[str]) -> str:
+    known = list(dict.fromkeys(known))
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"there is no method {name!r:.80}{hint}; there are {', '.join(known)}"
 
 
 def _say_which_repeat(jobs: Iterable[Job], methods: Container[str]) -> Iterator[Job]:
@@ -450,9 +485,9 @@ def _resolved(recipe: str) -> dict[str, Any]:
     return resolved_config(*_parsed(recipe))
 
 
-def _parsed(recipe: str) -> tuple[StreamConfig, InfoVLAConfig]:
+def _parsed(recipe: str, source: str | None = None) -> tuple[StreamConfig, InfoVLAConfig]:
     # The queue itself needs no GPU: what a recipe wants of one is checked by the run.
-    return load_recipe(json.loads(recipe), ["--use_cpu=true", "--bf16=false", "--fp16=false"])
+    return load_recipe(json.loads(recipe), ["--use_cpu=true", "--bf16=false", "--fp16=false"], source=source)
 
 
 # --- checks ------------------------------------------------------------------------------------------------------

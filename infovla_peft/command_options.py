@@ -31,6 +31,20 @@ class CommandParser(argparse.ArgumentParser):
                 words[place] = known.get(name.replace("_", "-"), name) + equals + value
         return super().parse_known_args(words, namespace)
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        choices = [str(choice) for choice in action.choices or ()]
+        if value not in (action.choices or (value,)) and (near := difflib.get_close_matches(str(value), choices, n=2)):
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}; did you mean {' or '.join(near)}?")
+        super()._check_value(action, value)
+
+
+def positive(text: str) -> int:
+    """An argument's type: a whole number from 1 on."""
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
 
 def add_config_option(parser: argparse.ArgumentParser) -> None:
     """Let a command read its options from a file; those on the command line come first."""

@@ -65,9 +65,23 @@ def refresh_tables(text: str, comparison: Comparison) -> str:
     return _BLOCK.sub(lambda block: _fill(block, comparison), text)
 
 
-def _fill(block: re.Match[str], comparison: Comparison) -> str:
+def count_tables(text: str, comparison: Comparison) -> int:
+    """How many of a text's blocks are the comparison's: those that name it, and those that name none.
+
+    >>> text = "<!-- table of=one show=means -->\\n<!-- end -->\\n<!-- table of=two show=means -->\\n<!-- end -->"
+    >>> count_tables(text, Comparison({"name": "one"}, []))
+    1
+    """
+    return sum(_is_of(block, comparison) for block in _BLOCK.finditer(text))
+
+
+def _is_of(block: re.Match[str], comparison: Comparison) -> bool:
     of = re.search(r"\bof=(\S+)", block["words"])
-    if of and of[1] != comparison.protocol.get("name"):
+    return of is None or of[1] == comparison.protocol.get("name")
+
+
+def _fill(block: re.Match[str], comparison: Comparison) -> str:
+    if not _is_of(block, comparison):
         return block[0]
     return f"{block[1]}{_table(block['words'], comparison)}\n{block[4]}"
 

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, InitVar, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, get_type_hints
@@ -23,6 +23,10 @@ from .reading import read_yaml
 
 BENCHMARK_STATES = 50
 """LIBERO's fixed initial states per task."""
+
+
+HELP_COMMAND = "`python recipes/continual.py --help`"
+"""What says it where no command was given."""
 
 
 class RecipeError(ValueError):
@@ -605,6 +609,7 @@ def load_recipe(
     *,
     prog: str | None = None,
     description: str | None = None,
+    source: str | None = None,
 ) -> tuple[StreamConfig, InfoVLAConfig]:
     """Read a recipe and the command-line arguments that override it.
 
@@ -612,6 +617,8 @@ def load_recipe(
         path: YAML file with fields of `StreamConfig` and `InfoVLAConfig`, or what such a file holds; None for the
             defaults.
         argv: arguments such as `["--lora_r", "8", "--no_rac_center"]`. `--help` prints every option and exits.
+        prog, description: of `--help`.
+        source: what messages call the recipe; the path, if there is one.
 
     Raises:
         FileNotFoundError: no such file.
@@ -620,22 +627,27 @@ def load_recipe(
     types: list[Any] = [StreamConfig, InfoVLAConfig]
     parser = _RecipeParser(types, prog=prog, description=description, allow_abbrev=False)
     flags: list[str] = []
-    source = "recipe" if path is None or isinstance(path, Mapping) else str(path)
+    if source is None:
+        source = "recipe" if path is None or isinstance(path, Mapping) else str(path)
+    help_command = "--help" if prog else HELP_COMMAND
     if path is not None:
-        flags = _flags(path if isinstance(path, Mapping) else _read_recipe(Path(path)), source)
+        recipe = path if isinstance(path, Mapping) else _read_recipe(Path(path))
+        check_option_names(recipe, source, help_command)
+        flags = _flags(recipe, source)
     try:
         stream, training, unknown = parser.parse_args_into_dataclasses(
             [*flags, *argv], return_remaining_strings=True, look_for_args_file=False
         )
     # TrainingArguments looks into files, packages and devices that its options name, and raises what they raise.
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, OSError, ImportError) as error:
-        raise RecipeError(f"{source}: {error!s:.500}; --help says what each option takes") from error
+        raise RecipeError(f"{source}: {error!s:.500}; {help_command} says what each option takes") from error
     behind = [word for word in (*unknown, *(training.report_to or ())) if str(word).endswith((".yaml", ".yml"))]
     if behind and not behind[0].startswith("-"):
         raise RecipeError(f"{behind[0]:.200} stands behind the options; a recipe comes first, or as --config")
     if unknown:
         option = unknown[0].split("=")[0]
-        raise RecipeError(f"{source}: unknown option {option:.80}{_near(option.lstrip('-').replace('-', '_'))}")
+        near = _near(option.lstrip("-").replace("-", "_"), help_command)
+        raise RecipeError(f"{source}: unknown option {option:.80}{near}")
     if training.max_steps != -1 or training.num_train_epochs != InfoVLAConfig.num_train_epochs:
         raise RecipeError(
             f"{source}: max_steps and num_train_epochs are not used in a stream; set base_steps and stage_steps"
@@ -664,13 +676,18 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return content or {}
 
 
+def check_option_names(recipe: Iterable[object], source: str, help_command: str = HELP_COMMAND) -> None:
+    """Raise a RecipeError if one of these is the name of no option; it names near ones."""
+    for name in recipe:
+        if name not in _option_names():
+            raise RecipeError(f"{source}: unknown option {name!r:.80}{_near(str(name), help_command)}")
+
+
 def _flags(recipe: Mapping[str, Any], source: str) -> list[str]:
     """The recipe as command-line flags, so that both are parsed and checked in the same way."""
     known = _option_names()
     flags: list[str] = []
     for name, value in recipe.items():
-        if name not in known:
-            raise RecipeError(f"{source}: unknown option {name!r:.80}{_near(str(name))}")
         if value is None:
             if known[name] is not None:
                 raise RecipeError(
@@ -698,6 +715,7 @@ def _takes_list(name: str) -> bool:
     return "list" in str({**get_type_hints(StreamConfig), **get_type_hints(InfoVLAConfig)}[name])
 
 
-def _near(name: str) -> str:
+def _near(name: str, help_command: str) -> str:
     near = difflib.get_close_matches(name[:80], _option_names(), n=3)
-    return f"; did you mean {', '.join(near)}?" if near else "; --help lists all of them"
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    return f"; {hint}{help_command} lists all of them"

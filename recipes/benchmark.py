@@ -23,9 +23,9 @@ from pathlib import Path
 from infovla_peft.aggregation import aggregate, check_replacement, load_held
 from infovla_peft.benchmark import Benchmark, Job, RunKey, learn_base, load_benchmark
 from infovla_peft.cli import run_command
-from infovla_peft.command_options import CommandParser
+from infovla_peft.command_options import CommandParser, positive
 from infovla_peft.comparison import ComparedRun, load_comparison
-from infovla_peft.comparison_blocks import refresh_tables
+from infovla_peft.comparison_blocks import count_tables, refresh_tables
 from infovla_peft.comparison_figures import draw_comparison
 from infovla_peft.comparison_tables import write_tables
 from infovla_peft.config import load_recipe
@@ -36,6 +36,7 @@ from infovla_peft.recipe_files import recipes_folder
 from infovla_peft.run_queue import RunQueue, describe_status
 
 RECIPES = Path(__file__).resolve().parent
+_CONFIG = "YAML of a benchmark; `python recipes/continual.py --help` has the options of its runs"
 _HELD = "aggregates: what they hold is not run here, but taken in (the one that is written may be among them)"
 _HELD_ONLY = (
     "of the held runs these alone, by method or name as for --only of `run`; default: all that are the benchmark's"
@@ -49,11 +50,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     shared = CommandParser(add_help=False)
-    shared.add_argument("config", type=Path, help="YAML of a benchmark")
+    shared.add_argument("config", type=Path, help=_CONFIG)
     shared.add_argument("--held", nargs="+", metavar="JSON", type=Path, default=[], help=_HELD)
     shared.add_argument("--held-only", nargs="+", metavar="METHOD", help=_HELD_ONLY)
     run = commands.add_parser("run", parents=[shared], help="work the runs off; what is finished is not repeated")
-    run.add_argument("--workers", type=int, help="runs at once; default: the YAML's, else as many as cores allow")
+    run.add_argument("--workers", type=positive, help="runs at once; default: the YAML's, else as many as cores allow")
     run.add_argument("--only", nargs="+", metavar="METHOD", help=_ONLY)
     run.add_argument("--dry-run", action="store_true", help="check every recipe and show what would be run, in order")
     run.set_defaults(handler=run_queue)
@@ -174,9 +175,18 @@ def make_tables(options: argparse.Namespace) -> None:
 def refresh_text(options: argparse.Namespace) -> None:
     """The tables inside texts, from the aggregate alone."""
     comparison = load_comparison(options.aggregate)
-    fresh = {path: refresh_tables(path.read_text(encoding="utf-8"), comparison) for path in options.texts}
+    for path in options.texts:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no text at {path}; name Markdown files with `<!-- table` blocks")
+    before = {path: path.read_text(encoding="utf-8") for path in options.texts}
+    counts = {path: count_tables(text, comparison) for path, text in before.items()}
+    fresh = {path: refresh_tables(text, comparison) for path, text in before.items()}
+    if not any(counts.values()):
+        block = f"`<!-- table of={comparison.protocol.get('name')} show=means -->`, and a line `<!-- end -->`"
+        raise ValueError(f"no table of {options.aggregate} in {', '.join(map(str, before))}; a block is {block}")
     for path, text in fresh.items():
         write_text(path, text)
+        print(f"{path}: {counts[path]} table{'s' * (counts[path] != 1)} of {options.aggregate.name}")
 
 
 if __name__ == "__main__":

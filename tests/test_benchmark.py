@@ -310,6 +310,48 @@ def test_runs_are_selected_by_name(benchmark: Benchmark) -> None:
         ({"methods": {"er": {"eval_episodes": 50}}}, "eval_episodes must be the same for all methods"),
         ({"workers": 0}, "workers must be an integer of at least 1"),
         ({"suites": {"libero_goal": {"orders": {}}}}, "has no order A"),
+        (
+            {"recipe": {**CONFIG["recipe"], "stage_stepz": 6}},
+            "bench.yaml: recipe: unknown option 'stage_stepz'; did you mean stage_steps.*`python recipes/continual"
+            ".py --help` lists all",
+        ),
+        (
+            {"suites": {"libero_goal": {**CONFIG["suites"]["libero_goal"], "camera": 1}}},
+            "suites.libero_goal: unknown opt",
+        ),
+        (
+            {"methods": {"rac_only": {"method": "infovla", "lambda_rak": 1}}},
+            r"methods.rac_only: unknown option 'lambda_rak'; did you mean lambda_rac.*\? `python recipes/cont",
+        ),
+        (
+            {"methods": {"rac_only": {"method": "infovla", "zzz": 1}}},
+            "option 'zzz'; `python recipes/continual.py --help`",
+        ),
+        (
+            {"recipe": {**CONFIG["recipe"], "stage_steps": "six"}},
+            "bench.yaml: the options of libero_goal/er: argument --stage_steps.*'six'; `python recipes/continual.py "
+            "--help` says what",
+        ),
+        (
+            {"methods": {"rac_only": {"method": "infovla", "lambda_cmi": -1}}},
+            "the options of libero_goal/rac_only: lambda_cmi must be at least 0",
+        ),
+        (
+            {"methods": {"rac_only": {"method": "inforla"}}},
+            r"methods.rac_only: there is no method 'inforla' \(did you mean infovla\?\); there are sequential, er",
+        ),
+        (
+            {"methods": {"rac_only": {"lambda_cmi": 0}}},
+            "'rac_only'.*, and `method:` does not say which one this row is",
+        ),
+        (
+            {"runs": [{**CONFIG["runs"][0], "methods": ["er", "inforla"]}]},
+            r"runs\[0\].methods: there is no method 'inforla' \(did you mean infovla\?\); there are rac_only, sequ",
+        ),
+        (
+            {"runs": [{**CONFIG["runs"][0], "methods": ["er", "rac_onli"]}]},
+            r"runs\[0\].methods: there is no method 'rac_onli' \(did you mean rac_only\?\)",
+        ),
     ],
 )
 def test_an_unusable_benchmark_is_explained(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -319,10 +361,28 @@ def test_an_unusable_benchmark_is_explained(tmp_path: Path, changes: dict[str, A
 
 def test_wrong_options_are_found_before_the_first_run(tmp_path: Path) -> None:
     path = write_config(tmp_path, recipe={**CONFIG["recipe"], "lora_rr": 4})
-    with pytest.raises(ValueError, match=r"libero_goal/base_.*unknown option 'lora_rr'; did you mean lora_r"):
-        load_benchmark(path).check()
-    with pytest.raises(FileNotFoundError, match="no benchmark at"):
-        load_benchmark(tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match=r"bench.yaml: recipe: unknown option 'lora_rr'; did you mean lora_r"):
+        load_benchmark(path)
+
+
+def test_where_there_is_no_benchmark_those_that_there_are_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, place in ((REPOSITORY, "recipes/configs/bench"), (tmp_path, f"{REPOSITORY}/recipes/configs/bench")):
+        monkeypatch.chdir(folder)
+        with pytest.raises(
+            FileNotFoundError, match=rf"no benchmark at none.yaml; in {place} are bench_l, bench_s, .*ns"
+        ):
+            load_benchmark("none.yaml")
+        with pytest.raises(FileNotFoundError, match=f"did you mean {place}/bench_s_terms.yaml\\?"):
+            load_benchmark("bench_s_term.yaml")
+
+    def without_recipes() -> Path:
+        raise FileNotFoundError("no recipes")
+
+    monkeypatch.setattr(module, "recipes_folder", without_recipes)
+    with pytest.raises(FileNotFoundError, match=r"no benchmark at none.yaml$"):
+        load_benchmark("none.yaml")
 
 
 @pytest.mark.libero
@@ -988,6 +1048,65 @@ def test_the_script_is_short_and_explains_itself(capsys: pytest.CaptureFixture[s
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert all(word in text for word in ("run", "status", "aggregate", "tables", "bench_s.yaml"))
+    for command in ("run", "status", "aggregate"):
+        with pytest.raises(SystemExit):
+            script("benchmark").parse([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert "`python recipes/continual.py --help` has the options of its runs" in text
+        assert all(option in text for option in ("--held JSON", "--held-only METHOD"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["run", "x.yaml", "--workers", "0", "--dry-run"], "argument --workers: 0 is not a positive number"),
+        (["run", "x.yaml", "--workers=-2"], "argument --workers: -2 is not a positive number"),
+        (["status", "x.yaml", "--held-only", "er"], "--held-only chooses among what --held names; name"),
+        (["tabels", "x.json"], "invalid choice: 'tabels'; did you mean tables?"),
+    ],
+)
+def test_the_script_refuses_what_it_cannot_do(
+    capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        script("benchmark").parse(argv)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_script_says_which_tables_it_has_written(
+    benchmark: Benchmark, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    aggregated = other_machine(benchmark, tmp_path)
+    block = "<!-- table{} show=means -->\n<!-- end -->\n"
+    texts = {
+        "two": block.format(" of=bench") + block.format(""),
+        "one": block.format(""),
+        "none": block.format(" of=x"),
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.md").write_text(text, encoding="utf-8")
+
+    def refresh(*names: str) -> str:
+        options = script("benchmark").parse(
+            ["refresh", str(aggregated), *(str(tmp_path / f"{name}.md") for name in names)]
+        )
+        options.handler(options)
+        return capsys.readouterr().out
+
+    two, one, none = refresh("two", "one", "none").splitlines()
+    assert two.endswith("two.md: 2 tables of other.json")
+    assert one.endswith("one.md: 1 table of other.json")
+    assert none.endswith("none.md: 0 tables of other.json")
+    assert "| `er` | 1 |" in (tmp_path / "one.md").read_text(encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"no table of .*other.json in .*none.md; a block is `<!-- table of=bench show="
+    ):
+        refresh("none")
+    before = (tmp_path / "one.md").read_bytes()
+    with pytest.raises(FileNotFoundError, match=r"there is no text at .*nosuch.md; name Markdown files with"):
+        refresh("one", "nosuch")
+    assert (tmp_path / "one.md").read_bytes() == before
 
 
 @pytest.mark.libero

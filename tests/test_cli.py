@@ -59,6 +59,16 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert __version__ in capsys.readouterr().out
 
 
+def test_a_misspelt_command_has_a_near_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["analyze", "runs/x"])
+    assert ended.value.code == 2
+    assert "invalid choice: 'analyze'; did you mean analyse?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["zzz"])
+    assert "invalid choice: 'zzz' (choose from" in capsys.readouterr().err
+
+
 def test_parsing_takes_no_simulator_and_no_torch() -> None:
     code = "import sys, infovla_peft.cli as c; c.make_parser(); print({'torch', 'robosuite'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

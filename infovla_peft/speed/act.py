@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
+from ..command_options import positive
 from ..data.normalisation import Normaliser
 from ..hub import check_device
 from ..inference import Policy
 from ..models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, build_prompt, build_tiny_openvla
 from ..models.openvla.acting import unnormalize_actions
 from ..models.openvla.sequence import insert_after_bos
-from .command import positive
 from .harness import Report, interleave
 
 INSTRUCTION = "pick up the black bowl between the plate and the ramekin and place it on the plate"

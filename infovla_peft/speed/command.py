@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..command_options import CommandParser, add_config_option, apply_config
+from ..command_options import CommandParser, add_config_option, apply_config, positive
 from ..files import make_folder
 from ..progress import quiet_libraries
 
@@ -74,11 +74,3 @@ def make_parser(prog: str = "infovla bench", *, only: str | None = None) -> argp
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
-
-
-def positive(text: str) -> int:
-    """An argument's type: a whole number from 1 on."""
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from ..command_options import positive
 from ..data.demonstrations import DemonstrationManifest, load_demonstrations
-from .command import positive
 from .demonstration_set import write_demonstration_set
 from .harness import Report, interleave
 from .opening import evict, open_in_fresh_process, seconds_in_fresh_process

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..command_options import positive
 from ..data.normalisation import Normaliser
 from ..evaluation import episode_seed, policy_actions
 from ..inference import Policy
@@ -31,7 +32,6 @@ from ..simulation import (
     find_task,
 )
 from ..simulation.workers import Act
-from .command import positive
 from .harness import Report, interleave
 from .plain_loop import PlainLoop
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from .command import positive
+from ..command_options import positive
 from .harness import Report, interleave
 from .memory import add_loss_memory, add_training_memory
 from .training import CONTESTANTS, MANY_TASKS, contest

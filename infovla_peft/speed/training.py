@@ -25,13 +25,13 @@ import torch
 from transformers import PrinterCallback
 
 from ..adapters import add_adapter
+from ..command_options import positive
 from ..config import InfoVLAConfig
 from ..data.counterfactual import CounterfactualDataset
 from ..data.sampling import Augmentation, Views
 from ..memory import Anchors
 from ..teacher import compute_anchors, teacher_answers
 from ..trainer import InfoVLATrainer
-from .command import positive
 from .naive import NaiveInfoVLATrainer
 from .stepping import SteppedTraining
 from .workload import DECODINGS, SHAPES, Workload
