@@ -15,7 +15,8 @@ from conftest import REPOSITORY
 from safetensors.torch import load_file
 from stream_fakes import STREAM, TRAINING, FakePool, install_fakes
 
-from infovla_peft.adapters import active_adapter, merge_adapters
+from infovla_peft import load_policy
+from infovla_peft.adapters import active_adapter, fingerprint, merge_adapters
 from infovla_peft.config import InfoVLAConfig, StreamConfig, load_recipe
 from infovla_peft.plan import plan_stages, worker_count
 from infovla_peft.stream import Stream
@@ -52,7 +53,7 @@ def test_every_recipe_names_tasks_that_exist(path: Path) -> None:
     assert sum(len(stage.tasks) for stage in stages) == config.shape.total_tasks
 
 
-@pytest.mark.parametrize("name", ["continual", "evaluate", "merge_weight"])
+@pytest.mark.parametrize("name", ["continual", "evaluate", "merge_weight", "merge_base"])
 def test_a_script_is_short_and_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert len((RECIPES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 200
     module = script(name)
@@ -107,6 +108,37 @@ def test_the_spelled_out_loop_has_the_package_s_order(tmp_path: Path, monkeypatc
     Stream(StreamConfig(stream="B1-2N1"), InfoVLAConfig(**TRAINING, output_dir=str(tmp_path / "run"))).run()
     assert spelled_out == calls
     assert calls[-3:] == [("measure", 2), ("analyse", None), ("publish", 2)]  # its figures go along
+
+
+@pytest.mark.libero
+def test_a_base_stage_from_a_checkpoint_is_what_the_next_stream_starts_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bench-L: tasks together in one adapter, merged; then a stream with that as its base and its statistics."""
+    install_fakes(monkeypatch, tmp_path)
+    with Stream(
+        StreamConfig(**{**STREAM, "stream": "B1-1N1"}),
+        InfoVLAConfig(**TRAINING, output_dir=str(tmp_path / "checkpoint")),
+    ) as stream:
+        stream.run()
+    checkpoint, merged = tmp_path / "checkpoint" / "base", tmp_path / "merged"
+    together = {**STREAM, "stream": "B0-1N2", "base_model": str(checkpoint)}
+    training = InfoVLAConfig(**TRAINING, method="sequential", output_dir=str(tmp_path / "base"))
+    with Stream(StreamConfig(**together), training) as stream:
+        stream.run()
+    capsys.readouterr()
+    module = script("merge_base")
+    module.main(module.parse([str(tmp_path / "base"), str(merged)]))
+    assert capsys.readouterr().out.split() == [str(merged)]
+    learned, written = load_policy(tmp_path / "base"), load_policy(merged)
+    assert written.normaliser.as_statistics() == learned.normaliser.as_statistics()
+    assert fingerprint(written.model) != fingerprint(load_policy(checkpoint).model)
+    following = {**STREAM, "stream": "B2-1N1", "base_model": str(merged)}
+    with Stream(StreamConfig(**following), InfoVLAConfig(**TRAINING, output_dir=str(tmp_path / "stream"))) as stream:
+        stream.run()
+    after = load_policy(tmp_path / "stream")
+    assert after.tasks == [*learned.tasks, after.tasks[-1]]
+    assert after.normaliser.as_statistics() == learned.normaliser.as_statistics()
 
 
 @pytest.mark.libero
