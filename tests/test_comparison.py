@@ -477,6 +477,7 @@ def test_the_tables_of_the_results_are_those_of_the_aggregate() -> None:
     pages = [(REPOSITORY / "recipes" / name).read_text(encoding="utf-8") for name in ("README.md", "EXPLORED.md")]
     for name, blocks in (
         ("bench_s", 6),
+        ("bench_s_terms", 3),
         ("explore_options", 2),
         ("explore_baselines", 1),
         ("explore_drawers", 1),
