@@ -35,6 +35,7 @@ from .analysis_results import (
     compare,
 )
 from .data.demonstrations import recipe_demonstrations
+from .figures import figure_format
 from .files import atomic_file
 from .hub import load_policy
 from .inference import Policy
@@ -180,13 +181,15 @@ def compare_analyses(
 
     Args:
         run_folders: each with an analysis.json; runs of one method with several seeds are averaged.
-        output: a PNG to draw.
+        output: a figure to draw, .png, .pdf or .svg.
         names: what each run counts as, None for its method: variants of one method need names.
 
     Raises:
         FileNotFoundError: a run is not analysed.
-        ValueError: the runs differ in what makes numbers comparable.
+        ValueError: the runs differ in what makes numbers comparable; or another suffix of `output`.
     """
+    if output is not None:
+        figure_format(output)
     comparison = compare([Analysis.load(folder) for folder in run_folders], names)
     if output is not None:
         draw_analysis_comparison(comparison, output)

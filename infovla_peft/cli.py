@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .command_options import CommandParser, add_config_option, apply_config
+from .command_options import CommandParser, HelpFormatter, add_config_option, apply_config
 from .commands import demonstrations, policies, runs, sharing, tools
 from .commands.train import train
 from .interruption import Stopped, stop_signals
@@ -105,9 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, help: str, run: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
-        added = commands.add_parser(
-            name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        added = commands.add_parser(name, help=help, description=help, formatter_class=HelpFormatter)
         added.set_defaults(handler=run)
         add_config_option(added)
         return added

@@ -46,6 +46,13 @@ def positive(text: str) -> int:
     return number
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the default of an option behind its help, unless it is none: what holds then, the help says in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
 def add_config_option(parser: argparse.ArgumentParser) -> None:
     """Let a command read its options from a file; those on the command line come first."""
     parser.add_argument("--config", metavar="FILE.yaml", help="read options from this file, `option: value` lines")

@@ -6,6 +6,7 @@ import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,12 @@ SUCCESS_COLOURS = LinearSegmentedColormap.from_list(
     "success", ["#fbeee6", "#f3dcc0", "#cfe0cf", "#7fbcb4", "#2f8f95", "#064a55"]
 )
 MARKERS = "osD^vP*X<>"
+FORMATS: dict[str, dict[str, Any]] = {
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None},
+    "svg": {"Date": None},
+}
+"""What a figure is written as -> metadata, without what would differ from one day or version to the next."""
 MAX_PIXELS = 2e7  # of one picture: the matrix of 100 stages must not take gigabytes
 STYLE: dict[str, Any] = {
     "font.size": 9,
@@ -222,12 +229,33 @@ def _running_median(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1), axis=1)
 
 
+def figure_format(path: str | os.PathLike[str]) -> str:
+    """What a figure is to be written as, by the suffix of its file; call it before the work that the figure shows.
+
+    Raises:
+        ValueError: another suffix than those of `FORMATS`, or none; or a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file for the figure, {path / 'figure.png'}")
+    name = path.suffix[1:].lower()
+    if name not in FORMATS:
+        *others, last = (f".{known}" for known in FORMATS)
+        raise ValueError(f"{path}: a figure is written as {', '.join(others)} or {last}; name it {path.stem}.png")
+    return name
+
+
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a PNG atomically, at 200 dots per inch unless the picture is huge."""
+    """Write a figure atomically, as its suffix says; a PNG at 200 dots per inch unless the picture is huge.
+
+    Raises:
+        ValueError: see `figure_format`.
+    """
+    kind = figure_format(path)
     width, height = figure.get_size_inches()
     resolution = min(200.0, (MAX_PIXELS / (width * height)) ** 0.5)
     with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=resolution, metadata={"Software": None})
+        figure.savefig(temporary, format=kind, dpi=resolution, metadata=FORMATS[kind])
 
 
 def method_looks(methods: Sequence[str], among: Sequence[str] = ()) -> list[tuple[str, str]]:

@@ -405,6 +405,32 @@ def test_an_analysis_that_was_kept_without_its_run_is_compared(
     assert "analysis.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("figure.txt", "figure.txt: a figure is written as .png, .pdf or .svg; name it figure.png"),
+        ("figure", "name it figure.png"),
+        ("", "is a folder; name a file for the figure"),
+    ],
+)
+def test_a_figure_s_name_is_checked_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, message: str
+) -> None:
+    small().save(tmp_path)
+    monkeypatch.setattr("infovla_peft.analysis.analyse_run", lambda *_, **__: pytest.fail("worked on"))
+    for more in ([], ["--again"]):
+        assert main(["analyse", str(tmp_path), "--output", str(tmp_path / name), *more]) == 1
+        assert message in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["analysis.json"]
+
+
+@pytest.mark.parametrize(("suffix", "start"), [(".PNG", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")])
+def test_a_figure_is_written_as_its_suffix_says(tmp_path: Path, suffix: str, start: bytes) -> None:
+    small().save(tmp_path)
+    compare_analyses([tmp_path], tmp_path / f"figure{suffix}")
+    assert (tmp_path / f"figure{suffix}").read_bytes().startswith(start)
+
+
 def test_a_value_has_one_colour_in_the_map_and_in_its_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
     save = analysis_figures.save_figure

@@ -41,7 +41,9 @@ def test_every_command_explains_its_options(command: str, capsys: pytest.Capture
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
     assert ended.value.code == 0
-    assert "usage: infovla" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "usage: infovla" in text
+    assert not any(f"(default: {nothing})" in " ".join(text.split()) for nothing in (None, False))
 
 
 def test_the_help_of_train_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:

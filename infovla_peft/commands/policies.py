@@ -227,7 +227,7 @@ def register(add: AddCommand) -> None:
     )
     evaluate.add_argument("--max_steps", type=int, help="step cap; the suite's own if not given")
     evaluate.add_argument("--videos", type=int, default=2, help="MP4s per task below --output, failures first")
-    evaluate.add_argument("--output", help="folder for evaluation.json and videos")
+    evaluate.add_argument("--output", help="folder for evaluation.json and videos; nothing is written if not given")
     evaluate.add_argument("--dry-run", action="store_true", help="say what would be rolled out, and stop")
 
     act = add("act", "print the actions for one observation, as JSON", _act)

@@ -24,8 +24,11 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _analyse(options: argparse.Namespace) -> None:
     from ..analysis import analyse_run, compare_analyses, is_analysed
+    from ..figures import figure_format
     from ..progress import quiet_libraries
 
+    if options.output:
+        figure_format(options.output)  # fails now, not after hours of looking
     quiet_libraries(loading_bars=False)
     named = [_named(run) for run in options.runs]
     names, runs = [name for name, _ in named], [run for _, run in named]
@@ -61,10 +64,13 @@ def register(add: AddCommand) -> None:
 
     analyse = add("analyse", "show what the stages of runs have kept, and compare the runs", _analyse)
     analyse.add_argument(
-        "runs", nargs="+", metavar="[NAME=]RUN", help="folder of a run; variants of one method need names"
+        "runs",
+        nargs="+",
+        metavar="[NAME=]RUN",
+        help="folder of a run, of which analysis.json alone is enough; variants of one method need names",
     )
-    analyse.add_argument("--output", help="PNG of the comparison")
+    analyse.add_argument("--output", help="figure of the comparison, .png, .pdf or .svg; none if not given")
     analyse.add_argument("--frames", type=int, default=32, help="probe frames per task")
-    analyse.add_argument("--demonstrations_folder", help="where they are, if not where the run says")
+    analyse.add_argument("--demonstrations_folder", help="where they are; where the run says if not given")
     analyse.add_argument("--device", default="cpu", help="where the policies run")
     analyse.add_argument("--again", action="store_true", help="also analyse runs that are analysed already")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..command_options import CommandParser, add_config_option, apply_config, positive
+from ..command_options import CommandParser, HelpFormatter, add_config_option, apply_config, positive
 from ..files import make_folder
 from ..progress import quiet_libraries
 
@@ -72,5 +72,5 @@ def make_parser(prog: str = "infovla bench", *, only: str | None = None) -> argp
     return parser
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class _Help(HelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
