@@ -15,16 +15,16 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MultipleLocator
 from numpy.typing import NDArray
 
 from .comparison import ComparedRun, Comparison, by_method, comparable, estimates, seeds_text
 from .figures import GRID, MUTED, STYLE, cell_colours, method_looks, save_figure, stage_name
-from .intervals import bootstrap_mean
+from .intervals import Estimate, bootstrap_mean
 from .metrics import average_by_stage, masked_mean
 
 LABEL_WIDTH, CELL_WIDTH, CELL_HEIGHT, GAP, TOP = 2.3, 0.44, 0.34, 0.35, 0.62  # inches
-MOST_BANDS = 8
+MOST_BANDS, MOST_BARS = 3, 8  # that can be told apart
 KINDS = ("success_over_stages", "retention", "matrices")
 
 
@@ -58,34 +58,50 @@ def draw_comparison(comparison: Comparison, folder: str | os.PathLike[str]) -> l
 def draw_success_over_stages(
     runs: Sequence[ComparedRun], title: str, path: str | os.PathLike[str], *, among: Sequence[str] = ()
 ) -> None:
-    """Mean success on the tasks seen so far after each stage, one line per method; bands are 95 % bootstrap intervals
-    over seeds, left out where there are too many to be told apart.
+    """Mean success on the tasks seen so far after each stage, one line per method, the best at the end first.
+
+    Bands are 95 % bootstrap intervals over seeds. Of more than `MOST_BANDS` methods only some have one, see `_shown`,
+    and the lines of the others are thin: bands that lie on each other cannot be told apart.
 
     Args:
         runs: of one suite and memory size.
         among: methods of the whole comparison, see `figures.method_looks`.
     """
     groups = by_method(runs)
+    looks = dict(zip(groups, method_looks(list(groups), among), strict=True))
+    found: dict[str, list[Estimate]] = {}
+    for method, own in groups.items():
+        seeds = [run.seed for run in own]
+        found[method] = [bootstrap_mean(column, groups=seeds) for column in _curves(own).T]
+    best = sorted(found, key=lambda method: _or_lowest(found[method][-1].mean), reverse=True)
+    with_band = [method for method in best if not math.isnan(found[method][-1].low)]
+    shown = _shown(with_band, MOST_BANDS)
+    widest = max(map(len, found.values()))
     with rc_context(STYLE):
-        figure = Figure(figsize=(6.4, max(3.4, 0.3 + 0.24 * len(groups))), layout="constrained")
+        figure = Figure()
         axes = figure.add_subplot()
-        widest = 0
-        for (method, own), (colour, marker) in zip(groups.items(), method_looks(list(groups), among), strict=True):
-            curves = _curves(own)  # (runs, stages)
-            found = [bootstrap_mean(column, groups=[run.seed for run in own]) for column in curves.T]
-            stages = np.arange(len(found))
-            widest = max(widest, len(found))
-            if len(groups) <= MOST_BANDS:
-                low, high = [e.low for e in found], [e.high for e in found]
-                axes.fill_between(stages, low, high, color=colour, alpha=0.15, linewidth=0)
-            means = [e.mean for e in found]
-            axes.plot(stages, means, color=colour, marker=marker, markersize=4.5, label=_label(method, own))
+        for place, method in enumerate(best):
+            values, (colour, marker) = found[method], looks[method]
+            stages, strong = np.arange(len(values)), method in shown or len(best) <= MOST_BANDS
+            if method in shown:
+                low, high = [e.low for e in values], [e.high for e in values]
+                axes.fill_between(stages, low, high, color=colour, alpha=0.13, linewidth=0)
+            axes.plot(
+                stages,
+                [e.mean for e in values],
+                color=colour,
+                marker=marker,
+                markersize=5 if strong else 3.2,
+                linewidth=1.8 if strong else 0.8,
+                zorder=(3 if strong else 4) - place / 1000,  # a thin line hides little
+                label=_label(method, groups[method]),
+            )
         axes.set(xlim=(-0.2, widest - 0.8), ylim=(-0.03, 1.03), ylabel="success on the tasks seen")
         axes.set_xticks(range(widest), [stage_name(stage) for stage in range(widest)])
         axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{100 * rate:.0f} %"))
         axes.grid(axis="y", color=GRID, linewidth=0.7)
         axes.tick_params(length=0)
-        _finish(figure, title, path)
+        _finish(figure, axes, (4.0, max(3.1, 0.19 * len(best))), title, path, note=_what("bands", shown, with_band))
 
 
 def draw_retention(
@@ -93,33 +109,52 @@ def draw_retention(
 ) -> None:
     """Success on the old tasks at the end against success on the new ones right after learning, a point per method.
 
-    Bars are 95 % bootstrap intervals over seeds. A method in which one of the two is not measured is left out.
+    Bars are 95 % bootstrap intervals over seeds, of some methods only where there are more than `MOST_BARS`, see
+    `_shown`. Both axes have one scale and show what there is, not all from 0 to 100 %. A method in which one of the
+    two is not measured is left out.
 
     Args:
         runs: of one suite and memory size.
         among: methods of the whole comparison, see `figures.method_looks`.
     """
-    found, groups = estimates(runs), by_method(runs)
+    groups = by_method(runs)
+    found = {method: (e["adaptation"], e["retention"]) for method, e in estimates(runs).items()}
+    looks = dict(zip(groups, method_looks(list(groups), among), strict=True))
+    best = sorted(found, key=lambda method: _or_lowest(found[method][1].mean), reverse=True)
+    best = [method for method in best if not any(math.isnan(e.mean) for e in found[method])]
+    with_bars = [method for method in best if not any(math.isnan(e.low) for e in found[method])]
+    shown = _shown(with_bars, MOST_BARS)
+    limits = _limits([found[method] for method in best], [found[method] for method in shown])
+    longest = max(high - low for low, high in limits)
+    width, height = (3.9 * (high - low) / longest for low, high in limits)
     with rc_context(STYLE):
-        figure = Figure(figsize=(5.8, max(3.9, 0.3 + 0.24 * len(found))), layout="constrained")
+        figure = Figure()
         axes = figure.add_subplot()
-        for (method, values), (colour, marker) in zip(found.items(), method_looks(list(found), among), strict=True):
-            x, y = values["adaptation"], values["retention"]
-            if math.isnan(x.mean) or math.isnan(y.mean):
-                continue
-            if not math.isnan(x.low):
-                axes.plot([x.low, x.high], [y.mean] * 2, color=colour, alpha=0.45, linewidth=1.4)
-            if not math.isnan(y.low):
-                axes.plot([x.mean] * 2, [y.low, y.high], color=colour, alpha=0.45, linewidth=1.4)
-            axes.plot(x.mean, y.mean, marker, color=colour, markersize=6.5, label=_label(method, groups[method]))
-        axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        for method in best:
+            (x, y), (colour, marker) = found[method], looks[method]
+            if method in shown:
+                axes.plot([x.low, x.high], [y.mean] * 2, color=colour, alpha=0.45, linewidth=1.2, zorder=2)
+                axes.plot([x.mean] * 2, [y.low, y.high], color=colour, alpha=0.45, linewidth=1.2, zorder=2)
+            axes.plot(
+                x.mean,
+                y.mean,
+                marker,
+                color=colour,
+                markersize=8.5 if method in shown else 7.5,
+                markeredgecolor="white",
+                markeredgewidth=0.5,
+                zorder=4 if method in shown else 3,
+                label=_label(method, groups[method]),
+            )
+        axes.set(xlim=limits[0], ylim=limits[1])
         axes.set(xlabel="adaptation: new tasks, right after learning", ylabel="retention: old tasks, at the end")
         for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MultipleLocator(0.05 if longest < 0.4 else 0.1))
             axis.set_major_formatter(FuncFormatter(lambda rate, _: f"{100 * rate:.0f} %"))
         axes.grid(color=GRID, linewidth=0.7)
         axes.set_axisbelow(True)
         axes.tick_params(length=0)
-        _finish(figure, title, path)
+        _finish(figure, axes, (width, height), title, path, note=_what("bars", shown, with_bars))
 
 
 def draw_matrices(runs: Sequence[ComparedRun], title: str, path: str | os.PathLike[str], *, columns: int = 4) -> None:
@@ -132,7 +167,7 @@ def draw_matrices(runs: Sequence[ComparedRun], title: str, path: str | os.PathLi
     stages, columns = max(learned_at) + 1, min(columns, len(groups))
     rows = -(-len(groups) // columns)
     panel_width, panel_height = max(stages * CELL_WIDTH + GAP, 2.1), len(tasks) * CELL_HEIGHT + TOP
-    names = {method: textwrap.fill(f"{method} ({len(own)})", int(panel_width * 11)) for method, own in groups.items()}
+    names = {method: textwrap.fill(_label(method, own), int(panel_width * 11)) for method, own in groups.items()}
     title = textwrap.fill(title, int((LABEL_WIDTH + columns * panel_width) * 11))
     head = 0.3 + 0.16 * title.count("\n")
     width, height = LABEL_WIDTH + columns * panel_width, rows * panel_height + head
@@ -174,10 +209,64 @@ def _label(method: str, runs: Sequence[ComparedRun]) -> str:
     return f"{method} (seed{'s' if len({run.seed for run in runs}) > 1 else ''} {seeds})"
 
 
-def _finish(figure: Figure, title: str, path: str | os.PathLike[str]) -> None:
-    """The title over the whole figure, not over the axes alone: beside them stands the legend."""
-    figure.suptitle(title, x=0.01, ha="left", weight="bold", size=9)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+def _shown(methods: Sequence[str], most: int) -> list[str]:
+    """Whose intervals are drawn: of all up to `most`, else of infovla, of er and of the best others, three in all.
+
+    Args:
+        methods: those that have an interval, the best first.
+    """
+    if len(methods) <= most:
+        return list(methods)
+    first = [method for method in ("infovla", "er") if method in methods]
+    return [*first, *(method for method in methods if method not in first)][:3]
+
+
+def _what(drawn: str, shown: Sequence[str], among: Sequence[str]) -> str:
+    """What bands or bars are, and whose, where not every method that could has them; empty without any."""
+    if not shown:
+        return ""
+    alone = f", of {', '.join(shown[:-1])} and {shown[-1]} alone" if len(shown) < len(among) else ""
+    return f"{drawn}: 95 % bootstrap over seeds{alone}"
+
+
+def _or_lowest(value: float) -> float:
+    return -1.0 if math.isnan(value) else value
+
+
+def _limits(
+    points: Sequence[tuple[Estimate, Estimate]], with_bars: Sequence[tuple[Estimate, Estimate]]
+) -> list[tuple[float, float]]:
+    """Of both axes, around what is drawn; the shorter one has at least 0.6 of the longer one's span."""
+    spans = []
+    for axis in range(2):
+        ends = [pair[axis].mean for pair in points]
+        ends += [end for pair in with_bars for end in (pair[axis].low, pair[axis].high)]
+        spans.append((min(ends, default=0.0) - 0.04, max(ends, default=1.0) + 0.04))
+    least = max(0.2, 0.6 * max(high - low for low, high in spans))
+    widened = []
+    for low, high in spans:
+        more = max(0.0, least - (high - low)) / 2
+        shift = max(0.0, more - low - 0.04) - max(0.0, high + more - 1.04)  # rates are from 0 to 1
+        widened.append((low - more + shift, high + more + shift))
+    return widened
+
+
+def _finish(
+    figure: Figure, axes: Axes, size: tuple[float, float], title: str, path: str | os.PathLike[str], *, note: str = ""
+) -> None:
+    """Axes of this size in inches, the legend beside them, the title above both and a note below."""
+    legend = axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0.0, frameon=False, fontsize=8)
+    extent = legend.get_window_extent()
+    left, right = 0.75, 0.3 + extent.width / figure.dpi
+    width = left + size[0] + right
+    title, note = textwrap.fill(title, int(12 * width)), textwrap.fill(note, int(15.5 * width))
+    top = 0.38 + 0.15 * title.count("\n")
+    bottom = 0.3 + (0.22 if axes.get_xlabel() else 0) + (0.2 + 0.13 * note.count("\n") if note else 0)
+    height = top + max(size[1] + bottom, extent.height / figure.dpi + 0.1)
+    figure.set_size_inches(width, height)
+    axes.set_position((left / width, (height - top - size[1]) / height, size[0] / width, size[1] / height))
+    figure.text(0.1 / width, 1 - 0.1 / height, title, va="top", weight="bold")
+    figure.text(0.1 / width, 0.08 / height, note, va="bottom", size=7.5, color=MUTED)
     save_figure(figure, path)
 
 

@@ -8,14 +8,17 @@ import dataclasses
 import doctest
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 
-from infovla_peft import comparison, comparison_blocks, intervals
+from infovla_peft import comparison, comparison_blocks, comparison_figures, intervals
 from infovla_peft.comparison import (
     Comparison,
     ComparisonError,
@@ -226,6 +229,8 @@ def test_a_method_looks_the_same_in_every_figure() -> None:
     names = ["er", "infovla", "multitask", "one", "two"]
     looks = dict(zip(names, method_looks(names), strict=True))
     assert len(set(looks.values())) == len(names)
+    many = [*names, *(f"method_{index}" for index in range(100))]
+    assert len(set(method_looks(many))) == len(many)
     assert method_looks(["two", "multitask"], among=names) == [looks["two"], looks["multitask"]]
     assert compare(*map(run, names)).only(["two"]).methods == tuple(names)
 
@@ -512,6 +517,66 @@ def test_the_first_page_says_what_the_aggregate_says() -> None:
             "libero_object": "on LIBERO-Object {} and {}",
         }[suite]
         assert said.format(*learned) in text
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """Figures by the kind that their name begins with, as they are saved."""
+    figures: dict[str, Figure] = {}
+    monkeypatch.setattr(
+        comparison_figures, "save_figure", lambda figure, path: figures.update({path.name.partition("_")[0]: figure})
+    )
+    return figures
+
+
+def texts_of(figure: Figure) -> str:
+    return " ".join(text.get_text().replace("\n", " ") for text in figure.texts)
+
+
+def test_bands_are_of_as_many_methods_as_can_be_told_apart(tmp_path: Path, drawn: dict[str, Figure]) -> None:
+    def of(*methods: str, seeds: Sequence[int] = (0, 1)) -> Axes:
+        ends = {"er": 0.1, "infovla": 0.2, "third": 0.3, "second": 0.6, "best": 0.7}
+        many = [run(method, seed, last=[ends[method]] * 4) for method in methods for seed in seeds]
+        draw_comparison(compare(*many, run("lonely", last=[0.9] * 4)), tmp_path)
+        return drawn["success"].axes[0]
+
+    axes = of("er", "infovla", "third")
+    assert len(axes.collections) == 3
+    assert texts_of(drawn["success"]).endswith("bands: 95 % bootstrap over seeds")
+    axes = of("er", "infovla", "third", "best", "second")
+    assert len(axes.collections) == 3
+    assert "bands: 95 % bootstrap over seeds, of infovla, er and best alone" in texts_of(drawn["success"])
+    assert "of infovla" not in texts_of(drawn["retention"])  # bars in five places hide nothing
+    widths = {line.get_label(): line.get_linewidth() for line in axes.lines}
+    names = ["lonely (seed 0)", *(f"{name} (seeds 0, 1)" for name in ("best", "second", "third", "infovla", "er"))]
+    assert list(widths) == names
+    assert {name for name, width in widths.items() if width > 1} == {names[1], names[4], names[5]}
+    assert len(of("er", "infovla", "best", seeds=[0]).collections) == 0
+    assert "bands" not in texts_of(drawn["success"])
+
+
+def test_retention_shows_what_there_is(tmp_path: Path, drawn: dict[str, Figure]) -> None:
+    many = [run(f"a_method_with_a_long_name_{index}", seed) for index in range(12) for seed in (0, 1)]
+    draw_comparison(compare(*many), tmp_path)
+    figure = drawn["retention"]
+    (axes,) = figure.axes
+    x, y, box = axes.get_xlim(), axes.get_ylim(), axes.get_window_extent()
+    assert box.width / (x[1] - x[0]) == pytest.approx(box.height / (y[1] - y[0]))
+    assert max(x[1] - x[0], y[1] - y[0]) < 0.5
+    for line in axes.lines:
+        assert np.logical_and(x[0] < line.get_xdata(), line.get_xdata() < x[1]).all()
+        assert np.logical_and(y[0] < line.get_ydata(), line.get_ydata() < y[1]).all()
+    title, note = figure.texts
+    legend = axes.get_legend()
+    assert legend is not None
+    assert legend.get_window_extent().y1 < title.get_window_extent().y0
+    assert note.get_window_extent().y1 < legend.get_window_extent().y0
+    assert title.get_window_extent().x1 < figure.bbox.x1
+    assert note.get_window_extent().x1 < figure.bbox.x1
+    inside = axes.get_tightbbox()
+    assert inside is not None
+    assert figure.bbox.x0 < inside.x0 < inside.x1 < figure.bbox.x1
+    assert note.get_window_extent().y1 < inside.y0
 
 
 def test_figures_are_drawn(tmp_path: Path) -> None:
