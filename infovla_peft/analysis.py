@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from .adapters import base_model
-from .analysis_figures import draw_analysis_comparison
+from .analysis_figures import AnalysedRun, draw_affinity, draw_analysis_comparison, draw_similarity
 from .analysis_results import (
     FILE,
     RANGES,
@@ -179,6 +180,9 @@ def compare_analyses(
 ) -> AnalysisComparison:
     """Diffusion, CKA and listening over the stages, per method, mean over the old tasks.
 
+    With `output` are drawn: these; beside it `…_affinity`, the affinity maps of all runs on one colour scale, over
+    their scenes where every run has its frames; and `…_similarity`, how alike single frames are to themselves.
+
     Args:
         run_folders: each with an analysis.json; runs of one method with several seeds are averaged.
         output: a figure to draw, .png, .pdf or .svg.
@@ -190,10 +194,27 @@ def compare_analyses(
     """
     if output is not None:
         figure_format(output)
-    comparison = compare([Analysis.load(folder) for folder in run_folders], names)
-    if output is not None:
-        draw_analysis_comparison(comparison, output)
-    return comparison
+    analyses = [Analysis.load(folder) for folder in run_folders]
+    comparison = compare(analyses, names)
+    if output is None:
+        return comparison
+    labels = [(names[index] if names else None) or analysis.method for index, analysis in enumerate(analyses)]
+    runs = [
+        AnalysedRun(f"{label}, seed {analysis.seed}" if len(analyses) > 1 else "", analysis, Path(folder))
+        for label, analysis, folder in zip(labels, analyses, run_folders, strict=True)
+    ]
+    output = Path(output)
+    affinity, similarity = (output.with_stem(f"{output.stem}_{kind}") for kind in ("affinity", "similarity"))
+    figures = [output]
+    draw_analysis_comparison(comparison, output)
+    if any(analysis.affinity for analysis in analyses):
+        scenes = all((run.folder / pair.image).exists() for run in runs for pair in run.analysis.affinity)
+        draw_affinity(runs, affinity, scenes=scenes)
+        figures.append(affinity)
+    if any(analysis.matrices for analysis in analyses):
+        draw_similarity(runs, similarity)
+        figures.append(similarity)
+    return replace(comparison, figures=tuple(figures))
 
 
 def _tables(tasks: Sequence[TaskEntry], stages: int, found: Mapping[tuple[str, int], Findings]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,30 +21,66 @@ from .analysis_results import Analysis, AnalysisComparison, AnalysisError, mean_
 from .figures import ACCENT, GRID, MUTED, SECOND, STYLE, method_looks, panels, save_figure, stage_name
 
 WHEN = "when learned", "after the last stage"
-MAP_COLOURS, MAP_ALPHA = "inferno", 0.62
+SHADES = np.column_stack([colormaps["YlOrRd"](np.linspace(0, 1, 256))[:, :3], np.linspace(0.1, 0.8, 256)])
+"""(256, 4) colours of an affinity map: the less there is, the more of the scene is seen through it."""
+
+
+class AnalysedRun(NamedTuple):
+    """An analysis to draw: what its panels are called (nothing where it is the only one), and where its frames lie."""
+
+    name: str
+    analysis: Analysis
+    folder: Path
 
 
 class Quantity(NamedTuple):
-    """How a table of analysis.json is drawn: its figure's name, what it shows, and limits it reaches in any case."""
+    """How a table of analysis.json is drawn: its figure's name, what it shows, and limits it reaches in any case.
+
+    `span` is the least that an axis shows, so that chance does not fill it.
+    """
 
     figure: str
     label: str
     low: float | None = None
     high: float | None = None
+    span: float = 0.0
+
+
+class Compared(NamedTuple):
+    """A panel of a comparison: its title, what is measured in which unit, and limits it reaches in any case."""
+
+    title: str
+    unit: str
+    low: float | None = None
+    high: float | None = None
 
 
 QUANTITIES = {
-    "diffusion": Quantity("diffusion", "diffusion (1 = even)"),
-    "cka": Quantity("cka", "CKA (when learned = 1)", None, 1.0),
+    "diffusion": Quantity("diffusion", "diffusion (1 = even)", span=0.1),
+    "cka": Quantity("cka", "CKA (when learned = 1)", 0.9, 1.0),
     "listening": Quantity("listening", "listening (when learned = 1)", 0.0),
     "swap_change": Quantity("swap_change", "change when told otherwise", 0.0),
     "action_error": Quantity("action_error", "error of the actions", 0.0),
 }
 COMPARED_LABELS = {
-    "diffusion_change": "diffusion gained since learning",
-    "cka": "CKA with right after learning",
-    "listening": "listening, right after learning = 1",
-    "action_error": "error of the normalised actions",
+    "diffusion_change": Compared(
+        "diffusion of the affinity maps",
+        "change of their entropy since learning,\nas a share of the largest entropy",
+        -0.05,
+        0.05,
+    ),
+    "cka": Compared(
+        "representation kept", "CKA of the action features with those\nright after learning, 1 = the same", 0.9, 1.0
+    ),
+    "listening": Compared(
+        "listening to the instruction",
+        "change of the actions when told otherwise,\nas a multiple of that right after learning",
+        0.8,
+        1.2,
+    ),
+    "action_error": Compared(
+        "error of the actions", "mean absolute difference to the recorded\nones, in normalised actions", 0.0
+    ),
 }
 
 
@@ -61,9 +98,9 @@ def draw_analysis(analysis: Analysis, run: Path, folder: Path) -> dict[str, bool
     """
     drawn = {"affinity": bool(analysis.affinity), "similarity": bool(analysis.matrices)}
     if analysis.affinity:
-        draw_affinity(analysis, run, folder / "affinity.png")
+        draw_affinity([AnalysedRun("", analysis, run)], folder / "affinity.png")
     if analysis.matrices:
-        draw_similarity(analysis, folder / "similarity.png")
+        draw_similarity([AnalysedRun("", analysis, run)], folder / "similarity.png")
     for table, quantity in QUANTITIES.items():
         drawn[quantity.figure] = not np.isnan(analysis.table(table)).all()
         if drawn[quantity.figure]:
@@ -72,59 +109,58 @@ def draw_analysis(analysis: Analysis, run: Path, folder: Path) -> dict[str, bool
     return drawn
 
 
-def draw_affinity(analysis: Analysis, run: Path, path: str | os.PathLike[str]) -> None:
-    """A row per task: its frame, and over it the affinity map right after learning and after the last stage.
+def draw_affinity(runs: Sequence[AnalysedRun], path: str | os.PathLike[str], *, scenes: bool = True) -> None:
+    """A row per task: over its frame, each run's affinity map right after learning and after the last stage.
 
-    One colour scale for all maps, from 0 to the largest affinity; 1 is a patch's share if all had the same. The bar's
-    colours are those of a map over the mean grey of the pictures.
+    Of a single run the frame alone stands before them. One colour scale for all maps of all runs, from 0 to the
+    largest affinity; 1 is a patch's share if all had the same. The bar's colours are those of a map over the mean
+    grey of the pictures.
+
+    Args:
+        scenes: False: the maps alone, as of runs of which only analysis.json was kept.
 
     Raises:
         AnalysisError: a frame is missing or no picture.
     """
-    instructions = {task.name: task.instruction for task in analysis.tasks}
-    rows, side, gap, top, bar = len(analysis.affinity), 2.3, 0.15, 0.62, 0.85
-    width, height = 3 * side + 2 * gap + bar, rows * (side + top)
-    highest = max(max(max(row) for row in grid) for pair in analysis.affinity for grid in pair.maps)
-    images = [_read_image(run / pair.image) for pair in analysis.affinity]
+    rows = {
+        task: [next((pair for pair in run.analysis.affinity if pair.task == task), None) for run in runs]
+        for task in dict.fromkeys(pair.task for run in runs for pair in run.analysis.affinity)
+    }
+    highest = max(np.max(pair.maps) for pairs in rows.values() for pair in pairs if pair)
+    frame_first = scenes and len(runs) == 1
+    images = {
+        (task, index): _read_image(runs[index].folder / pair.image)
+        for task, pairs in rows.items()
+        for index, pair in enumerate(pairs)
+        if pair and scenes
+    }
+    colours = ListedColormap(SHADES if scenes else SHADES[:, :3])
     with rc_context(STYLE):
-        figure = Figure(figsize=(width, height))
-        for number, (pair, image) in enumerate(zip(analysis.affinity, images, strict=True)):
-            bottom = height - (number + 1) * (side + top)
-            figure.text(
-                0.06 / width,
-                (bottom + side + 0.3) / height,
-                textwrap.fill(instructions[pair.task], 90, max_lines=1, placeholder=" …"),
-                weight="bold",
-                size=10,
-            )
-            titles = ["what the policy sees"]
-            titles += [
-                f"{when} ({stage_name(stage)}): diffusion {value:.2f}"
-                for when, stage, value in zip(WHEN, pair.stages, pair.diffusion, strict=True)
-            ]
-            for column, title in enumerate(titles):
-                left = 0.06 + column * (side + gap)
-                axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
-                axes.imshow(image if column == 0 else _grey(image), extent=(0, 1, 0, 1))
-                axes.set_axis_off()
-                axes.set_title(title, size=8, color=MUTED, pad=3)
-                if column:
+        sheet = _Sheet(_instructions(runs, rows), frame_first + 2 * len(runs), gap=0.15, names=len(runs) > 1)
+        for row, (task, pairs) in enumerate(rows.items()):
+            for index, pair in enumerate(pairs):
+                if pair is None:
+                    continue
+                if frame_first:
+                    sheet.panel(row, 0, "what the policy sees").imshow(images[task, index], extent=(0, 1, 0, 1))
+                for place, (when, stage, value) in enumerate(zip(WHEN, pair.stages, pair.diffusion, strict=True)):
+                    title = f"{when} ({stage_name(stage)}): diffusion {value:.2f}"
+                    axes = sheet.panel(row, frame_first + 2 * index + place, title, runs[index].name)
+                    if scenes:
+                        axes.imshow(_pale(images[task, index]), extent=(0, 1, 0, 1))
                     axes.imshow(
-                        pair.maps[column - 1],
+                        pair.maps[place],
                         extent=(0, 1, 0, 1),
-                        cmap=MAP_COLOURS,
-                        alpha=MAP_ALPHA,
+                        cmap=colours,
                         vmin=0.0,
                         vmax=highest,
                         interpolation="nearest",
                     )
-        scale = figure.add_axes((1 - (bar - 0.2) / width, 0.08 / height, 0.12 / width, (side - 0.16) / height))
-        grey = float(np.mean([_grey(image).mean() for image in images])) / 255
-        colours = MAP_ALPHA * colormaps[MAP_COLOURS](np.linspace(0, 1, 256))[:, :3] + (1 - MAP_ALPHA) * grey
-        seen = ScalarMappable(Normalize(0.0, highest), ListedColormap(colours))
-        figure.colorbar(seen, cax=scale).set_label("affinity (1 = the even share)", size=7.5)
-        scale.tick_params(length=0, labelsize=7)
-        save_figure(figure, path)
+        if scenes:
+            grey = float(np.mean([_pale(image).mean() for image in images.values()])) / 255
+            colours = ListedColormap(SHADES[:, 3:] * SHADES[:, :3] + (1 - SHADES[:, 3:]) * grey)
+        sheet.bar(ScalarMappable(Normalize(0.0, highest), colours), "affinity (1 = the even share)")
+        save_figure(sheet.figure, path)
 
 
 def draw_over_stages(analysis: Analysis, table: str, path: str | os.PathLike[str], *, columns: int = 3) -> None:
@@ -138,7 +174,7 @@ def draw_over_stages(analysis: Analysis, table: str, path: str | os.PathLike[str
     everything = np.concatenate([values[rows].ravel(), old])
     low, high = float(np.nanmin(everything)), float(np.nanmax(everything))
     low, high = min(low, _or(quantity.low, low)), max(high, _or(quantity.high, high))
-    margin = 0.12 * (high - low) or 0.05
+    margin = max(0.12 * (high - low), (quantity.span - (high - low)) / 2) or 0.05
     with rc_context(STYLE):
         figure, grid = panels(len(rows) + 1, min(columns, len(rows) + 1), height=1.9, bottom=0.28)
         grid[0].set_title(f"{quantity.label}:\nmean over the old tasks", weight="bold")
@@ -156,35 +192,29 @@ def draw_over_stages(analysis: Analysis, table: str, path: str | os.PathLike[str
         save_figure(figure, path)
 
 
-def draw_similarity(analysis: Analysis, path: str | os.PathLike[str]) -> None:
-    """A row per task: cosines of its frames right after learning with themselves, and with the last stage's."""
-    instructions = {task.name: task.instruction for task in analysis.tasks}
-    rows, side, gap, top, left, bar = len(analysis.matrices), 2.3, 0.45, 0.62, 0.35, 0.85
-    width, height = left + 2 * side + gap + bar, rows * (side + top + 0.25)
+def draw_similarity(runs: Sequence[AnalysedRun], path: str | os.PathLike[str]) -> None:
+    """A row per task: of each run, cosines of its frames right after learning with themselves and the last stage's."""
+    rows = {
+        task: [next((pair for pair in run.analysis.matrices if pair.task == task), None) for run in runs]
+        for task in dict.fromkeys(pair.task for run in runs for pair in run.analysis.matrices)
+    }
+    scale = Normalize(-1.0, 1.0)
     with rc_context(STYLE):
-        figure = Figure(figsize=(width, height))
-        for number, pair in enumerate(analysis.matrices):
-            bottom = height - (number + 1) * (side + top + 0.25) + 0.25
-            figure.text(
-                left / width,
-                (bottom + side + 0.3) / height,
-                textwrap.fill(instructions[pair.task], 60, max_lines=1, placeholder=" …"),
-                weight="bold",
-                size=10,
-            )
-            for column, (when, stage) in enumerate(zip(WHEN, pair.stages, strict=True)):
-                x = left + column * (side + gap)
-                axes = figure.add_axes((x / width, bottom / height, side / width, side / height))
-                drawn = axes.imshow(pair.similarity[column], cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-                axes.set_title(f"{when} ({stage_name(stage)})", size=8, color=MUTED, pad=3)
-                axes.set(xticks=[], yticks=[])
-                axes.set_xlabel("frame", size=7, labelpad=2)
-                if column == 0:
-                    axes.set_ylabel("frame, when learned", size=7, labelpad=2)
-        scale = figure.add_axes((1 - (bar - 0.2) / width, 0.33 / height, 0.12 / width, (side - 0.16) / height))
-        figure.colorbar(drawn, cax=scale).set_label("cosine", size=7.5)
-        scale.tick_params(length=0, labelsize=7)
-        save_figure(figure, path)
+        sheet = _Sheet(_instructions(runs, rows), 2 * len(runs), gap=0.3, left=0.35, below=0.25, names=len(runs) > 1)
+        for row, pairs in enumerate(rows.values()):
+            for index, pair in enumerate(pairs):
+                for place, (when, stage) in enumerate(zip(WHEN, pair.stages, strict=True) if pair else ()):
+                    assert pair is not None
+                    title = f"{when} ({stage_name(stage)})"
+                    axes = sheet.panel(row, 2 * index + place, title, runs[index].name)
+                    axes.imshow(pair.similarity[place], cmap="RdBu_r", norm=scale, interpolation="nearest")
+                    axes.set_axis_on()
+                    axes.set(xticks=[], yticks=[])
+                    axes.set_xlabel("frame", size=7, labelpad=2)
+                    if index + place == 0:
+                        axes.set_ylabel("frame, when learned", size=7, labelpad=2)
+        sheet.bar(ScalarMappable(scale, "RdBu_r"), "cosine")
+        save_figure(sheet.figure, path)
 
 
 def draw_analysis_comparison(comparison: AnalysisComparison, path: str | os.PathLike[str]) -> None:
@@ -194,26 +224,92 @@ def draw_analysis_comparison(comparison: AnalysisComparison, path: str | os.Path
     """
     columns = [name for name in COMPARED_LABELS if name in comparison.values]
     with rc_context(STYLE):
-        figure, grid = panels(len(columns), 2, height=2.36, bottom=0.28)
+        figure, grid = panels(len(columns), 2, height=2.75, bottom=0.28, width=3.1, top=0.72)
         for name, axes in zip(columns, grid, strict=True):
-            stages = 1
+            stages, (title, unit, *limits) = 1, COMPARED_LABELS[name]
             lines = comparison.values[name]
             for (method, values), (colour, marker) in zip(lines.items(), method_looks(list(lines)), strict=True):
                 mean, stages = mean_of_runs(values), values.shape[1]
                 known = np.flatnonzero(~np.isnan(mean))
-                axes.plot(known, mean[known], color=colour, marker=marker, markersize=4, label=method)
+                axes.plot(
+                    known, mean[known], color=colour, marker=marker, markersize=4, label=comparison.label(method)
+                )
                 if len(values) > 1 and len(known):
                     band = np.nanmin(values[:, known], axis=0), np.nanmax(values[:, known], axis=0)
-                    axes.fill_between(known, *band, color=colour, alpha=0.15, linewidth=0)
-            axes.set_title(COMPARED_LABELS[name], weight="bold")
+                    axes.fill_between(known, *band, color=colour, alpha=0.13, linewidth=0)
+            everything = [value for values in lines.values() for value in values[~np.isnan(values)]]
+            everything += [limit for limit in limits if limit is not None]
+            if everything:
+                low, high = min(everything), max(everything)
+                margin = 0.05 * (high - low) or 0.05
+                axes.set_ylim(low - margin, high + margin)
+            axes.set_title(title, weight="bold", pad=24)
+            axes.text(0, 1.03, unit, transform=axes.transAxes, va="bottom", color=MUTED, size=7.5, linespacing=1.15)
             _stage_axis(axes, stages)
             axes.yaxis.set_major_locator(MaxNLocator(5))
-        _legend_below(figure, grid)
+        bands = "; bands: from the lowest run to the highest" if max(comparison.runs.values()) > 1 else ""
+        _legend_below(figure, grid, f"over the stages: mean over the tasks learned before{bands}")
         save_figure(figure, path)
 
 
-def _legend_below(figure: Figure, grid: list[Axes]) -> None:
-    """What the lines of all panels are, in as few rows as the width allows, in a strip that the figure grows by."""
+class _Sheet:
+    """Square panels in rows, a headline above each row, a colour bar at the lower right; all in inches.
+
+    Args:
+        headlines: of the rows.
+        names: panels have a second line of title, for the names of runs.
+        left, below: room for labels of the axes.
+    """
+
+    def __init__(
+        self,
+        headlines: Sequence[str],
+        columns: int,
+        *,
+        gap: float,
+        names: bool,
+        left: float = 0.06,
+        below: float = 0.0,
+    ) -> None:
+        self.side, self.gap, self.left, self.below = 2.3, gap, left, below
+        self.row_height = self.side + 0.62 + (0.15 if names else 0.0) + below
+        self.width = left + columns * (self.side + gap) - gap + 0.85
+        self.height = len(headlines) * self.row_height + 0.06
+        self.figure = Figure(figsize=(self.width, self.height))
+        for row, text in enumerate(headlines):
+            self.figure.text(
+                left / self.width,
+                1 - (row * self.row_height + 0.14) / self.height,
+                textwrap.fill(text, int(11 * (self.width - 0.85)), max_lines=1, placeholder=" …"),
+                weight="bold",
+                size=10,
+                va="top",
+            )
+
+    def panel(self, row: int, column: int, title: str, name: str = "") -> Axes:
+        x, y = self.left + column * (self.side + self.gap), self.height - (row + 1) * self.row_height + self.below
+        axes = self.figure.add_axes(self._part(x, y, self.side, self.side))
+        axes.set_axis_off()
+        axes.set_title(f"{name}\n{title}" if name else title, size=8, color=MUTED, pad=3, linespacing=1.15)
+        return axes
+
+    def bar(self, colours: ScalarMappable, label: str) -> None:
+        y = self.height - round((self.height - 0.06) / self.row_height) * self.row_height + self.below
+        scale = self.figure.add_axes(self._part(self.width - 0.65, y + 0.08, 0.12, self.side - 0.16))
+        self.figure.colorbar(colours, cax=scale).set_label(label, size=7.5)
+        scale.tick_params(length=0, labelsize=7)
+
+    def _part(self, x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
+        return x / self.width, y / self.height, width / self.width, height / self.height
+
+
+def _instructions(runs: Sequence[AnalysedRun], tasks: Iterable[str]) -> list[str]:
+    texts = {task.name: task.instruction for run in runs for task in run.analysis.tasks}
+    return [texts[task] for task in tasks]
+
+
+def _legend_below(figure: Figure, grid: list[Axes], note: str) -> None:
+    """What the lines of all panels are, in as few rows as the width allows, and a note: the figure grows by them."""
     handles, labels = grid[0].get_legend_handles_labels()
     width, height = figure.get_size_inches()
     for columns in range(min(len(labels), 5), 0, -1):
@@ -224,8 +320,11 @@ def _legend_below(figure: Figure, grid: list[Axes]) -> None:
         if size.width <= width * figure.dpi or columns == 1:
             break
         legend.remove()
-    strip = size.height / figure.dpi + 0.1
+    line = 0.24  # of the note
+    strip = size.height / figure.dpi + line + 0.1
     figure.set_size_inches(width, height + strip)
+    legend.set_bbox_to_anchor((0.5, line / (height + strip)), figure.transFigure)
+    figure.text(0.5, 0.07 / (height + strip), note, ha="center", va="bottom", size=7.5, color=MUTED)
     for axes in grid:
         x, y, wide, high = axes.get_position().bounds
         axes.set_position((x, (y * height + strip) / (height + strip), wide, high * height / (height + strip)))
@@ -252,6 +351,7 @@ def _read_image(path: Path) -> Any:
         raise AnalysisError(f"{path} is missing or no picture; analyse the run again") from error
 
 
-def _grey(image: Any) -> Any:
-    """The picture without colours, so that all colours are the map's."""
-    return np.asarray(Image.fromarray(image).convert("L").convert("RGB"))
+def _pale(image: Any) -> Any:
+    """The picture without colours and light, so that all colours are the map's."""
+    grey = np.asarray(Image.fromarray(image).convert("L").convert("RGB"))
+    return (90 + grey * (165 / 255)).astype(np.uint8)

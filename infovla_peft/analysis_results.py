@@ -296,21 +296,27 @@ class AnalysisComparison:
         runs: method -> number of runs (seeds).
         values: column of `COMPARED` -> method -> (runs, stages), mean over the old tasks of each stage; NaN where
             there is none.
+        figures: what was drawn of it.
     """
 
     runs: dict[str, int]
     values: dict[str, dict[str, NDArray[np.float64]]]
+    figures: tuple[Path, ...] = ()
+
+    def label(self, method: str) -> str:
+        """A method and how many runs it has."""
+        count = self.runs[method]
+        return f"{method} ({count} run{'s' if count > 1 else ''})"
 
     def table(self) -> str:
         """One line per method and stage: the mean over its runs of each column."""
         lines = [f"{'mean over the old tasks':<26}{'stage':>6}" + "".join(f"{name:>18}" for name in self.values)]
-        for method, count in self.runs.items():
-            label = f"{method} ({count} run{'s' if count > 1 else ''})"
+        for method in self.runs:
             columns = [mean_of_runs(by_method[method]) for by_method in self.values.values()]
             for stage, numbers in enumerate(zip(*columns, strict=True)):
                 if not all(math.isnan(number) for number in numbers):
                     cells = "".join(f"{'–' if math.isnan(number) else f'{number:.3f}':>18}" for number in numbers)
-                    lines.append(f"{label:<26}{stage:>6}{cells}")
+                    lines.append(f"{self.label(method):<26}{stage:>6}{cells}")
         return "\n".join(lines)
 
 

@@ -208,10 +208,16 @@ def draw_loss_terms(
         save_figure(figure, path)
 
 
-def panels(count: int, columns: int, *, height: float, bottom: float) -> tuple[Figure, list[Axes]]:
-    """`count` panels in a grid, row by row, placed by hand: matplotlib's layout engines are slow for many."""
-    rows, width = -(-count // columns), 2.9
-    left, right, top = 0.5, 0.2, 0.42  # margins of a panel, in inches
+def panels(
+    count: int, columns: int, *, height: float, bottom: float, width: float = 2.9, top: float = 0.42
+) -> tuple[Figure, list[Axes]]:
+    """`count` panels in a grid, row by row, placed by hand: matplotlib's layout engines are slow for many.
+
+    Args:
+        height, width: of a panel with its margins, in inches.
+        bottom, top: margins of a panel, in inches.
+    """
+    rows, left, right = -(-count // columns), 0.5, 0.2
     figure = Figure(figsize=(width * columns, height * rows))
     panels = []
     for index in range(count):

@@ -102,8 +102,9 @@ METRIC_TEXTS = {
 ANALYSIS_TEXTS = {
     "affinity": (
         "What the instruction looks at",
-        "The brighter a patch, the nearer it is to the instruction's words in the policy's features. Forgetting, as "
-        "the paper describes it, shows as bright patches that move off the named object, and as rising diffusion.",
+        "The stronger a patch's colour, the nearer it is to the instruction's words in the policy's features. "
+        "Forgetting, as the paper describes it, shows as strong patches that move off the named object, and as rising "
+        "diffusion.",
     ),
     "diffusion": (
         "Diffusion",

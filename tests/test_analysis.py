@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from infovla_peft import analysis_figures
 from infovla_peft.analysis import AFFINITY_TEMPERATURE, analyse_run, compare_analyses, is_analysed
-from infovla_peft.analysis_results import AffinityPair, Analysis, AnalysisError, ProbedTask, compare
+from infovla_peft.analysis_results import AffinityPair, Analysis, AnalysisError, ProbedTask, SimilarityPair, compare
 from infovla_peft.cli import main
 from infovla_peft.config import InfoVLAConfig, StreamConfig
 from infovla_peft.features import Features, FeatureTap, extract_features
@@ -439,7 +439,9 @@ def test_a_value_has_one_colour_in_the_map_and_in_its_bar(tmp_path: Path, monkey
     )
     Image.new("RGB", (24, 24), (70, 70, 70)).save(tmp_path / "a.png")
     pair = AffinityPair("a", "a.png", [0, 2], [0.5, 0.5], [[[0.0, 4.0]], [[1.0, 2.0]]])
-    analysis_figures.draw_affinity(small(affinity=[pair]), tmp_path, tmp_path / "affinity.png")
+    analysis_figures.draw_affinity(
+        [analysis_figures.AnalysedRun("", small(affinity=[pair]), tmp_path)], tmp_path / "affinity.png"
+    )
     with Image.open(tmp_path / "affinity.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
 
@@ -455,6 +457,75 @@ def test_a_value_has_one_colour_in_the_map_and_in_its_bar(tmp_path: Path, monkey
         np.testing.assert_allclose(colour(axes, x, 0.5), there, atol=6)
 
 
+def test_the_scene_is_seen_through_its_map(tmp_path: Path) -> None:
+    scene = np.full((24, 24, 3), 200, np.uint8)
+    scene[::2] = 40
+    Image.fromarray(scene).save(tmp_path / "a.png")
+    pair = AffinityPair("a", "a.png", [0, 2], [0.5, 0.5], [[[1.0, 8.0]], [[1.0, 4.0]]])
+    runs = [analysis_figures.AnalysedRun("", small(affinity=[pair]), tmp_path)]
+    analysis_figures.draw_affinity(runs, tmp_path / "affinity.png")
+    with Image.open(tmp_path / "affinity.png") as picture:
+        pixels = np.asarray(picture.convert("L")).astype(int)
+    rows = pixels[-450:-30, [530, 1100]]  # of the maps of 1.0, right after learning and after the last stage
+    assert (rows.max(0) - rows.min(0) > 70).all()
+
+
+def test_runs_are_compared_on_one_scale_and_say_what_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn: dict[str, Figure] = {}
+    monkeypatch.setattr(analysis_figures, "save_figure", lambda figure, path: drawn.update({path.name: figure}))
+    for seed, top in enumerate((2.0, 7.0)):
+        pair = AffinityPair("a", "a.png", [0, 2], [0.5, 0.5], [[[0.0, top]], [[1.0, 1.0]]])
+        alike = SimilarityPair("a", [0, 2], [[[1.0, 0.5], [0.5, 1.0]], [[0.9, top / 10], [0.1, 0.9]]])
+        run = tmp_path / str(seed)
+        run.mkdir()
+        small(seed=seed, affinity=[pair], matrices=[alike]).save(run)
+    runs = [str(tmp_path / "0"), str(tmp_path / "1")]
+
+    def maps_of(figure: Figure) -> list[Any]:
+        return [image for axes in figure.axes for image in axes.images]
+
+    assert main(["analyse", *runs, "--output", str(tmp_path / "inside.png")]) == 0  # analysis.json alone
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.startswith("figure: ")] == [
+        f"figure: {tmp_path / name}" for name in ("inside.png", "inside_affinity.png", "inside_similarity.png")
+    ]
+    assert {image.get_clim() for image in maps_of(drawn["inside_affinity.png"])} == {(0.0, 7.0)}
+    assert len(maps_of(drawn["inside_affinity.png"])) == 4  # without scenes
+    shown = [image.get_array().tolist() for image in maps_of(drawn["inside_similarity.png"])]
+    assert shown[1] == [[0.9, 0.2], [0.1, 0.9]]
+    assert shown[3] == [[0.9, 0.7], [0.1, 0.9]]
+    figure = drawn["inside.png"]
+    assert "bands: from the lowest run to the highest" in figure.texts[-1].get_text()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["er (2 runs)"]
+    units = [
+        "change of their entropy",
+        "CKA of the action features",
+        "change of the actions",
+        "mean absolute difference",
+    ]
+    assert all(axes.texts[0].get_text().startswith(unit) for axes, unit in zip(figure.axes, units, strict=True))
+
+    for run in runs:
+        Image.new("RGB", (24, 24)).save(Path(run) / "a.png")
+    assert main(["analyse", *runs, "--output", str(tmp_path / "inside.png")]) == 0
+    assert len(maps_of(drawn["inside_affinity.png"])) == 8
+    titles = [axes.get_title(loc="left") for axes in drawn["inside_affinity.png"].axes]
+    assert titles[3] == "er, seed 1\nafter the last stage (+2): diffusion 0.50"
+
+
+def test_small_changes_of_diffusion_fill_no_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(analysis_figures, "save_figure", lambda figure, _: drawn.append(figure))
+    still = small(diffusion=[[0.9, 0.901, 0.902], [0.9, 0.9, 0.899], [None, 0.9, 0.9]])
+    analysis_figures.draw_analysis_comparison(compare([still]), tmp_path / "figure.png")
+    analysis_figures.draw_over_stages(still, "diffusion", tmp_path / "figure.png")
+    for figure in drawn:
+        low, high = figure.axes[0].get_ylim()
+        assert high - low >= 0.1 - 1e-9
+
+
 @pytest.mark.parametrize("methods", [1, 3, 5, 11, 25])
 def test_a_comparison_s_legend_has_its_own_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, methods: int
@@ -468,9 +539,11 @@ def test_a_comparison_s_legend_has_its_own_place(
     (figure,) = drawn
     (legend,) = figure.legends
     place = legend.get_window_extent()
-    assert [text.get_text() for text in legend.get_texts()] == names
+    assert [text.get_text() for text in legend.get_texts()] == [f"{name} (1 run)" for name in names]
+    note = figure.texts[-1].get_window_extent()
+    assert note.y1 < place.y0
     assert figure.bbox.x0 <= place.x0 < place.x1 <= figure.bbox.x1
-    assert figure.bbox.y0 <= place.y0
+    assert figure.bbox.y0 <= note.y0
     for axes in figure.axes:
         bounds = axes.get_tightbbox()
         assert bounds is not None

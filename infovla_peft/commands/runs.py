@@ -40,12 +40,13 @@ def _analyse(options: argparse.Namespace) -> None:
                 demonstrations=options.demonstrations_folder,
                 device=options.device,
             )
-    print(compare_analyses(runs, options.output, names=names).table())
+    comparison = compare_analyses(runs, options.output, names=names)
+    print(comparison.table())
     for report in (Path(run) / "report" / "index.html" for run in runs):
         if report.exists():
             print(f"report: {report}")
-    if options.output:
-        print(f"figure: {options.output}")
+    for figure in comparison.figures:
+        print(f"figure: {figure}")
 
 
 def _named(run: str) -> tuple[str | None, str]:
@@ -69,7 +70,11 @@ def register(add: AddCommand) -> None:
         metavar="[NAME=]RUN",
         help="folder of a run, of which analysis.json alone is enough; variants of one method need names",
     )
-    analyse.add_argument("--output", help="figure of the comparison, .png, .pdf or .svg; none if not given")
+    analyse.add_argument(
+        "--output",
+        help="figure of the comparison, .png, .pdf or .svg, and beside it …_affinity and …_similarity; "
+        "none if not given",
+    )
     analyse.add_argument("--frames", type=int, default=32, help="probe frames per task")
     analyse.add_argument("--demonstrations_folder", help="where they are; where the run says if not given")
     analyse.add_argument("--device", default="cpu", help="where the policies run")
