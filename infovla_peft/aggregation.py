@@ -173,11 +173,8 @@ def _contradict(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def _said_alike(one: Mapping[str, Any], other: Mapping[str, Any], order: str) -> bool:
     """Whether two YAMLs, as `_protocol` has them, say the same of a suite's runs in one order of tasks."""
-    orders = one.get("orders"), other.get("orders")
-    same_order = (
-        all(isinstance(each, dict) and order in each for each in orders) and orders[0][order] == orders[1][order]
-    )
-    return same_order and one.get("recipe") == other.get("recipe")
+    tasks = [found.get(order) if isinstance(found := each.get("orders"), dict) else None for each in (one, other)]
+    return tasks[0] is not None and tasks[0] == tasks[1] and one.get("recipe") == other.get("recipe")
 
 
 def _key(run: ComparedRun) -> RunKey:

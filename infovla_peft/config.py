@@ -104,8 +104,9 @@ class InfoVLAConfig(TrainingArguments):
             sets `teacher="previous"`, `ewc` `adapter_init="continue"`, `single_task` and `merge`
             `adapter_init="fresh"`. Another value that was given for one of these is warned of.
         lambda_rac: weight λ1 of the replay-anchor contrastive term, ≥ 0; 0 leaves it out. Default: 0.02; with CMI it
-            adds +4.2 points to λ3 = 0.3 alone in Bench-S from one base (six pairs), −0.8 from another (three), and −2.5
-            to +5.0 on validation states (eleven); at 0.1 a tiny base did not learn a task with a new object (one seed; recipes/EXPLORED.md).
+            adds 4.2 points to λ3 = 0.3 alone in Bench-S from one base (six pairs), −0.8 from another (three), −2.5 to
+            +5.0 on validation states (eleven); at 0.1 a tiny base did not learn a task with a new object (one seed;
+            recipes/EXPLORED.md).
             `infovla_paper`: 0.1 (paper, §5.1).
         lambda_cmi: weight λ2 of the cross-modal mutual information term, ≥ 0; 0 leaves it out. Default: as lambda_rac.
         lambda_output: weight λ3 of the distance to the teacher's answers, ≥ 0; 0 leaves it out. Default: 0.3;

@@ -15,22 +15,32 @@
 | merge         | - (fresh adapters, merged)    | -                                           | -                  |
 
 L = L_policy(current + replay) + λ1 · L_RAC + λ2 · L_CMI (paper, Eq. 7) + λ3 · L_output; the terms are in `terms.py`.
-Replay samples are spread evenly over past tasks (`replay_balance`).
+Replay samples are spread evenly over past tasks (`replay_balance`), and their share of a batch (`replay_fraction`) is
+one for all methods. Neither it nor λ3 was tuned for a method other than `infovla`.
 
-- **er**: Experience Replay (Chaudhry et al., 1902.10486).
-- **der++**: Dark Experience Replay++ (Buzzega et al., 2004.07211): replayed labels, and the outputs the network gave
-  when the task had just been learned. Deviations: distance in the policy's own loss instead of the logits' MSE;
-  stratified batches instead of reservoir sampling, as all methods here.
+- **er**: Experience Replay (Chaudhry et al., 1902.10486). Deviation, of all that replay here: whole trajectories
+  are stored, equally many of each task, and batches are stratified, in place of uniform draws from single samples.
+- **der++**: Dark Experience Replay++ (Buzzega et al., 2004.07211): replayed labels, and the outputs that the network
+  gave. Deviations: one draw from the memory has both its labels and its outputs, where the paper draws twice,
+  independently; the outputs are those at the end of the stage that learned the task (`teacher`), not those along its
+  training; their distance is in the policy's own loss instead of the logits' MSE. α is `lambda_output`, with
+  `infovla`'s default of 0.3, and β follows from the share of replay: a replayed label counts as a new one does.
 - **lwf**: Learning without Forgetting (Li & Hoiem, 1606.09282): on the new task's inputs, the old tasks' outputs stay
   those of the network before the stage. A language-conditioned policy has instructions in place of old heads, so these
-  are frames of the current task under the instructions of old ones, with the teacher's answers as labels.
+  are frames of the current task under the instructions of old ones, with the teacher's answers as labels. Deviations:
+  these labels enter the policy loss as demonstrations do, in place of a distillation of softened outputs; there is no
+  λ, as such samples are `replay_fraction` of each batch and weigh as the others do; they are `counterfactual_frames`
+  pairs of frame and instruction per stage, not every input under every old task; no warm-up, as there is no new head.
 - **mir**: Maximally Interfered Retrieval (Aljundi et al., 1908.04742), see `interference.py`. Costs three more forward
-  passes and a backward pass per step; gradient steps are as many as everybody's. Each process chooses among its own
-  candidates.
+  passes and a backward pass per step; gradient steps are as many as everybody's. Deviations: it chooses among
+  `mir_candidates` (3) times as many samples as it replays, spread evenly over past tasks, where the paper draws 50
+  from the whole memory; each process chooses among its own; the virtual step has the peak learning rate, not the
+  schedule's, whose last steps would change a loss by less than rounding does, and Adam's direction, moments included,
+  in place of the gradient's; losses before and after it are compared without dropout.
 - **ewc**: online Elastic Weight Consolidation (1612.00796, 1805.06370), see `consolidation.py`. No memory.
 - **multitask**: replay of every demonstration of every task seen so far, with the same batches and steps: an upper
-  bound of replay, not of every method. Deviation from joint training from the start: it learns stage by stage, and a
-  task's own stage gives it more samples than the others.
+  bound of replay, not of every method. It is not joint training on all tasks at once: it learns stage by stage, and in
+  each the new task has what `replay_fraction` leaves of a batch (half), all tasks before share the rest.
 - **single_task**: the reference without interference: a fresh adapter per task on the frozen base, without replay, and
   at evaluation the task's own adapter (the base for its tasks), so the task's identity must be known.
 - **merge**: those adapters merged into one after each stage, ΔW = w Σ_k B_k A_k exactly (`cat`: rank Σ r_k), as in

@@ -214,6 +214,22 @@ def test_bench_s_is_what_it_says() -> None:
     assert len(keys) == len(set(keys)) == 12 + 12 + 27 + 10 + 8 + 6 + 4 + 6 + 11 + 3 + 9 + 1
 
 
+def test_bench_l_has_the_paper_s_weights_beside_the_default() -> None:
+    jobs = load_benchmark(REPOSITORY / "recipes/configs/bench/bench_l.yaml").jobs
+    weights = {}
+    for job in jobs:
+        if job.key and (job.key.suite, job.key.seed) == ("libero_goal_oft", 0):
+            recipe = module.resolved_recipe(job.recipe)
+            weights[job.key.method] = (recipe["method"], recipe["lambda_rac"], recipe["lambda_cmi"])
+    del weights["er"]
+    assert weights == {
+        "infovla": ("infovla", 0.02, 0.02),
+        "infovla_paper": ("infovla_paper", 0.1, 0.1),
+        "infovla_01": ("infovla", 0.1, 0.1),
+    }
+    assert sum(job.key is not None for job in jobs) == 48
+
+
 def test_runs_are_ordered_named_and_not_doubled(benchmark: Benchmark) -> None:
     assert names(benchmark) == [
         "er_A_m1_s0", "rac_only_A_m1_s0", "er_B_m1_s0", "rac_only_B_m1_s0",
