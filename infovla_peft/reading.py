@@ -289,7 +289,7 @@ class Checker(Generic[Error]):
         """An object with these keys and no others."""
         record: dict[str, Any] = self.typed(value, dict, where)
         missing = [key for key in keys if key not in record]
-        strange = [f"{key:.40}" for key in record if key not in keys]
+        strange = [f"{key!s:.40}" for key in record if key not in keys]
         wrong = [f"lacks {', '.join(missing)}"] if missing else []
         if strange:
             kind = "an unknown key" if len(strange) == 1 else "the unknown keys"
