@@ -115,14 +115,15 @@ class InfoVLAConfig(TrainingArguments):
             equals the teacher (Eq. 1 is not); see `losses.replay_anchor_contrastive_loss`. Default: soft; with `hard`
             a tiny base ended 1.4 points lower, which chance can make (one seed, recipes/EXPLORED.md).
         rac_center: subtract the mean anchor of the negatives from all features of RAC, which otherwise lie in a narrow
-            cone. Unverified default.
+            cone. Default: on; off, a tiny base ended 0.7 points higher, which chance can make (one seed,
+            recipes/EXPLORED.md).
         rac_pooling: what RAC contrasts, of the hidden states of `tap_layer`: None = the mean over the positions that
             predict actions; the last token of the `prompt` before those positions, or the mean over all patches
             (`vision`). The paper says "fused embedding"; in a causal language model patches have not seen the
             instruction. With `prompt` a tiny base ended 3.5 points lower, with `vision` 0.7 higher, which chance can
             make (one seed each, recipes/EXPLORED.md).
         cmi_mode: `infonce`, `relational` or `paper`; see `losses.cross_modal_mi_from_summaries`. Default: relational;
-            `infonce` did the same within chance (one seed, recipes/EXPLORED.md).
+            `infonce` did no worse, within chance (three seeds of two tasks, recipes/EXPLORED.md).
         temperature: τ ≥ 1e-6 of both terms. The paper states none. Default: 0.5, which on a tiny base stands less in
             the way of what is learned than 0.1 (recipes/EXPLORED.md). `infovla_paper`: 0.1, which is unverified.
         teacher: `base` = the base model, adapters off: its features for all of the memory, its answers on the tasks
