@@ -6,7 +6,7 @@ import os
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from matplotlib import colormaps, rc_context
@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from .analysis_results import Analysis, AnalysisComparison, AnalysisError, mean_of_runs
+from .analysis_results import AffinityPair, Analysis, AnalysisComparison, AnalysisError, SimilarityPair, mean_of_runs
 from .figures import ACCENT, GRID, MUTED, SECOND, STYLE, method_looks, panels, save_figure, stage_name
 
+Pair = TypeVar("Pair", AffinityPair, SimilarityPair)
 WHEN = "when learned", "after the last stage"
 SHADES = np.column_stack([colormaps["YlOrRd"](np.linspace(0, 1, 256))[:, :3], np.linspace(0.1, 0.8, 256)])
 """(256, 4) colours of an affinity map: the less there is, the more of the scene is seen through it."""
@@ -36,7 +37,7 @@ class AnalysedRun(NamedTuple):
 class Quantity(NamedTuple):
     """How a table of analysis.json is drawn: its figure's name, what it shows, and limits it reaches in any case.
 
-    `span` is the least that an axis shows, so that chance does not fill it.
+    `span` is the least that an axis shows, so that chance does not fill it. All of them are chosen by eye.
     """
 
     figure: str
@@ -122,10 +123,7 @@ def draw_affinity(runs: Sequence[AnalysedRun], path: str | os.PathLike[str], *, 
     Raises:
         AnalysisError: a frame is missing or no picture.
     """
-    rows = {
-        task: [next((pair for pair in run.analysis.affinity if pair.task == task), None) for run in runs]
-        for task in dict.fromkeys(pair.task for run in runs for pair in run.analysis.affinity)
-    }
+    rows = _by_task([run.analysis.affinity for run in runs])
     highest = max(np.max(pair.maps) for pairs in rows.values() for pair in pairs if pair)
     frame_first = scenes and len(runs) == 1
     images = {
@@ -194,17 +192,15 @@ def draw_over_stages(analysis: Analysis, table: str, path: str | os.PathLike[str
 
 def draw_similarity(runs: Sequence[AnalysedRun], path: str | os.PathLike[str]) -> None:
     """A row per task: of each run, cosines of its frames right after learning with themselves and the last stage's."""
-    rows = {
-        task: [next((pair for pair in run.analysis.matrices if pair.task == task), None) for run in runs]
-        for task in dict.fromkeys(pair.task for run in runs for pair in run.analysis.matrices)
-    }
+    rows = _by_task([run.analysis.matrices for run in runs])
     scale = Normalize(-1.0, 1.0)
     with rc_context(STYLE):
         sheet = _Sheet(_instructions(runs, rows), 2 * len(runs), gap=0.3, left=0.35, below=0.25, names=len(runs) > 1)
         for row, pairs in enumerate(rows.values()):
             for index, pair in enumerate(pairs):
-                for place, (when, stage) in enumerate(zip(WHEN, pair.stages, strict=True) if pair else ()):
-                    assert pair is not None
+                if pair is None:
+                    continue
+                for place, (when, stage) in enumerate(zip(WHEN, pair.stages, strict=True)):
                     title = f"{when} ({stage_name(stage)})"
                     axes = sheet.panel(row, 2 * index + place, title, runs[index].name)
                     axes.imshow(pair.similarity[place], cmap="RdBu_r", norm=scale, interpolation="nearest")
@@ -274,7 +270,8 @@ class _Sheet:
         self.side, self.gap, self.left, self.below = 2.3, gap, left, below
         self.row_height = self.side + 0.62 + (0.15 if names else 0.0) + below
         self.width = left + columns * (self.side + gap) - gap + 0.85
-        self.height = len(headlines) * self.row_height + 0.06
+        self.rows = len(headlines)
+        self.height = self.rows * self.row_height + 0.06
         self.figure = Figure(figsize=(self.width, self.height))
         for row, text in enumerate(headlines):
             self.figure.text(
@@ -294,13 +291,19 @@ class _Sheet:
         return axes
 
     def bar(self, colours: ScalarMappable, label: str) -> None:
-        y = self.height - round((self.height - 0.06) / self.row_height) * self.row_height + self.below
+        y = self.height - self.rows * self.row_height + self.below
         scale = self.figure.add_axes(self._part(self.width - 0.65, y + 0.08, 0.12, self.side - 0.16))
         self.figure.colorbar(colours, cax=scale).set_label(label, size=7.5)
         scale.tick_params(length=0, labelsize=7)
 
     def _part(self, x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
         return x / self.width, y / self.height, width / self.width, height / self.height
+
+
+def _by_task(pairs: Sequence[Sequence[Pair]]) -> dict[str, list[Pair | None]]:
+    """Task -> what each run has of it, None where it has nothing; tasks as they first occur."""
+    tasks = dict.fromkeys(pair.task for own in pairs for pair in own)
+    return {task: [next((pair for pair in own if pair.task == task), None) for own in pairs] for task in tasks}
 
 
 def _instructions(runs: Sequence[AnalysedRun], tasks: Iterable[str]) -> list[str]:

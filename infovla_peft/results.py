@@ -38,6 +38,7 @@ import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -263,8 +264,12 @@ def collect_versions() -> dict[str, str]:
     return versions
 
 
+@cache
 def source_commit() -> str | None:
-    """Git commit of the sources this package runs from ("-dirty" if changed), None if it is not a checkout."""
+    """Git commit of the sources this package runs from ("-dirty" if changed), None if it is not a checkout.
+
+    Asked for once per process, which goes on with what it has loaded when the checkout moves on beneath it.
+    """
     repository = Path(__file__).resolve().parent.parent
     if not (repository / ".git").exists():
         return None
